@@ -1,0 +1,2421 @@
+"""Train the GPT of IndexTTS2 (text tokens -> semantic speech codes); whatever kills a run, the same command goes on.
+
+Two minutes on a laptop CPU, with the data that ships with the project:
+
+    python trainers/train_gpt_v2.py --max-steps 200 --output-dir training_output --resume auto
+
+Fine-tune the real model on one GPU; type the same line again after any interruption:
+
+    python trainers/train_gpt_v2.py \\
+      --train-manifest processed_data/train_pairs.jsonl --val-manifest processed_data/val_pairs.jsonl \\
+      --tokenizer tokenizers/amharic_extended_bpe.model --config checkpoints/config.yaml \\
+      --base-checkpoint checkpoints/gpt.pth --output-dir training_output --amp --resume auto
+
+Losses of every validation row, without training:
+
+    python trainers/train_gpt_v2.py --output-dir training_output --resume auto --eval-only
+
+Reading order: configuration, data, sample order, model, schedule and precision, checkpoints, training, main.
+The sample order, the dropout masks and the learning rate are pure functions of (seed, position), so a checkpoint holds
+no random-number state and a resumed run repeats the uninterrupted one bit for bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import dataclasses
+import datetime
+import fcntl
+import functools
+import hashlib
+import json
+import math
+import os
+import pickle
+import platform
+import re
+import shutil
+import signal
+import socket
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute_in_backward
+from torch.utils.data import DataLoader, Dataset
+
+FORMAT_VERSION = 1
+REQUIRED_KEYS = ("model", "optimizer", "epoch", "step")
+CONDITION_ROWS = 32  # the perceiver's latents
+LEADING_ROWS = CONDITION_ROWS + 2  # and the two speed rows
+TARGET_GLOBAL_BATCH = 32
+MAX_BAD_FRACTION = 0.01  # of a data set's rows may have unreadable feature files
+MAX_NONFINITE_STREAK = 10
+CHECKED_ROWS = 1000  # rows with files of their own that are opened before training starts
+# Dense 16-bit peak of one device (vendors' data sheets), for MFU.
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 125e12, "T4": 65e12,
+              "V100": 125e12}
+
+
+class UserError(Exception):
+    """A mistake that the user can mend. The message names the file, the place in it and the remedy."""
+
+
+class ResumeError(UserError):
+    """A checkpoint that cannot be resumed from."""
+
+
+class BadFeatureFile(Exception):
+    """A feature file that is missing or damaged; its row is skipped up to MAX_BAD_FRACTION."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Configuration
+
+
+def setting(default: Any, help: str, **argparse_options: Any) -> Any:
+    """A TrainConfig field whose command-line flag has this help text and these argparse options."""
+    factory = {"default_factory": list} if default == [] else {"default": default}
+    return field(**factory, metadata={"help": help, "options": argparse_options})  # type: ignore[call-overload]
+
+
+@dataclass
+class TrainConfig:
+    """Every setting of a run; each field is the flag of the same name. 0 or None: chosen for you, and printed."""
+
+    train_manifest: list[str] = setting([], "training pairs, JSON lines, optional ::lang; repeatable "
+                                        "(processed_data/train_pairs.jsonl)", action="append", metavar="PATH[::LANG]")
+    val_manifest: list[str] = setting([], "validation pairs, likewise (processed_data/val_pairs.jsonl)",
+                                      action="append", metavar="PATH[::LANG]")
+    tokenizer: str = setting("", "SentencePiece model (tokenizers/amharic_extended_bpe.model)", metavar="PATH")
+    config: str = setting("", "IndexTTS2 YAML with a gpt: section (config.yaml beside the first train manifest, "
+                          "else checkpoints/config.yaml)", metavar="PATH")
+    base_checkpoint: str = setting("", "IndexTTS2 weights to start from, e.g. checkpoints/gpt.pth", metavar="PATH")
+    output_dir: str = setting("training_output", "checkpoints, logs (training_output)", metavar="DIR")
+    resume: str = setting("", "'auto' (newest valid checkpoint of the output directory) or a file", metavar="auto|PATH")
+    batch_size: int = setting(0, "samples in a micro-batch (by the hardware)", type=int)
+    grad_accumulation: int = setting(0, "micro-batches in a step (to a global batch of 32)", type=int)
+    epochs: int = setting(10, "passes over the training data (10)", type=int)
+    learning_rate: float = setting(0.0, "peak learning rate (2e-5 with a base checkpoint, 1e-3 from scratch)",
+                                   type=float)
+    weight_decay: float = setting(0.01, "AdamW's, on matrices only (0.01)", type=float)
+    warmup_steps: int | None = setting(None, "linear warm-up (1000, at most a tenth of the run)", type=int)
+    max_steps: int = setting(0, "stop after this many steps; the schedule's length too (0 = no limit)", type=int)
+    log_interval: int = setting(100, "steps between [Train] lines (100)", type=int)
+    val_interval: int = setting(1000, "steps between validations (1000; 0 = once per epoch)", type=int)
+    val_batch_size: int = setting(0, "samples in a validation batch (the batch size)", type=int)
+    max_val_batches: int = setting(200, "batches in a validation (200; 0 = all)", type=int)
+    num_workers: int = setting(0, "data loading processes (by the hardware)", type=int)
+    grad_clip: float = setting(1.0, "largest gradient norm (1.0; 0 = no clipping)", type=float)
+    text_loss_weight: float = setting(0.2, "weight of text_loss (0.2)", type=float)
+    mel_loss_weight: float = setting(0.8, "weight of mel_loss (0.8)", type=float)
+    amp: str = setting("off", "mixed precision; alone: bf16 where the hardware has it, else fp16", nargs="?",
+                       const="auto", choices=("auto", "bf16", "fp16", "off"))
+    grad_checkpointing: bool = setting(False, "recompute blocks in the backward pass: less memory, slower",
+                                       action=argparse.BooleanOptionalAction)
+    save_interval: int = setting(1000, "steps between checkpoints (1000; 0 = only at the end)", type=int)
+    keep_checkpoints: int = setting(3, "newest checkpoints kept (3; 0 = all)", type=int)
+    seed: int = setting(1234, "of the sample order, dropout and fresh weights (1234)", type=int)
+    dropout: float = setting(0.1, "on embeddings and residuals (0.1)", type=float)
+    eval_only: bool = setting(False, "print the [Val] line, write eval.jsonl, train nothing", action="store_true")
+    accept_changed_data: bool = setting(False, "resume although the training data changed; the epoch starts anew",
+                                        action="store_true")
+    freeze_base_vocab: bool = setting(False, "leave the base checkpoint's text tokens as they are",
+                                      action=argparse.BooleanOptionalAction)
+    compile: bool = setting(False, "torch.compile the model", action=argparse.BooleanOptionalAction)
+    profile: bool = setting(False, "write a torch.profiler trace of steps 4 to 6 of this process", action="store_true")
+
+    @property
+    def global_batch(self) -> int:
+        """Samples in one optimizer step."""
+        return self.batch_size * self.grad_accumulation
+
+
+# Settings of one process, not of the run: a resumed run does not inherit them.
+PER_PROCESS = ("resume", "output_dir", "eval_only", "accept_changed_data", "profile")
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}. {Path(self.prog).name} --help lists the flags")
+
+
+def parse_args(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Returns only the settings that were typed: {field name: value}.
+
+    Raises: UserError for unknown flags and values of the wrong type.
+    """
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                           argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    for item in dataclasses.fields(TrainConfig):
+        flag = "--" + item.name.replace("_", "-")
+        parser.add_argument(flag, help=item.metadata["help"], **item.metadata["options"])
+    return vars(parser.parse_args(argv))
+
+
+def config_problems(config: TrainConfig, typed: dict[str, Any]) -> list[str]:
+    """Everything that is wrong with the settings themselves, before any file is opened."""
+    problems = []
+    at_least = {"batch_size": 0, "grad_accumulation": 0, "epochs": 1, "weight_decay": 0, "max_steps": 0,
+                "learning_rate": 0, "log_interval": 1, "val_interval": 0, "val_batch_size": 0, "max_val_batches": 0,
+                "num_workers": 0, "grad_clip": 0, "text_loss_weight": 0, "mel_loss_weight": 0, "save_interval": 0,
+                "keep_checkpoints": 0, "seed": 0, "warmup_steps": 0, "dropout": 0}
+    for name, lowest in at_least.items():
+        value = getattr(config, name)
+        if value is not None and not (math.isfinite(value) and value >= lowest):
+            problems.append(f"--{name.replace('_', '-')} {value}: must be at least {lowest}")
+    if config.dropout >= 1:
+        problems.append(f"--dropout {config.dropout}: must be below 1")
+    if config.text_loss_weight + config.mel_loss_weight == 0:
+        problems.append("--text-loss-weight and --mel-loss-weight are both 0: nothing would be learned")
+    if config.accept_changed_data and not config.resume:
+        problems.append("--accept-changed-data goes with --resume")
+    if typed.get("freeze_base_vocab") and not (typed.get("base_checkpoint") or config.resume):
+        problems.append("--freeze-base-vocab goes with --base-checkpoint: it is that file's tokens that stay frozen")
+    return problems
+
+
+def auto_hardware(device_type: str, memory_gib: float, cpu_count: int) -> tuple[int, int]:
+    """Returns (largest batch size, data workers) for a device."""
+    if device_type != "cuda":
+        return 16, 0  # the arithmetic needs every core
+    for at_least_gib, batch_size in ((70, 32), (36, 16), (20, 8), (14, 4)):
+        if memory_gib >= at_least_gib:
+            return batch_size, min(cpu_count, 16)
+    return 2, min(cpu_count, 16)
+
+
+def split_global_batch(global_batch: int, largest_batch_size: int) -> tuple[int, int]:
+    """Returns (batch_size, grad_accumulation) with the largest batch size that divides the global batch."""
+    batch_size = max(b for b in range(1, min(global_batch, max(largest_batch_size, 1)) + 1) if global_batch % b == 0)
+    return batch_size, global_batch // batch_size
+
+
+def choose_batch_split(batch_size: int, grad_accumulation: int, hardware_batch_size: int,
+                       checkpoint_split: tuple[int, int] | None, same_device: bool) -> tuple[int, int]:
+    """Returns (batch_size, grad_accumulation); 0 means not typed.
+
+    A resumed run keeps its global batch unless both are typed, and on the same device its split too, since another
+    split changes the last bits.
+    Raises: UserError when the one that was typed does not divide the checkpoint's global batch.
+    """
+    if batch_size and grad_accumulation:
+        return batch_size, grad_accumulation
+    if checkpoint_split is None:
+        if batch_size:
+            return batch_size, max(1, TARGET_GLOBAL_BATCH // batch_size)
+        if grad_accumulation:
+            return min(hardware_batch_size, max(1, TARGET_GLOBAL_BATCH // grad_accumulation)), grad_accumulation
+        return split_global_batch(TARGET_GLOBAL_BATCH, hardware_batch_size)
+    global_batch = checkpoint_split[0] * checkpoint_split[1]
+    one = batch_size or grad_accumulation
+    if not one:
+        return checkpoint_split if same_device else split_global_batch(global_batch, hardware_batch_size)
+    if global_batch % one:
+        flag = "--batch-size" if batch_size else "--grad-accumulation"
+        raise UserError(f"{flag} {one} does not divide the checkpoint's global batch {global_batch}. Type a divisor, "
+                        "or both --batch-size and --grad-accumulation to change the global batch")
+    return (one, global_batch // one) if batch_size else (global_batch // one, one)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and token numbers of the GPT: IndexTTS2's `gpt:` section."""
+
+    model_dim: int
+    layers: int
+    heads: int
+    max_text_tokens: int
+    max_mel_tokens: int
+    number_text_tokens: int
+    number_mel_codes: int
+    start_text_token: int = 0
+    stop_text_token: int = 1
+    start_mel_token: int = 8192
+    stop_mel_token: int = 8193
+
+    @property
+    def code_count(self) -> int:
+        """Real codes are 0 .. code_count - 1."""
+        return min(self.start_mel_token, self.stop_mel_token)
+
+    @property
+    def max_code_len(self) -> int:
+        return self.max_mel_tokens + 1
+
+
+def model_config_from(gpt: Any, source: str, vocab_size: int | None = None) -> ModelConfig:
+    """Reads a `gpt:` section; vocab_size (the tokenizer's) replaces number_text_tokens.
+
+    Raises: UserError that lists every missing or wrong value.
+    """
+    if not isinstance(gpt, dict):
+        raise UserError(f"{source}: no gpt: section. Use IndexTTS2's config.yaml, or the one beside the demo data")
+    values = dict(gpt) if vocab_size is None else {**gpt, "number_text_tokens": vocab_size}
+    problems, chosen = [], {}
+    for item in dataclasses.fields(ModelConfig):
+        value = values.get(item.name, item.default)
+        lowest = 0 if item.name.endswith("_token") else 1
+        if value is dataclasses.MISSING:
+            problems.append(f"gpt.{item.name} is missing")
+        elif not isinstance(value, int) or isinstance(value, bool) or value < lowest:
+            problems.append(f"gpt.{item.name} is {value!r}, not a whole number of at least {lowest}")
+        chosen[item.name] = value
+    if not problems:
+        config = ModelConfig(**chosen)
+        if config.model_dim % config.heads:
+            problems.append(f"gpt.model_dim {config.model_dim} is not a multiple of gpt.heads {config.heads}")
+        if max(config.start_mel_token, config.stop_mel_token) >= config.number_mel_codes:
+            problems.append("gpt.start_mel_token and gpt.stop_mel_token must be below gpt.number_mel_codes")
+        if not problems:
+            return config
+    raise UserError(f"{source}: " + "; ".join(problems))
+
+
+def read_model_yaml(path: Path) -> dict[str, Any]:
+    """The whole YAML file as a dict. Raises: UserError."""
+    try:
+        with path.open(encoding="utf-8") as handle:
+            content = yaml.safe_load(handle)
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: not a YAML file: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path}: no gpt: section. Use IndexTTS2's config.yaml")
+    return content
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Data
+
+
+@dataclass(slots=True)
+class Row:
+    """One line of a manifest. A start of None means that the file holds this utterance alone."""
+
+    id: str
+    place: str  # "manifest:line", for messages
+    text_len: int
+    code_len: int
+    text_path: str
+    text_start: int | None
+    codes_path: str
+    codes_start: int | None
+    condition_path: str
+    condition_start: int | None
+    emo_path: str
+    emo_start: int | None
+
+
+@dataclass
+class Sample:
+    """What the model sees of one row: text_ids [t] and codes [c] int64, condition [32, D] and emo_vec [D] float32."""
+
+    text_ids: np.ndarray
+    codes: np.ndarray
+    condition: np.ndarray
+    emo_vec: np.ndarray
+    row: int = 0
+
+
+@dataclass
+class BrokenRow:
+    """A row that cannot be used: its feature file is damaged, or (fatal) contradicts the manifest or the model."""
+
+    row: int
+    reason: str
+    fatal: bool
+
+
+def split_language(manifest: str) -> tuple[str, str | None]:
+    """'a.jsonl::am' -> ('a.jsonl', 'am'); only ::lang is a suffix, '@' and '=' belong to the path."""
+    path, separator, language = manifest.rpartition("::")
+    if separator and re.fullmatch(r"[A-Za-z][A-Za-z-]*", language):
+        return path, language.lower()
+    return manifest, None
+
+
+def parse_row(record: Any, place: str, folder: Path) -> Row:
+    """Raises: UserError that names what is missing or wrong in the row."""
+    if not isinstance(record, dict):
+        raise UserError(f"{place}: not a JSON object. Each line is one pair, as tools.build_pairs writes it")
+    emo = "prompt_emo_vec" if record.get("prompt_emo_vec_path") else "target_emo_vec"
+    paths = ("target_text_ids", "target_codes", "prompt_condition", emo)
+    missing = [key for key in ("id", "target_text_len", "target_code_len") if record.get(key) in (None, "")]
+    missing += [f"{name}_path" for name in paths if not isinstance(record.get(f"{name}_path"), str)]
+    if missing:
+        hint = " (a manifest of single clips? pair it with tools.build_pairs)" if "codes_path" in record else ""
+        raise UserError(f"{place}: missing {', '.join(missing)}{hint}")
+    numbers = ["target_text_len", "target_code_len"] + [f"{name}_start" for name in paths if f"{name}_start" in record]
+    for key in numbers:
+        value, lowest = record[key], 1 if key.endswith("_len") else 0
+        if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
+            raise UserError(f"{place}: {key} is {value!r}, not a whole number of at least {lowest}")
+    if record.get("prompt_condition_len", CONDITION_ROWS) != CONDITION_ROWS:
+        raise UserError(f"{place}: prompt_condition_len is {record['prompt_condition_len']}, not {CONDITION_ROWS}")
+    located: list[Any] = []
+    for name in paths:
+        # Interned: a shard's name stands in every row.
+        located += [sys.intern(str(folder / record[f"{name}_path"])), record.get(f"{name}_start")]
+    return Row(str(record["id"]), place, record["target_text_len"], record["target_code_len"], *located)
+
+
+def read_manifest(path: Path, check_stop: Callable[[], None]) -> list[Row]:
+    """Raises: UserError for a missing or empty file, and for a bad line with its number."""
+    rows = []
+    try:
+        with path.open(encoding="utf-8") as handle:
+            for number, line in enumerate(handle, 1):
+                if number % 1000 == 0:
+                    check_stop()
+                if not line.strip():
+                    continue
+                place = f"{path}:{number}"
+                try:
+                    record = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise UserError(f"{place}: broken JSON ({error.msg} at column {error.colno}). "
+                                    "Mend or delete the line") from error
+                rows.append(parse_row(record, place, path.parent))
+    except OSError as error:
+        raise UserError(f"manifest {path}: {error.strerror}. Check --train-manifest and --val-manifest") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"manifest {path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    if not rows:
+        raise UserError(f"manifest {path}: no rows. Build it with tools.build_pairs")
+    return rows
+
+
+class ManifestDataset(Dataset):
+    """Rows of one or more manifests; item i is a Sample, or a BrokenRow."""
+
+    def __init__(self, manifests: Sequence[str], model: ModelConfig, check_stop: Callable[[], None]):
+        self.model = model
+        self.rows: list[Row] = []
+        self.manifests: list[dict[str, Any]] = []
+        self.arrays: dict[str, np.ndarray] = {}
+        for manifest in manifests:
+            path, language = split_language(manifest)
+            rows = read_manifest(Path(path), check_stop)
+            self.rows += rows
+            self.manifests.append({"path": path, "language": language, "rows": len(rows)})
+        self.check_lengths()
+        self.check_shards()
+        self.bad_rows: dict[int, str] = {}
+        with_own_files = [i for i, row in enumerate(self.rows) if row.codes_start is None or row.text_start is None]
+        for i in with_own_files[:CHECKED_ROWS]:
+            check_stop()
+            broken = self[i]
+            if isinstance(broken, BrokenRow):
+                if broken.fatal:
+                    raise UserError(broken.reason)
+                self.bad_rows[i] = broken.reason
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def fingerprint(self) -> str:
+        """sha256 of row ids, lengths and order; never of paths, so that a data set may move."""
+        digest = hashlib.sha256()
+        for row in self.rows:
+            digest.update(json.dumps([row.id, row.text_len, row.code_len]).encode())
+        return digest.hexdigest()
+
+    def check_lengths(self) -> None:
+        longest_text, longest_codes = self.model.max_text_tokens, self.model.max_code_len
+        long = [row for row in self.rows if row.text_len > longest_text or row.code_len > longest_codes]
+        if long:
+            row = long[0]
+            raise UserError(f"{row.place}: {row.text_len} text tokens and {row.code_len} codes; the model takes at "
+                            f"most {longest_text} and {longest_codes}. {len(long)} of {len(self.rows)} rows are too "
+                            "long: leave them out (tools.build_pairs has length limits)")
+
+    def check_shards(self) -> None:
+        """Bounds and value range of every shard array, at once. Raises: UserError that names the row."""
+        limits = {"text": self.model.number_text_tokens, "codes": self.model.code_count}
+        for kind, limit in limits.items():
+            by_file: dict[str, list[Row]] = {}
+            for row in self.rows:
+                if getattr(row, f"{kind}_start") is not None:
+                    by_file.setdefault(getattr(row, f"{kind}_path"), []).append(row)
+            for path, rows in by_file.items():
+                self.check_shard(path, rows, kind, limit)
+
+    def check_shard(self, path: str, rows: list[Row], kind: str, limit: int) -> None:
+        if not Path(path).is_file():
+            return  # a bad feature file, counted when its rows are read
+        array = self.open_array(path, shard=True)
+        starts = np.array([row.text_start if kind == "text" else row.codes_start for row in rows])
+        ends = starts + [row.text_len if kind == "text" else row.code_len for row in rows]
+        outside = np.flatnonzero(ends > len(array))
+        if len(outside):
+            i = int(outside[0])
+            raise UserError(f"{rows[i].place}: {kind} {starts[i]} to {ends[i]} lie beyond the end of {path} "
+                            f"({len(array)} values). Manifest and arrays are not of one run of tools.preprocess")
+        wrong = np.flatnonzero((np.asarray(array) < 0) | (np.asarray(array) >= limit))
+        for at in wrong:
+            hit = np.flatnonzero((starts <= at) & (at < ends))
+            if len(hit):
+                place = rows[int(hit[0])].place
+                raise UserError(f"{place}: {value_out_of_range(kind, int(array[at]), limit)} ({path})")
+
+    def open_array(self, path: str, shard: bool) -> np.ndarray:
+        """Raises: BadFeatureFile."""
+        if path in self.arrays:
+            return self.arrays[path]
+        try:
+            array = np.load(path, mmap_mode="r" if shard else None, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise BadFeatureFile(f"{path}: {error}") from error
+        if not isinstance(array, np.ndarray):
+            raise BadFeatureFile(f"{path}: not a .npy array")
+        if shard:
+            self.arrays[path] = array
+        return array
+
+    def read_ids(self, row: Row, kind: str, path: str, start: int | None, length: int, limit: int) -> np.ndarray:
+        array = self.open_array(path, shard=start is not None)
+        if array.ndim != 1 or array.dtype.kind not in "iu":
+            raise UserError(f"{row.place}: {path} is {array.dtype} {list(array.shape)}, not a row of whole numbers")
+        values = array[start or 0 : (start or 0) + length].astype(np.int64)
+        if len(values) != length or (start is None and len(array) != length):
+            raise UserError(f"{row.place}: the manifest says {length} {kind}, {path} has {len(array)}. "
+                            "Preprocess the recording again")
+        if values.min() < 0 or values.max() >= limit:
+            worst = int(values.min() if values.min() < 0 else values.max())
+            raise UserError(f"{row.place}: {value_out_of_range(kind, worst, limit)} ({path})")
+        return values
+
+    def read_vectors(self, row: Row, path: str, start: int | None, shape: tuple[int, ...]) -> np.ndarray:
+        array = self.open_array(path, shard=start is not None)
+        if start is not None:
+            array = array[start : start + (shape[0] if len(shape) == 2 else 1)]
+        values = np.array(array, dtype=np.float32)
+        if len(shape) == 1:
+            values = values.reshape(-1)
+        if values.shape != shape:
+            raise UserError(f"{row.place}: {path} holds {list(values.shape)}, the model needs {list(shape)}. "
+                            "Use the config the features were made for")
+        if not np.isfinite(values).all():
+            raise BadFeatureFile(f"{path}: not finite")
+        return values
+
+    def __getitem__(self, index: int) -> Sample | BrokenRow:
+        row, model = self.rows[index], self.model
+        try:
+            return Sample(
+                self.read_ids(row, "text", row.text_path, row.text_start, row.text_len, model.number_text_tokens),
+                self.read_ids(row, "codes", row.codes_path, row.codes_start, row.code_len, model.code_count),
+                self.read_vectors(row, row.condition_path, row.condition_start, (CONDITION_ROWS, model.model_dim)),
+                self.read_vectors(row, row.emo_path, row.emo_start, (model.model_dim,)),
+                index)
+        except (BadFeatureFile, UserError) as error:  # returned: an exception from a worker would lose its shape
+            return BrokenRow(index, str(error), fatal=isinstance(error, UserError))
+
+    def note_bad_rows(self, found: dict[int, str]) -> list[str]:
+        """Remembers skipped rows; returns one line for each new one. Raises: UserError above MAX_BAD_FRACTION."""
+        new = {i: reason for i, reason in found.items() if i not in self.bad_rows}
+        self.bad_rows.update(new)
+        lines = [f"{self.rows[i].place}: skipped, feature file {reason}" for i, reason in new.items()]
+        if len(self.bad_rows) > MAX_BAD_FRACTION * len(self):
+            shown = "\n".join(f"  {self.rows[i].place}: {reason}" for i, reason in list(self.bad_rows.items())[:5])
+            raise UserError(f"{len(self.bad_rows)} of {len(self)} rows have missing or damaged feature files, more "
+                            f"than {MAX_BAD_FRACTION:.0%}. Preprocess them again or drop the rows. The first:\n{shown}")
+        return lines
+
+
+def value_out_of_range(kind: str, value: int, limit: int) -> str:
+    if kind == "text":
+        return (f"text id {value} is outside 0..{limit - 1}. The manifest was made with another tokenizer: pass that "
+                "one as --tokenizer, or preprocess again")
+    return f"code {value} is outside 0..{limit - 1}. The config's number_mel_codes is not that of the codec"
+
+
+@dataclass
+class PackedBatch:
+    """Samples end to end in one flat sequence of `total` rows, no padding; B samples, D = model_dim.
+
+    A sample's rows: 32 condition rows, speed_emb[1], speed_emb[0], t + 2 text rows, c + 2 mel rows. Scored are the
+    first t + 1 text rows and the first c + 1 mel rows.
+    """
+
+    rows: list[int]  # data set rows, [B]
+    bad_rows: dict[int, str]  # data set row -> what is wrong with its files
+    error: str  # a row contradicts the manifest or the model; "" if none does
+    lengths: list[int]  # rows of each sample, [B]
+    text_counts: list[int]  # scored text rows of each sample, [B]
+    mel_counts: list[int]
+    condition: Tensor  # [B, 32, D] float32
+    emo_vec: Tensor  # [B, D] float32
+    text_inputs: Tensor  # [sum(t + 2)]
+    text_positions: Tensor
+    mel_inputs: Tensor  # [sum(c + 2)]
+    mel_positions: Tensor
+    pack_order: Tensor  # [total] into cat(condition rows, 2 speed rows, text rows, mel rows)
+    text_scored: Tensor  # flat rows, [sum(t + 1)]
+    text_targets: Tensor
+    mel_scored: Tensor  # flat rows, [sum(c + 1)]
+    mel_targets: Tensor
+    cu_seqlens: Tensor  # [B + 1] int32
+    groups: list[Tensor]  # flat rows [g, longest] of samples of near-equal length, filled up on the right
+    ungroup: Tensor  # [total] into the groups' rows end to end
+
+    def to(self, device: torch.device) -> PackedBatch:
+        move = functools.partial(Tensor.to, device=device, non_blocking=True)
+        return self.map_tensors(move)
+
+    def pin_memory(self) -> PackedBatch:
+        return self.map_tensors(Tensor.pin_memory)
+
+    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
+        changed: dict[str, Any] = {"groups": [change(group) for group in self.groups]}
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, Tensor):
+                changed[item.name] = change(value)
+        return dataclasses.replace(self, **changed)
+
+
+def near_equal_groups(lengths: Sequence[int], ratio: float = 1.25) -> list[list[int]]:
+    """Sample numbers in groups whose longest is at most `ratio` times their shortest."""
+    groups: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        if groups and lengths[i] <= ratio * lengths[groups[-1][0]]:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
+def group_rows(lengths: Sequence[int]) -> tuple[list[Tensor], Tensor]:
+    """PackedBatch.groups and .ungroup. Rows that fill a group up are causally behind every real row: never seen."""
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    groups, ungroup, offset = [], np.zeros(int(starts[-1]), dtype=np.int64), 0
+    for members in near_equal_groups(lengths):
+        longest = max(lengths[i] for i in members)
+        grid = np.zeros((len(members), longest), dtype=np.int64)
+        for at, i in enumerate(members):
+            grid[at, : lengths[i]] = np.arange(starts[i], starts[i + 1])
+            ungroup[starts[i] : starts[i + 1]] = offset + at * longest + np.arange(lengths[i])
+        offset += grid.size
+        groups.append(torch.from_numpy(grid))
+    return groups, torch.from_numpy(ungroup)
+
+
+def collate_packed(samples: Sequence[Sample | BrokenRow], model: ModelConfig) -> PackedBatch:
+    """Lays samples end to end; broken rows are left out and named in bad_rows."""
+    good = [sample for sample in samples if isinstance(sample, Sample)]
+    broken = [sample for sample in samples if isinstance(sample, BrokenRow)]
+    speed_at = CONDITION_ROWS * len(good)
+    text_at = speed_at + 2
+    mel_at = text_at + sum(len(s.text_ids) + 2 for s in good)
+    names = ("text_inputs", "text_positions", "mel_inputs", "mel_positions", "pack_order", "text_scored",
+             "text_targets", "mel_scored", "mel_targets")
+    parts: dict[str, list[Any]] = {name: [np.zeros(0, dtype=np.int64)] for name in names}
+    flat = 0
+    for i, s in enumerate(good):
+        t, c = len(s.text_ids), len(s.codes)
+        text = np.concatenate([[model.start_text_token], s.text_ids, [model.stop_text_token]])
+        mel = np.concatenate([[model.start_mel_token], s.codes, [model.stop_mel_token]])
+        text_row = flat + LEADING_ROWS
+        mel_row = text_row + t + 2
+        parts["text_inputs"].append(text)
+        parts["text_positions"].append(np.arange(t + 2))
+        parts["mel_inputs"].append(mel)
+        parts["mel_positions"].append(np.arange(c + 2))
+        parts["pack_order"] += [CONDITION_ROWS * i + np.arange(CONDITION_ROWS), [speed_at + 1, speed_at],
+                                text_at + np.arange(t + 2), mel_at + np.arange(c + 2)]
+        parts["text_scored"].append(text_row + np.arange(t + 1))
+        parts["text_targets"].append(text[1:])
+        parts["mel_scored"].append(mel_row + np.arange(c + 1))
+        parts["mel_targets"].append(mel[1:])
+        text_at, mel_at, flat = text_at + t + 2, mel_at + c + 2, mel_row + c + 2
+    lengths = [LEADING_ROWS + len(s.text_ids) + 2 + len(s.codes) + 2 for s in good]
+    groups, ungroup = group_rows(lengths)
+    condition = np.array([s.condition for s in good], dtype=np.float32).reshape(-1, CONDITION_ROWS, model.model_dim)
+    emo_vec = np.array([s.emo_vec for s in good], dtype=np.float32).reshape(-1, model.model_dim)
+    return PackedBatch(
+        rows=[s.row for s in good], bad_rows={b.row: b.reason for b in broken if not b.fatal},
+        error=next((b.reason for b in broken if b.fatal), ""), lengths=lengths,
+        text_counts=[len(s.text_ids) + 1 for s in good], mel_counts=[len(s.codes) + 1 for s in good],
+        condition=torch.from_numpy(condition), emo_vec=torch.from_numpy(emo_vec),
+        cu_seqlens=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32), groups=groups, ungroup=ungroup,
+        **{name: torch.from_numpy(np.concatenate(arrays)) for name, arrays in parts.items()})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Sample order: pure functions of (seed, epoch, position)
+
+
+def epoch_sample_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
+    """The permutation of 0 .. num_samples - 1 that an epoch walks through; depends on nothing else."""
+    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(num_samples)
+
+
+def step_sample_indices(order: np.ndarray, sample_in_epoch: int, global_batch: int) -> np.ndarray:
+    """The samples of one step: the next global_batch of the epoch, or what is left of it."""
+    return order[sample_in_epoch : sample_in_epoch + global_batch]
+
+
+def split_micro_batches(indices: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    """A step's samples as micro-batches of at most batch_size."""
+    return [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
+
+
+def dropout_seed(seed: int, step: int, micro_step: int, rank: int = 0) -> int:
+    """Every micro-batch draws its dropout masks from a seed of its own, so any step can be recomputed alone."""
+    return int.from_bytes(hashlib.blake2b(f"{seed} {step} {micro_step} {rank}".encode(), digest_size=7).digest(), "big")
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands: `step` optimizer steps done, `sample_in_epoch` samples of `epoch` consumed."""
+
+    epoch: int = 0
+    sample_in_epoch: int = 0
+    step: int = 0
+
+    @property
+    def last_epoch(self) -> int:
+        """The epoch whose samples the last step consumed."""
+        return self.epoch - 1 if self.step and self.sample_in_epoch == 0 else self.epoch
+
+    def after_step(self, num_samples: int, global_batch: int) -> Position:
+        consumed = self.sample_in_epoch + global_batch
+        if consumed >= num_samples:
+            return Position(self.epoch + 1, 0, self.step + 1)
+        return Position(self.epoch, consumed, self.step + 1)
+
+
+def remaining_steps(position: Position, num_samples: int, global_batch: int, epochs: int) -> int:
+    """Steps until the end of the last epoch."""
+    if position.epoch >= epochs:
+        return 0
+    return (math.ceil((num_samples - position.sample_in_epoch) / global_batch)
+            + (epochs - position.epoch - 1) * math.ceil(num_samples / global_batch))
+
+
+def micro_batches_from(position: Position, num_samples: int, config: TrainConfig) -> Iterator[list[int]]:
+    """Sample indices of every micro-batch from a position to the end of the last epoch."""
+    while position.epoch < config.epochs:
+        order = epoch_sample_order(num_samples, config.seed, position.epoch)
+        epoch = position.epoch
+        while position.epoch == epoch:
+            indices = step_sample_indices(order, position.sample_in_epoch, config.global_batch)
+            for micro_batch in split_micro_batches(indices, config.batch_size):
+                yield micro_batch.tolist()
+            position = position.after_step(num_samples, config.global_batch)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Model: IndexTTS2's UnifiedVoice, the part that training uses; its tensor names are the checkpoint's
+
+
+class Conv1D(nn.Module):
+    """GPT-2's linear layer: weight [in, out], y = x W + b."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(inputs, outputs))
+        self.bias = nn.Parameter(torch.empty(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x, self.weight)
+
+
+def padded_attention(qkv: Tensor, batch: PackedBatch) -> Tensor:
+    """The portable path: causal SDPA over groups of samples. qkv [total, 3, H, h] -> [total, H * h]."""
+    _, _, heads, size = qkv.shape
+    dtype, outputs = qkv.dtype, []
+    if qkv.device.type == "cpu":  # its float32 kernels are twice as fast as the 16-bit ones
+        qkv = qkv.float()
+    for rows in batch.groups:
+        grouped = qkv.index_select(0, rows.flatten()).view(*rows.shape, 3, heads, size)
+        q, k, v = grouped.permute(2, 0, 3, 1, 4)
+        with torch.autocast(qkv.device.type, enabled=False):
+            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        outputs.append(attended.transpose(1, 2).reshape(-1, heads * size))
+    return torch.cat(outputs).index_select(0, batch.ungroup).to(dtype)
+
+
+def varlen_attention(qkv: Tensor, batch: PackedBatch) -> Tensor:
+    """The same on CUDA devices of sm_80 and up, 16-bit types, without filling up."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = qkv.unbind(1)
+    longest = max(batch.lengths)
+    out: Any = varlen_attn(q, k, v, batch.cu_seqlens, batch.cu_seqlens, longest, longest, window_size=(-1, 0))
+    return out.flatten(1)
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.heads = config.heads
+        self.c_attn = Conv1D(config.model_dim, 3 * config.model_dim)
+        self.c_proj = Conv1D(config.model_dim, config.model_dim)
+
+    def forward(self, x: Tensor, batch: PackedBatch, attention: Callable[[Tensor, PackedBatch], Tensor]) -> Tensor:
+        qkv = self.c_attn(x).view(len(x), 3, self.heads, -1)
+        return self.c_proj(attention(qkv, batch))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.c_fc = Conv1D(config.model_dim, 4 * config.model_dim)
+        self.c_proj = Conv1D(4 * config.model_dim, config.model_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Pre-norm GPT-2 block, dropout on both residual branches."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.model_dim)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.model_dim)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, batch: PackedBatch, attention: Callable[[Tensor, PackedBatch], Tensor],
+                dropout: float) -> Tensor:
+        x = x + F.dropout(self.attn(self.ln_1(x), batch, attention), dropout, self.training)
+        return x + F.dropout(self.mlp(self.ln_2(x)), dropout, self.training)
+
+
+class GPTStack(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.h = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.ln_f = nn.LayerNorm(config.model_dim)
+
+
+class PositionTable(nn.Module):
+    def __init__(self, length: int, dim: int):
+        super().__init__()
+        self.emb = nn.Embedding(length, dim)
+
+
+class UnifiedVoiceGPT(nn.Module):
+    """Text ids and a speaker condition in, logits for the next text token and the next code out.
+
+    The constructor leaves the weights at PyTorch's defaults; init_fresh_weights or a checkpoint fills them.
+    """
+
+    def __init__(self, config: ModelConfig, dropout: float = 0.0, grad_checkpointing: bool = False):
+        super().__init__()
+        dim = config.model_dim
+        self.config, self.dropout, self.grad_checkpointing = config, dropout, grad_checkpointing
+        self.attention: Callable[[Tensor, PackedBatch], Tensor] = padded_attention
+        self.text_embedding = nn.Embedding(config.number_text_tokens + 1, dim)
+        self.mel_embedding = nn.Embedding(config.number_mel_codes, dim)
+        self.gpt = GPTStack(config)
+        self.mel_pos_embedding = PositionTable(config.max_mel_tokens + 3, dim)
+        self.text_pos_embedding = PositionTable(config.max_text_tokens + 2, dim)
+        self.final_norm = nn.LayerNorm(dim)
+        self.text_head = nn.Linear(dim, config.number_text_tokens + 1)
+        self.mel_head = nn.Linear(dim, config.number_mel_codes)
+        self.speed_emb = nn.Embedding(2, dim)
+
+    def embed(self, batch: PackedBatch) -> Tensor:
+        """[total, D]: the sequence given to the transformer."""
+        condition = batch.condition + batch.emo_vec.unsqueeze(1)
+        text = self.text_embedding(batch.text_inputs) + self.text_pos_embedding.emb(batch.text_positions)
+        mel = self.mel_embedding(batch.mel_inputs) + self.mel_pos_embedding.emb(batch.mel_positions)
+        rows = torch.cat([condition.flatten(0, 1), self.speed_emb.weight, text, mel])
+        return rows.index_select(0, batch.pack_order)
+
+    def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """Returns logits at the scored positions: text [sum(t + 1), V + 1] and mel [sum(c + 1), M]."""
+        x = F.dropout(self.embed(batch), self.dropout, self.training)
+        for block in self.gpt.h:
+            run_block = functools.partial(recompute_in_backward, block, use_reentrant=False) if (
+                self.grad_checkpointing and self.training) else block
+            x = run_block(x, batch, self.attention, self.dropout)
+        scored = torch.cat([x.index_select(0, batch.text_scored), x.index_select(0, batch.mel_scored)])
+        scored = self.final_norm(self.gpt.ln_f(scored))
+        return self.text_head(scored[: len(batch.text_scored)]), self.mel_head(scored[len(batch.text_scored) :])
+
+
+def token_losses(model: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross entropies in nats of every scored text token and code, and whether the code was the likeliest one."""
+    text_logits, mel_logits = model(batch)
+    text = F.cross_entropy(text_logits.float(), batch.text_targets, reduction="none")
+    mel = F.cross_entropy(mel_logits.float(), batch.mel_targets, reduction="none")
+    return text, mel, mel_logits.detach().argmax(-1) == batch.mel_targets
+
+
+def summed_losses(model: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over the micro-batch of what token_losses returns; the caller divides by the whole step's token counts."""
+    text, mel, right = token_losses(model, batch)
+    return text.sum(), mel.sum(), right.sum()
+
+
+def init_fresh_weights(model: UnifiedVoiceGPT, seed: int, codes_per_text_token: float) -> None:
+    """IndexTTS2's initial distributions, except that the position tables start as sinusoids of time.
+
+    Text position i and code position i * codes_per_text_token get the same vector, so that attention finds the text
+    that is being spoken from the first step on; training from scratch needs far fewer steps (knowledge.md has figures).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    projection_std = 0.02 / math.sqrt(2 * model.config.layers)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name in ("text_head.weight", "text_head.bias", "mel_head.weight", "mel_head.bias"):
+                bound = 1 / math.sqrt(model.config.model_dim)
+                weight.uniform_(-bound, bound, generator=generator)
+            elif name.endswith("bias") or name == "speed_emb.weight":
+                weight.zero_()
+            elif re.search(r"(ln_1|ln_2|ln_f|final_norm)\.weight$", name):
+                weight.fill_(1)
+            else:
+                std = projection_std if name.endswith("c_proj.weight") else 0.02
+                weight.normal_(0, std, generator=generator)
+        for table, rate in ((model.text_pos_embedding, codes_per_text_token), (model.mel_pos_embedding, 1.0)):
+            times = torch.arange(table.emb.num_embeddings) * rate
+            table.emb.weight.copy_(sinusoids(times, model.config.model_dim))
+
+
+def sinusoids(times: Tensor, dim: int, rms: float = 0.02) -> Tensor:
+    """[len(times), dim] sines and cosines of wavelengths from 2 pi to 20,000 pi, as in Attention Is All You Need."""
+    frequencies = torch.exp(-math.log(10_000.0) * torch.arange(0, dim, 2) / dim)
+    angles = times.float().unsqueeze(1) * frequencies
+    return rms * math.sqrt(2) * torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)[:, :dim]
+
+
+# What the training loss never touches: carried from the base checkpoint unchanged.
+CARRIED_PREFIXES = ("conditioning_encoder.", "perceiver_encoder.", "emo_conditioning_encoder.",
+                    "emo_perceiver_encoder.", "emo_layer.", "emovec_layer.")
+# The order of names in IndexTTS2's files.
+NAME_ORDER = (*CARRIED_PREFIXES[:4], "text_embedding.", *CARRIED_PREFIXES[4:], "mel_embedding.", "gpt.",
+              "mel_pos_embedding.", "text_pos_embedding.", "final_norm.", "text_head.", "mel_head.", "speed_emb.")
+VOCAB_TENSORS = ("text_embedding.weight", "text_head.weight", "text_head.bias")
+# Left by the inference wrapper and by old versions of transformers; nothing is learned in them.
+DROPPED_NAMES = re.compile(r"^(gpt\.wte\.|gpt\.wpe\.|inference_model\.)|\.attn\.(masked_)?bias$")
+
+
+def in_name_order(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def rank(name: str) -> int:
+        return next((i for i, prefix in enumerate(NAME_ORDER) if name.startswith(prefix)), len(NAME_ORDER))
+
+    return {name: tensors[name] for name in sorted(tensors, key=rank)}
+
+
+def read_torch_file(path: Path) -> Any:
+    """Reads tensors and plain values, mapped into memory and never unpickling code. Raises: UserError.
+
+    numpy's arrays are let through: the fork keeps random-number states in its files.
+    """
+    rebuild = np.empty(0).__reduce__()[0]  # numpy's function that an unpickled array starts from
+    numpy_parts = [np.ndarray, np.dtype, np.dtypes.UInt32DType, rebuild,
+                   (rebuild, "numpy.core.multiarray._reconstruct")]
+    try:
+        if zipfile.is_zipfile(path):
+            check_pickle(path)
+        with torch.serialization.safe_globals(numpy_parts):  # type: ignore[arg-type]
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from error
+    except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, KeyError, ValueError) as error:
+        raise UserError(f"{path}: damaged or incomplete, not a readable PyTorch file ({first_line(error)})") from error
+
+
+def check_pickle(path: Path) -> None:
+    """Reads the file's pickle through its checksum, so that a damaged one is never parsed. Raises: BadZipFile."""
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            if name.endswith(".pkl"):
+                archive.read(name)
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).strip().splitlines()[0][:300]
+
+
+def load_base_checkpoint(model: UnifiedVoiceGPT, path: Path) -> tuple[dict[str, Tensor], int]:
+    """Fills the model from IndexTTS2's gpt.pth (or the fork's, or our own, checkpoints).
+
+    Returns: the tensors to carry along, and the base's number of text tokens.
+    With another vocabulary size the overlapping rows are copied and the rest stays fresh.
+    Raises: UserError that lists all missing tensors and wrong shapes.
+    """
+    content = read_torch_file(path)
+    tensors = content.get("model", content) if isinstance(content, dict) else None
+    if not isinstance(tensors, dict) or not tensors or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise UserError(f"--base-checkpoint {path}: holds no state dict. Use IndexTTS2's gpt.pth")
+    problems = []
+    with torch.no_grad():
+        for name, weight in model.state_dict().items():
+            source = tensors.get(name)
+            if source is None:
+                problems.append(f"{name} is missing")
+            elif name in VOCAB_TENSORS and source.shape[1:] == weight.shape[1:]:
+                overlap = min(len(source), len(weight))
+                weight[:overlap].copy_(source[:overlap])
+            elif source.shape != weight.shape:
+                problems.append(f"{name} is {list(source.shape)}, the config says {list(weight.shape)}")
+            else:
+                weight.copy_(source)
+    if problems:
+        raise UserError(f"--base-checkpoint {path} does not fit --config: {'; '.join(problems[:8])}"
+                        + (f"; and {len(problems) - 8} more" if len(problems) > 8 else ""))
+    own = model.state_dict()
+    carried = {name: t.clone() for name, t in tensors.items() if name not in own and not DROPPED_NAMES.search(name)}
+    return carried, len(tensors["text_embedding.weight"]) - 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. Schedule, precision, optimizer
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Linear warm-up to base_lr, then half a cosine to 0 at total_steps."""
+
+    base_lr: float
+    warmup_steps: int
+    total_steps: int
+
+
+def get_lr(step: int, schedule: Schedule) -> float:
+    """The learning rate of the optimizer step with this number (from 1)."""
+    if step <= schedule.warmup_steps:
+        return schedule.base_lr * step / schedule.warmup_steps
+    decay_steps = max(1, schedule.total_steps - schedule.warmup_steps)
+    progress = min(1.0, (step - schedule.warmup_steps) / decay_steps)
+    return schedule.base_lr * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def make_schedule(config: TrainConfig, position: Position, num_samples: int) -> Schedule:
+    """The length is --max-steps when given, else the last epoch's end."""
+    to_the_end = position.step + remaining_steps(position, num_samples, config.global_batch, config.epochs)
+    total = config.max_steps or to_the_end
+    warmup = min(1000, total // 10) if config.warmup_steps is None else config.warmup_steps
+    return Schedule(config.learning_rate, warmup, total)
+
+
+@dataclass
+class Precision:
+    """What autocast and the gradient scaler need to know."""
+
+    device: torch.device
+    dtype: torch.dtype | None = None  # None: float32
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    @property
+    def needs_scaler(self) -> bool:
+        return self.dtype == torch.float16
+
+
+def choose_precision(amp: str, device: torch.device) -> Precision:
+    if amp == "auto":
+        has_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+        amp = "bf16" if has_bf16 else "fp16"
+    return Precision(device, {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp])
+
+
+def use_glibc_heap() -> None:
+    """Keeps freed memory in the process: on a CPU most of a small model's step goes into page faults otherwise."""
+    if platform.libc_ver()[0] == "glibc":
+        m_trim_threshold, m_mmap_threshold = -1, -3
+        libc = ctypes.CDLL(None)
+        libc.mallopt(m_mmap_threshold, 2**31 - 1)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def setup_device() -> torch.device:
+    """Picks CUDA or the CPU and turns on TF32 and deterministic algorithms.
+
+    Raises: UserError when the driver shows a GPU that torch cannot use; nobody trains on the CPU by accident.
+    """
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    gpus = Path("/proc/driver/nvidia/gpus")
+    driver_shows_gpu = (gpus.is_dir() and any(gpus.iterdir())) or Path("/usr/lib/wsl/lib/nvidia-smi").exists()
+    if not torch.cuda.is_available():
+        if driver_shows_gpu and not hidden:
+            raise UserError(f"the driver shows an NVIDIA GPU but torch {torch.__version__} cannot use it (driver too "
+                            "old for its CUDA?). Update the driver, or set CUDA_VISIBLE_DEVICES=-1 to train on the CPU")
+        use_glibc_heap()
+        return torch.device("cpu")
+    device = torch.device("cuda")
+    try:
+        torch.ones(8, device=device).sum().item()
+    except RuntimeError as error:
+        raise UserError(f"torch {torch.__version__} cannot compute on {torch.cuda.get_device_name()}: "
+                        f"{first_line(error)}. Use a newer card, or set CUDA_VISIBLE_DEVICES=-1") from error
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    return device
+
+
+def choose_attention(model: UnifiedVoiceGPT, precision: Precision) -> str:
+    """Takes the varlen path where the hardware has it and it agrees with the portable one. Returns what was chosen."""
+    device, dtype = precision.device, precision.dtype
+    if device.type != "cuda" or dtype is None or torch.cuda.get_device_capability(device) < (8, 0):
+        return "padded causal SDPA"
+    config = model.config
+    sample = Sample(np.zeros(9, np.int64), np.zeros(40, np.int64), np.zeros((CONDITION_ROWS, config.model_dim)),
+                    np.zeros(config.model_dim))
+    short = dataclasses.replace(sample, codes=sample.codes[:5])
+    batch = collate_packed([sample, short], config).to(device)
+    generator = torch.Generator(device).manual_seed(0)
+    size = config.model_dim // config.heads
+    qkv = torch.randn(sum(batch.lengths), 3, config.heads, size, device=device, dtype=dtype, generator=generator)
+    results = []
+    try:
+        for attention in (padded_attention, varlen_attention):
+            leaf = qkv.clone().requires_grad_()
+            out = attention(leaf, batch)
+            out.float().square().sum().backward()
+            results.append((out.detach(), leaf.grad))
+        for portable, fast in zip(*results, strict=True):
+            torch.testing.assert_close(fast, portable, rtol=0.05, atol=0.05)
+    except (RuntimeError, AssertionError, ImportError, TypeError) as error:
+        return f"padded causal SDPA (varlen attention failed its check: {first_line(error)})"
+    model.attention = varlen_attention
+    return "varlen"
+
+
+def make_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW; no weight decay on biases, norms and embeddings."""
+    decayed: list[tuple[str, nn.Parameter]] = []
+    others: list[tuple[str, nn.Parameter]] = []
+    for name, parameter in model.named_parameters():
+        is_matrix = parameter.dim() >= 2 and "embedding" not in name and name != "speed_emb.weight"
+        (decayed if is_matrix else others).append((name, parameter))
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=0.0, fused=True)
+
+
+def step_flops(config: ModelConfig, batches: Sequence[PackedBatch]) -> float:
+    """Floating-point operations of forward and backward: 6 per weight and row, and causal attention."""
+    dim, flops = config.model_dim, 0.0
+    for batch in batches:
+        flops += 6 * 12 * config.layers * dim**2 * sum(batch.lengths)
+        flops += 6 * config.layers * dim * sum(length**2 for length in batch.lengths)
+        flops += 6 * dim * sum(batch.text_counts) * (config.number_text_tokens + 1)
+        flops += 6 * dim * sum(batch.mel_counts) * config.number_mel_codes
+    return flops
+
+
+def peak_flops(precision: Precision) -> float:
+    """The device's data-sheet peak; where it is unknown, the best rate of a large matrix product measured here."""
+    device = precision.device
+    if device.type == "cuda" and precision.dtype is not None:
+        name = torch.cuda.get_device_name(device)
+        known = next((flops for key, flops in PEAK_FLOPS.items() if re.search(rf"\b{key}\b", name)), None)
+        if known:
+            return known
+    size = 4096 if device.type == "cuda" else 768
+    matrix = torch.ones(size, size, device=device, dtype=precision.dtype or torch.float32)
+    best = math.inf
+    for _ in range(5):
+        start = time.perf_counter()
+        (matrix @ matrix)[0, 0].item()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. Checkpoints: one writer, one reader
+
+
+@dataclass
+class TrainState:
+    """What a run remembers besides weights and optimizer; all of it is in every checkpoint."""
+
+    position: Position = Position()
+    schedule: Schedule | None = None
+    best: dict[str, float] | None = None  # {"step", "loss"} of the best validation
+    last_val: dict[str, float] | None = None
+    validation_owed: bool = False
+    recent_checkpoints: list[str] = field(default_factory=list)
+    rotated_out: list[str] = field(default_factory=list)  # deletions that the newest save still has to do
+    run_dir: str = ""  # relative to the output directory
+    base_vocab: int = 0  # text tokens of the base checkpoint, for --freeze-base-vocab
+    tokens_seen: int = 0
+
+
+def digest_tree(value: Any, path: str = "") -> tuple[dict[str, str], Any]:
+    """Returns sha256 of every tensor by its path, and the rest in a canonical form that JSON can hold."""
+    if isinstance(value, Tensor):
+        flat = value.detach().cpu().contiguous().flatten()
+        digest = hashlib.sha256(f"{value.dtype} {list(value.shape)} ".encode())
+        digest.update(flat.view(torch.uint8).numpy().data)
+        return {path: digest.hexdigest()}, "tensor"
+    if isinstance(value, dict):
+        items = [(f"{type(key).__name__}:{key}", item) for key, item in value.items()]
+    elif isinstance(value, (list, tuple)):
+        items = [(f"{type(value).__name__}:{i}", item) for i, item in enumerate(value)]
+    else:
+        return {}, f"{type(value).__name__}:{value!r}"
+    digests, rest = {}, []
+    for key, item in items:
+        inner_digests, inner_rest = digest_tree(item, f"{path}/{key}")
+        digests.update(inner_digests)
+        rest.append([key, inner_rest])
+    return digests, rest
+
+
+def make_digests(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The digests that a checkpoint carries: of every tensor, and of everything else."""
+    tensors, rest = digest_tree({key: value for key, value in checkpoint.items() if key != "digests"})
+    return {"algorithm": "sha256", "tensors": tensors, "rest": hashlib.sha256(json.dumps(rest).encode()).hexdigest()}
+
+
+def digest_problem(checkpoint: dict[str, Any]) -> str | None:
+    """What differs from the digests inside, or None."""
+    stored, found = checkpoint["digests"], make_digests(checkpoint)
+    if stored == found:
+        return None
+    if not isinstance(stored, dict) or not isinstance(stored.get("tensors"), dict):
+        return "its digests are unreadable"
+    wrong = [path for path, digest in found["tensors"].items() if stored["tensors"].get(path) != digest]
+    names = ", ".join(path.replace("str:", "").replace("int:", "").strip("/") for path in wrong[:3])
+    return f"{len(wrong)} tensors differ from their digests ({names})" if wrong else "values differ from their digest"
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Reads and verifies one of our checkpoints; its tensors stay mapped from the file.
+
+    Raises: ResumeError. Required keys are checked before anything else.
+    """
+    if not path.exists():
+        raise ResumeError(f"Resume checkpoint not found: {path}")
+    try:
+        checkpoint = read_torch_file(path)
+    except UserError as error:
+        raise ResumeError(str(error)) from error
+    if not isinstance(checkpoint, dict):
+        raise ResumeError(f"{path}: holds no checkpoint")
+    missing = [key for key in REQUIRED_KEYS if key not in checkpoint]
+    if missing:
+        raise ResumeError(f"Checkpoint missing required keys: {missing} ({path})")
+    if "digests" not in checkpoint:
+        raise ResumeError(f"{path} was not written by this trainer (it has no digests; a checkpoint of the IndexTTS2 "
+                          f"fork?). Start from its weights instead: --base-checkpoint {path}, with a new --output-dir")
+    if checkpoint.get("format_version") != FORMAT_VERSION:
+        raise ResumeError(f"{path} has format {checkpoint.get('format_version')}, this trainer reads {FORMAT_VERSION}. "
+                          "Use the version of the trainer that wrote it")
+    problem = digest_problem(checkpoint)
+    if problem:
+        raise ResumeError(f"{path} is damaged: {problem}. Resume from another checkpoint")
+    return checkpoint
+
+
+def validate_checkpoint(checkpoint: dict[str, Any], shapes: dict[str, tuple[int, ...]], tokenizer_sha256: str,
+                        train_fingerprint: str, accept_changed_data: bool) -> list[str]:
+    """Everything in which a checkpoint does not fit this run, each with its remedy."""
+    problems = []
+    found = {name: tuple(t.shape) for name, t in checkpoint["model"].items()
+             if not name.startswith(CARRIED_PREFIXES) and name in shapes}
+    differing = [name for name in shapes if found.get(name) != shapes[name]]
+    if differing:
+        name = differing[0]
+        problems.append(f"model: {len(differing)} tensors have another shape, e.g. {name} {found.get(name)} in the "
+                        f"checkpoint, {shapes[name]} here. Resume with the --config and --tokenizer of the run")
+    if checkpoint["tokenizer"]["sha256"] != tokenizer_sha256:
+        problems.append(f"tokenizer differs (sha256 {checkpoint['tokenizer']['sha256'][:12]} in the checkpoint, "
+                        f"{tokenizer_sha256[:12]} here). Pass --tokenizer {checkpoint['tokenizer']['path']} as it was, "
+                        "or start a new run with --base-checkpoint")
+    if checkpoint["train_data"]["fingerprint"] != train_fingerprint and not accept_changed_data:
+        problems.append("training data changed (row ids, lengths or order). Pass the old --train-manifest, or "
+                        "--accept-changed-data: weights, optimizer and step stay, the epoch's order starts anew")
+    return problems
+
+
+def plan_rotation(recent: Sequence[str], name: str, keep: int) -> tuple[list[str], list[str]]:
+    """Returns (the run's checkpoints after saving `name`, those to delete); keep = 0 keeps all."""
+    names = [other for other in recent if other != name] + [name]
+    return (names[-keep:], names[:-keep]) if keep else (names, [])
+
+
+def checkpoint_step(name: str) -> int | None:
+    """'model_step12.pth' -> 12; None for every other name."""
+    match = re.fullmatch(r"model_step(\d+)\.pth", name)
+    return int(match.group(1)) if match else None
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """model_step files, newest first."""
+    files = [path for path in output_dir.glob("model_step*.pth") if checkpoint_step(path.name) is not None]
+    return sorted(files, key=lambda path: checkpoint_step(path.name) or 0, reverse=True)
+
+
+@dataclass
+class Found:
+    """A verified checkpoint, the path to show for it, and the candidates that were skipped, with reasons."""
+
+    path: Path
+    checkpoint: dict[str, Any]
+    skipped: list[str]
+
+
+def candidates(output_dir: Path) -> list[Path]:
+    """latest.pth and the model_step files, newest first; a file that is linked as both appears as latest.pth."""
+    files = list_checkpoints(output_dir)
+    latest = output_dir / "latest.pth"
+    if not latest.exists():
+        return files
+    twin = next((file for file in files if file.samefile(latest)), None)
+    if twin is not None:  # a save that was cut short before its link may have left newer files
+        return [latest if file == twin else file for file in files]
+    try:
+        content = read_torch_file(latest)
+        step = content["step"] if isinstance(content, dict) and isinstance(content.get("step"), int) else math.inf
+    except UserError:
+        step = math.inf  # first in line; reading it again will say what is wrong
+    older = [file for file in files if (checkpoint_step(file.name) or 0) <= step]
+    return [file for file in files if file not in older] + [latest] + older
+
+
+def find_resumable(output_dir: Path) -> Found | None:
+    """The newest valid checkpoint, or None where there is none at all.
+
+    Raises: ResumeError when there are files but none is valid.
+    """
+    skipped: list[str] = []
+    for path in candidates(output_dir):
+        try:
+            return Found(path, read_checkpoint(path), skipped)
+        except ResumeError as error:
+            skipped.append(str(error))
+    if skipped:
+        raise ResumeError(f"no valid checkpoint in {output_dir}: {'; '.join(skipped)}. Move these files away to start "
+                          "afresh" + (", or --resume best.pth" if (output_dir / "best.pth").exists() else ""))
+    return None
+
+
+def open_resume(resume: str, output_dir: Path, say: Callable[[str], None]) -> Found | None:
+    """Finds, announces and reads the checkpoint that --resume asks for. Raises: ResumeError."""
+    if not resume:
+        return None
+    if resume == "auto":
+        found = find_resumable(output_dir)
+        if found is None:
+            say(f"[Info] Auto-resume: no checkpoint in {output_dir}, starting from the beginning")
+            return None
+        for reason in found.skipped:
+            say(f"[Warn] Auto-resume: skipped {reason}")
+    else:
+        found = Found(Path(resume), read_explicit(Path(resume)), [])
+    say(f"[Info] Auto-resume: found checkpoint at {found.path}")
+    say(f"[Info] Loading checkpoint from {found.path}...")
+    return found
+
+
+def read_explicit(path: Path) -> dict[str, Any]:
+    """Reads the file that was typed. Raises: ResumeError that lists the valid ones beside it."""
+    try:
+        return read_checkpoint(path)
+    except ResumeError as error:
+        valid = []
+        for other in list_checkpoints(path.parent):
+            with contextlib.suppress(ResumeError):
+                read_checkpoint(other)
+                valid.append(str(other))
+        hint = f". Valid checkpoints there: {', '.join(valid)}" if valid else f". No valid checkpoint in {path.parent}"
+        raise ResumeError(f"{error}{hint}") from error
+
+
+def fsync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_checkpoint(path: Path, checkpoint: dict[str, Any]) -> int:
+    """Writes under a temporary name, reads back and verifies, then renames. Returns bytes.
+
+    Raises: OSError or RuntimeError (PyTorch's own for a full disk); the partial file is gone, older ones are intact.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as handle:
+            torch.save({**checkpoint, "digests": make_digests(checkpoint)}, handle)
+            handle.flush()
+            os.fsync(handle.fileno())
+            if hasattr(os, "posix_fadvise"):  # so that the disk is read, not the page cache
+                os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        try:
+            read_checkpoint(partial)
+        except ResumeError as error:
+            raise OSError(f"read back damaged: {error}") from error
+        size = partial.stat().st_size
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    fsync_directory(path.parent)
+    return size
+
+
+def link_checkpoint(target: Path, link: Path) -> None:
+    """Makes `link` another name of `target`; a copy where the file system has no hard links."""
+    partial = link.with_name(f".{link.name}.partial")
+    partial.unlink(missing_ok=True)
+    try:
+        os.link(target, partial)
+    except OSError:
+        shutil.copyfile(target, partial)
+    os.replace(partial, link)
+    partial.unlink(missing_ok=True)  # replacing one link by another to the same file leaves both names
+    fsync_directory(link.parent)
+
+
+def move_aside(output_dir: Path, names: Sequence[str], stamp: str) -> Path | None:
+    """Moves files into abandoned_TIMESTAMP/ of the output directory. Returns the folder, or None for no files."""
+    present = [name for name in names if (output_dir / name).exists()]
+    if not present:
+        return None
+    folder = output_dir / f"abandoned_{stamp}"
+    for name in present:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(output_dir / name, folder / name)
+    return folder
+
+
+@contextlib.contextmanager
+def lock_output_dir(output_dir: Path) -> Iterator[None]:
+    """One trainer per output directory. Raises: UserError that names the holder.
+
+    A POSIX record lock: children do not inherit it, so data workers of a killed run never hold it.
+    """
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        handle = (output_dir / ".lock").open("a+")
+    except OSError as error:
+        raise UserError(f"--output-dir {output_dir}: {error.strerror}. Choose a directory you can write to") from error
+    with handle:
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            handle.seek(0)
+            holder = handle.read().strip() or "another process"
+            raise UserError(f"--output-dir {output_dir} is in use by {holder}. Stop that run, or choose another "
+                            "directory") from error
+        handle.truncate(0)
+        handle.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        handle.flush()
+        for leftover in output_dir.glob(".*.pth.partial"):  # only a killed save leaves them
+            leftover.unlink()
+        yield
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7. Training
+
+
+class Stopped(Exception):
+    """A stop signal arrived; carries its number."""
+
+    def __init__(self, signum: int):
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+class StopSignal:
+    """SIGINT, SIGTERM and SIGHUP set a flag that check() turns into Stopped; a second SIGINT leaves at once."""
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        self.interrupts = 0
+
+    def install(self) -> None:
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(signum) != signal.SIG_IGN:  # nohup, a background job: stays ignored
+                signal.signal(signum, self.receive)
+
+    def receive(self, signum: int, frame: object = None) -> None:
+        self.interrupts += signum == signal.SIGINT
+        if self.interrupts == 2:
+            os._exit(128 + signal.SIGINT)
+        self.signum = self.signum or signum
+
+    def check(self) -> None:
+        if self.signum:
+            raise Stopped(self.signum)
+
+
+def ignore_stop_signals(worker: int) -> None:
+    """Data workers: Ctrl+C reaches the whole process group, and only the trainer decides what it means."""
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_IGN)
+
+
+class Console:
+    """Flushed lines, with a progress bar under them on a terminal. A lost output counts as SIGHUP."""
+
+    def __init__(self, stop: StopSignal, out: TextIO):
+        self.stop, self.out, self.bar = stop, out, ""
+
+    def write(self, text: str) -> None:
+        try:
+            self.out.write(text)
+            self.out.flush()
+        except OSError:  # the reader is gone: a closed pipe, a lost terminal
+            self.out = open(os.devnull, "w")
+            if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+                self.stop.receive(signal.SIGHUP)
+
+    def say(self, line: str) -> None:
+        blank = "\r" + " " * len(self.bar) + "\r" if self.bar else ""
+        self.write(f"{blank}{line}\n{self.bar}")
+
+    def progress(self, text: str) -> None:
+        if self.out.isatty():
+            columns = shutil.get_terminal_size().columns - 1
+            padding = " " * max(0, len(self.bar) - len(text))
+            self.bar = text[:columns]
+            self.write(f"\r{self.bar}{padding[: columns - len(self.bar)]}\r{self.bar}")
+
+    def end_progress(self) -> None:
+        if self.bar:
+            self.bar = ""
+            self.write("\n")
+
+
+class MetricsLog:
+    """metrics.jsonl (every value in full precision) and TensorBoard events of one run directory."""
+
+    def __init__(self, directory: Path, first_step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        directory.mkdir(parents=True, exist_ok=True)
+        self.file = (directory / "metrics.jsonl").open("a", encoding="utf-8")
+        self.tensorboard = SummaryWriter(str(directory), purge_step=first_step)
+
+    def write(self, kind: str, position: Position, values: dict[str, float]) -> None:
+        """kind is "train" or "val"; the line is on its way to the disk when this returns."""
+        line = {"kind": kind, "epoch": position.last_epoch, "step": position.step, **values}
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+        for name, value in values.items():
+            self.tensorboard.add_scalar(f"{kind}/{name}", value, position.step)
+
+    def flush(self) -> None:
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.tensorboard.flush()
+
+    def close(self) -> None:
+        self.flush()
+        self.file.close()
+        self.tensorboard.close()
+
+
+def cut_metrics(path: Path, last_step: int, validation_owed: bool) -> list[str]:
+    """Drops lines that a resumed run will write again, and a torn last line. Returns what was dropped."""
+    if not path.exists():
+        return []
+    kept: list[str] = []
+    dropped: list[str] = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            record = json.loads(line) if line.endswith("\n") else {"step": math.inf}
+        except json.JSONDecodeError:
+            record = {"step": math.inf}
+        again = record["step"] > last_step or (
+            validation_owed and record["step"] == last_step and record["kind"] == "val")
+        (dropped if again else kept).append(line)
+    if dropped:
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text("".join(kept), encoding="utf-8")
+        os.replace(partial, path)
+    return dropped
+
+
+@dataclass
+class Run:
+    """Everything the training loop works with."""
+
+    config: TrainConfig
+    output_dir: Path
+    precision: Precision
+    model: UnifiedVoiceGPT
+    optimizer: torch.optim.AdamW
+    scaler: torch.amp.GradScaler
+    carried: dict[str, Tensor]  # tensors of the base checkpoint that the loss does not use
+    gpt_section: dict[str, Any]
+    tokenizer: dict[str, Any]  # path, sha256, size
+    train_data: ManifestDataset
+    val_data: ManifestDataset
+    state: TrainState
+    console: Console
+    stop: StopSignal
+    workers: int
+    metrics: MetricsLog | None = None
+    frozen: dict[str, Tensor] = field(default_factory=dict)  # first rows of VOCAB_TENSORS, for --freeze-base-vocab
+    # [updates skipped for non-finite gradients, how many in a row now, the longest row]; on the device, read rarely
+    nonfinite: Tensor = field(default_factory=lambda: torch.zeros(3))
+    saved_step: int = 0
+    save_retry_step: int = 0  # after a failed save
+    profiler: Any = None
+
+    @property
+    def finished(self) -> bool:
+        position, config = self.state.position, self.config
+        return position.epoch >= config.epochs or bool(config.max_steps and position.step >= config.max_steps)
+
+    @property
+    def current_schedule(self) -> Schedule:
+        assert self.state.schedule is not None  # set before training starts
+        return self.state.schedule
+
+
+def make_loader(run: Run, data: ManifestDataset, batches: Iterator[list[int]]) -> Iterator[PackedBatch]:
+    cuda = run.precision.device.type == "cuda"
+    return iter(DataLoader(data, batch_sampler=batches, num_workers=run.workers, pin_memory=cuda,  # type: ignore
+                           collate_fn=functools.partial(collate_packed, model=data.model),
+                           worker_init_fn=ignore_stop_signals))
+
+
+def take_batch(run: Run, data: ManifestDataset, loader: Iterator[PackedBatch]) -> PackedBatch:
+    """The next batch on the device. Raises: Stopped; UserError for rows that contradict the manifest."""
+    run.stop.check()
+    batch = next(loader)
+    if batch.error:
+        raise UserError(batch.error)
+    for line in data.note_bad_rows(batch.bad_rows):
+        run.console.say(f"[Warn] {line}")
+    return batch.to(run.precision.device)
+
+
+@dataclass
+class StepStats:
+    """Token means over one optimizer step; tensors stay on the device until they are logged."""
+
+    text_loss: Tensor
+    mel_loss: Tensor
+    mel_top1: Tensor
+    grad_norm: Tensor
+    lr: float
+    tokens: int
+    flops: float
+
+
+def train_step(run: Run, batches: Sequence[PackedBatch]) -> StepStats:
+    """One optimizer step over its micro-batches; the loss is the token mean over all of them, however they are split.
+
+    Raises: Stopped between micro-batches, and torch.OutOfMemoryError; weights are then those of the step before.
+    """
+    config, step = run.config, run.state.position.step + 1
+    text_tokens = max(1, sum(sum(batch.text_counts) for batch in batches))
+    mel_tokens = max(1, sum(sum(batch.mel_counts) for batch in batches))
+    lr = get_lr(step, run.current_schedule)
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+    run.model.train()
+    run.optimizer.zero_grad(set_to_none=True)
+    totals = torch.zeros(3, dtype=torch.float64, device=run.precision.device)
+    for micro_step, batch in enumerate(batches):
+        run.stop.check()
+        if not batch.rows:
+            continue
+        torch.manual_seed(dropout_seed(config.seed, step, micro_step))
+        with run.precision.autocast():
+            text_sum, mel_sum, right = summed_losses(run.model, batch)
+            loss = config.text_loss_weight * text_sum / text_tokens + config.mel_loss_weight * mel_sum / mel_tokens
+        run.scaler.scale(loss).backward()
+        totals += torch.stack([text_sum.detach(), mel_sum.detach(), right]).double()
+    run.stop.check()
+    grad_norm = apply_gradients(run)
+    return StepStats(totals[0] / text_tokens, totals[1] / mel_tokens, totals[2] / mel_tokens, grad_norm, lr,
+                     sum(sum(batch.lengths) for batch in batches), step_flops(run.model.config, batches))
+
+
+def apply_gradients(run: Run) -> Tensor:
+    """Clips and updates; an update with non-finite gradients is skipped on the device. Returns the gradient norm."""
+    parameters = [p for p in run.model.parameters() if p.grad is not None]
+    if not parameters:  # every sample of the step had a damaged file
+        return torch.zeros(())
+    if run.scaler.is_enabled():
+        run.scaler.unscale_(run.optimizer)
+    for name, rows in run.frozen.items():
+        run.model.get_parameter(name).grad[: len(rows)] = 0  # type: ignore[index]
+    grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if run.config.grad_clip:
+        torch.nn.utils.clip_grads_with_norm_(parameters, run.config.grad_clip, grad_norm)
+    found_inf = (~torch.isfinite(grad_norm)).float()
+    counted = found_inf
+    if run.scaler.is_enabled():  # fp16 overflows while the scale comes down are how fp16 works
+        counted = found_inf * (run.scaler.scale(torch.ones_like(found_inf)) <= 1)
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+    else:
+        run.optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # fused AdamW looks at it
+        run.optimizer.step()
+    streak = (run.nonfinite[1] + 1) * counted
+    run.nonfinite = torch.stack([run.nonfinite[0] + found_inf, streak, torch.maximum(run.nonfinite[2], streak)])
+    with torch.no_grad():
+        for name, rows in run.frozen.items():
+            run.model.get_parameter(name)[: len(rows)] = rows
+    return grad_norm
+
+
+def check_finite(run: Run) -> None:
+    """Raises: UserError after too many non-finite gradients in a row. Waits for the device."""
+    if run.nonfinite[2].item() >= MAX_NONFINITE_STREAK:
+        raise UserError(f"the gradients were not finite in {MAX_NONFINITE_STREAK} steps in a row, near step "
+                        f"{run.state.position.step}. Resume from an older checkpoint with a smaller --learning-rate, "
+                        "or with --amp off")
+
+
+def evaluate(run: Run, max_batches: int, on_row: Callable[[dict[str, Any]], None] | None = None) -> dict[str, float]:
+    """Token means over the validation rows in their fixed order, without dropout.
+
+    on_row receives a dict for every row: id, mean and per-token losses, token counts. Raises: Stopped.
+    """
+    data, size = run.val_data, run.config.val_batch_size or run.config.batch_size
+    chunks = split_micro_batches(np.arange(len(data)), size)
+    chunks = chunks[:max_batches] if max_batches else chunks
+    loader = make_loader(run, data, (chunk.tolist() for chunk in chunks))
+    totals, counts = torch.zeros(3, dtype=torch.float64, device=run.precision.device), [0, 0]
+    run.model.eval()
+    for done in range(len(chunks)):
+        batch = take_batch(run, data, loader)
+        if not batch.rows:
+            continue
+        with torch.no_grad(), run.precision.autocast():
+            text, mel, right = token_losses(run.model, batch)
+        totals += torch.stack([text.double().sum(), mel.double().sum(), right.double().sum()])
+        counts = [counts[0] + len(text), counts[1] + len(mel)]
+        if on_row:
+            for record in eval_records(data, batch, text.tolist(), mel.tolist()):
+                on_row(record)
+        run.console.progress(f"validation {done + 1}/{len(chunks)}")
+    text_sum, mel_sum, right_sum = totals.tolist()
+    return {"text_loss": text_sum / max(1, counts[0]), "mel_loss": mel_sum / max(1, counts[1]),
+            "mel_top1": right_sum / max(1, counts[1])}
+
+
+def eval_records(data: ManifestDataset, batch: PackedBatch, text: list[float], mel: list[float]
+                 ) -> Iterator[dict[str, Any]]:
+    """The rows of eval.jsonl for one batch."""
+    text_at = mel_at = 0
+    for row, text_count, mel_count in zip(batch.rows, batch.text_counts, batch.mel_counts, strict=True):
+        text_losses, mel_losses = text[text_at : text_at + text_count], mel[mel_at : mel_at + mel_count]
+        text_at, mel_at = text_at + text_count, mel_at + mel_count
+        yield {"id": data.rows[row].id, "text_loss": sum(text_losses) / text_count,
+               "mel_loss": sum(mel_losses) / mel_count, "text_tokens": text_count, "mel_tokens": mel_count,
+               "text_token_losses": text_losses, "mel_token_losses": mel_losses}
+
+
+def say_validation(console: Console, position: Position, values: dict[str, float]) -> None:
+    console.say(f"[Val] epoch={position.last_epoch} step={position.step} text_loss={values['text_loss']:.6f} "
+                f"mel_loss={values['mel_loss']:.6f} mel_top1={values['mel_top1']:.4f}")
+
+
+def validate(run: Run) -> bool:
+    """Validates, logs, remembers the best. Returns whether this is the best so far. Raises: Stopped."""
+    position = run.state.position
+    run.state.validation_owed = True
+    values = evaluate(run, run.config.max_val_batches)
+    loss = run.config.text_loss_weight * values["text_loss"] + run.config.mel_loss_weight * values["mel_loss"]
+    say_validation(run.console, position, values)
+    if run.metrics:
+        run.metrics.write("val", position, {**values, "loss": loss})
+    run.state.validation_owed = False
+    run.state.last_val = {"step": position.step, "loss": loss, **values}
+    if run.state.best is None or loss < run.state.best["loss"]:
+        run.state.best = {"step": position.step, "loss": loss}
+        return True
+    return False
+
+
+def map_tree(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Applies `change` to every tensor in nested dicts, lists and tuples."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: map_tree(item, change) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map_tree(item, change) for item in value)
+    return value
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What must stay the same for a bit-for-bit continuation."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    return {"torch": str(torch.__version__), "device": f"{device.type} {name}", "threads": torch.get_num_threads(),
+            "world_size": 1}
+
+
+def make_checkpoint(run: Run) -> dict[str, Any]:
+    """A snapshot of the run at an optimizer-step boundary: plain values and CPU tensors."""
+    state, position = run.state, run.state.position
+    config = {k: v for k, v in dataclasses.asdict(run.config).items() if k not in PER_PROCESS}
+    return map_tree({
+        "format_version": FORMAT_VERSION,
+        "model": in_name_order({**run.carried, **run.model.state_dict()}),
+        "optimizer": run.optimizer.state_dict(),
+        "scheduler": {**dataclasses.asdict(run.current_schedule), "last_epoch": position.step,
+                      "_last_lr": [get_lr(position.step, run.current_schedule)]},
+        "scaler": run.scaler.state_dict() if run.scaler.is_enabled() else None,
+        "epoch": position.epoch, "step": position.step, "sample_in_epoch": position.sample_in_epoch,
+        "recent_checkpoints": state.recent_checkpoints, "rotated_out": state.rotated_out,
+        "manifests": {"train": run.train_data.manifests, "val": run.val_data.manifests},
+        "train_data": {"fingerprint": run.train_data.fingerprint(), "rows": len(run.train_data)},
+        "tokenizer": run.tokenizer, "model_config": run.gpt_section, "config": config,
+        "best": state.best, "last_val": state.last_val, "validation_owed": state.validation_owed,
+        "run_dir": state.run_dir, "base_vocab": state.base_vocab, "tokens_seen": state.tokens_seen,
+        "nonfinite": run.nonfinite, "environment": environment(run.precision.device),
+    }, lambda tensor: tensor.detach().cpu())
+
+
+def save_checkpoint(run: Run, is_best: bool) -> bool:
+    """Writes model_step{N}.pth, links latest.pth (and best.pth) to it, deletes what rotated out.
+
+    Returns False when the disk refused; older checkpoints are then untouched.
+    """
+    state, step = run.state, run.state.position.step
+    name = f"model_step{step}.pth"
+    before = state.recent_checkpoints, state.rotated_out
+    state.recent_checkpoints, state.rotated_out = plan_rotation(state.recent_checkpoints, name,
+                                                                run.config.keep_checkpoints)
+    if not write_or_say(run, run.output_dir / name):
+        state.recent_checkpoints, state.rotated_out = before
+        return False
+    link_checkpoint(run.output_dir / name, run.output_dir / "latest.pth")
+    if is_best:
+        link_checkpoint(run.output_dir / name, run.output_dir / "best.pth")
+    delete_rotated(run)
+    run.saved_step = step
+    return True
+
+
+def delete_rotated(run: Run) -> None:
+    for name in run.state.rotated_out:
+        if checkpoint_step(name) is not None:
+            (run.output_dir / name).unlink(missing_ok=True)
+
+
+def write_or_say(run: Run, path: Path) -> bool:
+    """Writes a checkpoint file. Returns False, having said why, when the disk refused."""
+    check_finite(run)
+    started = time.perf_counter()
+    if run.metrics:
+        run.metrics.flush()
+    try:
+        size = write_checkpoint(path, make_checkpoint(run))
+    except (OSError, RuntimeError) as error:
+        run.console.say(f"[Error] Could not save {path}: {first_line(error)}. Earlier checkpoints are intact; free "
+                        "some disk space, the save will be tried again")
+        return False
+    owed = ", validation still owed: the resumed run validates first" if run.state.validation_owed else ""
+    run.console.say(f"[Info] Saved {path} ({size / 1e6:.1f} MB in {time.perf_counter() - started:.1f} s{owed})")
+    return True
+
+
+def is_due(position: Position, interval: int) -> bool:
+    """Every `interval` steps; 0 means at the end of each epoch."""
+    return position.step % interval == 0 if interval else position.sample_in_epoch == 0
+
+
+class Meter:
+    """Tokens per second and MFU between two log lines, validation and saves left out."""
+
+    def __init__(self, peak: float):
+        self.peak = peak
+        self.first: tuple[float, int] | None = None  # (time, steps done), for the ETA
+        self.steps = 0
+        self.restart()
+
+    def restart(self) -> None:
+        self.started, self.tokens, self.flops = time.perf_counter(), 0, 0.0
+
+    def add(self, stats: StepStats) -> None:
+        self.tokens += stats.tokens
+        self.flops += stats.flops
+        self.steps += 1
+        self.first = self.first or (time.perf_counter(), self.steps)
+
+    def rates(self) -> dict[str, float]:
+        seconds = max(1e-9, time.perf_counter() - self.started)
+        return {"tokens_per_second": self.tokens / seconds, "mfu": self.flops / seconds / self.peak}
+
+    def show_progress(self, run: Run) -> None:
+        position, config = run.state.position, run.config
+        left = remaining_steps(position, len(run.train_data), config.global_batch, config.epochs)
+        left = min(left, config.max_steps - position.step) if config.max_steps else left
+        assert self.first is not None
+        done = self.steps - self.first[1]
+        elapsed = time.perf_counter() - self.first[0]
+        eta = str(datetime.timedelta(seconds=round(left * elapsed / done))) if done else "?"
+        total = position.step + left
+        filled = 30 * position.step // max(1, total)
+        run.console.progress(f"[{'#' * filled}{'.' * (30 - filled)}] step {position.step}/{total} ETA {eta}")
+
+
+def after_step(run: Run, stats: StepStats, meter: Meter) -> None:
+    """Log, validate, save, in this order. Raises: Stopped."""
+    state, config = run.state, run.config
+    position = state.position
+    meter.add(stats)
+    meter.show_progress(run)
+    if position.step % config.log_interval == 0:
+        log_step(run, stats, meter)
+    is_best = False
+    if is_due(position, config.val_interval) or run.finished:
+        is_best = validate(run)
+        meter.restart()
+    retry = run.save_retry_step and position.step >= run.save_retry_step
+    if (config.save_interval and position.step % config.save_interval == 0) or run.finished or retry:
+        if save_checkpoint(run, is_best):
+            run.save_retry_step = 0
+        else:
+            run.save_retry_step = position.step + max(1, config.save_interval // 10)
+        meter.restart()
+    elif is_best:
+        write_or_say(run, run.output_dir / "best.pth")
+        meter.restart()
+
+
+def log_step(run: Run, stats: StepStats, meter: Meter) -> None:
+    """Prints the [Train] line and writes metrics; the only place of the loop that waits for the device."""
+    position = run.state.position
+    text_loss, mel_loss, mel_top1 = stats.text_loss.item(), stats.mel_loss.item(), stats.mel_top1.item()
+    check_finite(run)
+    run.console.say(f"[Train] epoch={position.last_epoch} step={position.step} text_loss={text_loss:.6f} "
+                    f"mel_loss={mel_loss:.6f} mel_top1={mel_top1:.4f} lr={stats.lr:.3e}")
+    assert run.metrics is not None
+    run.metrics.write("train", position, {
+        "text_loss": text_loss, "mel_loss": mel_loss, "mel_top1": mel_top1, "lr": stats.lr,
+        "grad_norm": stats.grad_norm.item(), "skipped_updates": int(run.nonfinite[0].item()), **meter.rates()})
+    meter.restart()
+
+
+def split_after_out_of_memory(run: Run) -> None:
+    """Halves the micro-batch, keeps the global batch. Raises: UserError when it is one sample already."""
+    config = run.config
+    if config.batch_size == 1:
+        raise UserError("out of GPU memory with one sample in a micro-batch. Use --grad-checkpointing, --amp, or leave "
+                        "out the longest rows")
+    batch_size, grad_accumulation = split_global_batch(config.global_batch, config.batch_size // 2)
+    run.console.say(f"[Warn] Out of GPU memory: micro-batches of {batch_size} x {grad_accumulation} from now on, the "
+                    f"same global batch of {config.global_batch}")
+    run.config = dataclasses.replace(config, batch_size=batch_size, grad_accumulation=grad_accumulation)
+    run.optimizer.zero_grad(set_to_none=True)
+    if run.precision.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def train(run: Run) -> None:
+    """The loop. Raises: Stopped, after the last complete step was saved."""
+    state, data, meter = run.state, run.train_data, Meter(peak_flops(run.precision))
+    loader: Iterator[PackedBatch] | None = None
+    try:
+        if state.validation_owed:
+            run.console.say(f"[Info] Step {state.position.step} still owes its validation")
+            save_checkpoint(run, validate(run))
+        while not run.finished:
+            position, config = state.position, run.config
+            if loader is None:
+                loader = make_loader(run, data, micro_batches_from(position, len(data), config))
+            samples = min(config.global_batch, len(data) - position.sample_in_epoch)
+            micro_steps = math.ceil(samples / config.batch_size)
+            try:
+                stats = train_step(run, [take_batch(run, data, loader) for _ in range(micro_steps)])
+            except torch.OutOfMemoryError:
+                split_after_out_of_memory(run)
+                loader = None
+                continue
+            state.position = position.after_step(len(data), config.global_batch)
+            state.tokens_seen += stats.tokens
+            after_step(run, stats, meter)
+            if run.profiler:
+                run.profiler.step()
+    except Stopped as stopped:
+        run.console.end_progress()
+        run.console.say(f"[Info] {stopped}: stopping at step {state.position.step}")
+        if state.position.step > run.saved_step and not save_checkpoint(run, is_best=False):
+            raise unsaved_error(run) from stopped
+        raise
+    if run.saved_step < state.position.step:
+        raise unsaved_error(run)
+
+
+def unsaved_error(run: Run) -> UserError:
+    return UserError(f"the last checkpoint could not be saved to {run.output_dir}; the run would go on from step "
+                     f"{run.saved_step}. Free some disk space and resume")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 8. Main
+
+
+def resolve_output_dir(typed: dict[str, Any]) -> Path:
+    resume = typed.get("resume", "")
+    if "output_dir" in typed or resume in ("", "auto"):
+        return Path(typed.get("output_dir", TrainConfig().output_dir))
+    return Path(resume).parent
+
+
+def find_model_yaml(config: TrainConfig, checkpoint: dict[str, Any] | None) -> Path | None:
+    """--config, else config.yaml beside the first manifest, else checkpoints/config.yaml; None: the checkpoint's.
+
+    Raises: UserError when there is none.
+    """
+    if config.config:
+        return Path(config.config)
+    if checkpoint is not None:
+        return None
+    manifests = config.train_manifest
+    if config.eval_only and config.val_manifest:
+        manifests = manifests or config.val_manifest
+    beside = Path(split_language(manifests[0])[0]).parent / "config.yaml"
+    for path in (beside, Path("checkpoints/config.yaml")):
+        if path.is_file():
+            return path
+    raise UserError(f"no model config: neither {beside} nor checkpoints/config.yaml exists. Pass --config")
+
+
+def resolve_config(typed: dict[str, Any], checkpoint: dict[str, Any] | None, device: torch.device) -> TrainConfig:
+    """Typed settings first, then the checkpoint's, then the defaults and what the hardware suggests.
+
+    Raises: UserError that lists every contradiction.
+    """
+    known = {item.name for item in dataclasses.fields(TrainConfig)}
+    saved = {k: v for k, v in checkpoint["config"].items() if k in known} if checkpoint else {}
+    zero_means_chosen = ("batch_size", "grad_accumulation", "learning_rate")
+    asked = {k: v for k, v in typed.items() if v or k not in zero_means_chosen}
+    config = TrainConfig(**{**saved, **asked, "config": typed.get("config", "")})
+    problems = config_problems(config, typed)
+    if problems:
+        raise UserError("; ".join(problems))
+    is_cuda = device.type == "cuda"
+    memory = torch.cuda.get_device_properties(device).total_memory / 2**30 if is_cuda else 0.0
+    hardware_batch_size, workers = auto_hardware(device.type, memory, len(os.sched_getaffinity(0)) if hasattr(
+        os, "sched_getaffinity") else os.cpu_count() or 1)
+    same_device = bool(checkpoint) and checkpoint["environment"]["device"] == environment(device)["device"]  # type: ignore
+    config.batch_size, config.grad_accumulation = choose_batch_split(
+        asked.get("batch_size", 0), asked.get("grad_accumulation", 0), hardware_batch_size,
+        (saved["batch_size"], saved["grad_accumulation"]) if checkpoint else None, same_device)
+    config.num_workers = config.num_workers or workers
+    if not (config.eval_only and "val_manifest" in typed):
+        config.train_manifest = config.train_manifest or ["processed_data/train_pairs.jsonl"]
+    config.val_manifest = config.val_manifest or ["processed_data/val_pairs.jsonl"]
+    config.tokenizer = config.tokenizer or "tokenizers/amharic_extended_bpe.model"
+    found_yaml = find_model_yaml(config, checkpoint)
+    config.config = str(found_yaml) if found_yaml else ""
+    released = Path("checkpoints/gpt.pth")
+    is_released = "config" not in typed and found_yaml == released.with_name("config.yaml")
+    if not checkpoint and is_released and released.is_file():
+        config.base_checkpoint = config.base_checkpoint or str(released)
+    config.learning_rate = config.learning_rate or (2e-5 if config.base_checkpoint else 1e-3)
+    return config
+
+
+def say_changes(config: TrainConfig, checkpoint: dict[str, Any], device: torch.device,
+                say: Callable[[str], None]) -> None:
+    """Names every setting, and everything of the machine, that differs from the checkpoint's."""
+    for name, old in checkpoint["config"].items():
+        new = getattr(config, name, old)
+        if new != old and name not in ("config", "base_checkpoint"):
+            say(f"[Info] {name}: {old} -> {new}")
+    old_batch = checkpoint["config"]["batch_size"] * checkpoint["config"]["grad_accumulation"]
+    if old_batch != config.global_batch:
+        say(f"[Warn] The global batch changes from {old_batch} to {config.global_batch}: losses will differ from the "
+            "run so far. The position is in samples, none is repeated or left out")
+    for name, new in environment(device).items():
+        old = checkpoint["environment"].get(name)
+        if old != new:
+            say(f"[Warn] {name}: {old} -> {new}. Continuing bit for bit is promised only for the same one")
+
+
+def read_tokenizer(path: str) -> dict[str, Any]:
+    """Returns path, sha256 and size of a SentencePiece model. Raises: UserError."""
+    import sentencepiece
+
+    try:
+        content = Path(path).read_bytes()
+        size = sentencepiece.SentencePieceProcessor(model_proto=content).vocab_size()
+    except OSError as error:
+        raise UserError(f"--tokenizer {path}: {error.strerror}. tools.train_tokenizer makes one") from error
+    except RuntimeError as error:
+        raise UserError(f"--tokenizer {path}: not a SentencePiece model. tools.train_tokenizer makes one") from error
+    return {"path": path, "sha256": hashlib.sha256(content).hexdigest(), "size": size}
+
+
+def check_tokenizer(manifests: Sequence[str], tokenizer: dict[str, Any]) -> None:
+    """Compares with dataset.tokenizer_sha256 of the config.yaml beside each manifest. Raises: UserError."""
+    for manifest in manifests:
+        beside = Path(split_language(manifest)[0]).parent / "config.yaml"
+        dataset = read_model_yaml(beside).get("dataset") if beside.is_file() else None
+        recorded = dataset.get("tokenizer_sha256") if isinstance(dataset, dict) else None
+        if recorded and recorded != tokenizer["sha256"]:
+            raise UserError(f"--tokenizer {tokenizer['path']} (sha256 {tokenizer['sha256'][:12]}) does not match "
+                            f"{manifest}, made with {recorded[:12]} ({beside}). Pass that one, or preprocess again")
+
+
+def load_gpt_section(config: TrainConfig, checkpoint: dict[str, Any] | None, vocab_size: int
+                     ) -> tuple[dict[str, Any], ModelConfig]:
+    """The `gpt:` section with the tokenizer's size in it, as a dict and checked. Raises: UserError."""
+    if config.config:
+        section, source = read_model_yaml(Path(config.config)).get("gpt"), f"--config {config.config}"
+    else:
+        assert checkpoint is not None
+        section, source = checkpoint["model_config"], "the checkpoint's config"
+    model_config = model_config_from(section, source, vocab_size)
+    return {**(section or {}), "number_text_tokens": vocab_size}, model_config
+
+
+def build_model(config: TrainConfig, model_config: ModelConfig, train_data: ManifestDataset | None, fresh: bool
+                ) -> tuple[UnifiedVoiceGPT, dict[str, Tensor], int]:
+    """The model on the CPU, tensors carried along, and the base's vocabulary; from a checkpoint they come later."""
+    model = UnifiedVoiceGPT(model_config, config.dropout, config.grad_checkpointing)
+    if not fresh:
+        return model, {}, 0
+    ratio = 1.0
+    if train_data is not None:
+        ratio = sum(row.code_len for row in train_data.rows) / sum(row.text_len for row in train_data.rows)
+    init_fresh_weights(model, config.seed, ratio)
+    if not config.base_checkpoint:
+        return model, {}, 0
+    return model, *load_base_checkpoint(model, Path(config.base_checkpoint))
+
+
+def say_model(config: TrainConfig, model: UnifiedVoiceGPT, attention: str, checkpoint: Found | None,
+              say: Callable[[str], None]) -> None:
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    shape = model.config
+    say(f"[Info] Model: {shape.layers} layers x {shape.model_dim}, {size:.1f} M parameters, attention: {attention}")
+    if checkpoint is None:
+        say(f"[Info] Base checkpoint: {config.base_checkpoint or 'none, training from scratch'}")
+    say(f"[Info] Batch size {config.batch_size} x accumulation {config.grad_accumulation} = global batch "
+        f"{config.global_batch}; {config.num_workers} data workers; peak learning rate {config.learning_rate:g}")
+
+
+def restore(run: Run, found: Found) -> None:
+    """Applies a verified checkpoint, cloned out of the mapped file, so that a deleted file frees its disk.
+
+    Raises: ResumeError with every problem at once.
+    """
+    checkpoint, config, say, device = found.checkpoint, run.config, run.console.say, run.precision.device
+    shapes = {name: tuple(t.shape) for name, t in run.model.state_dict().items()}
+    problems = validate_checkpoint(checkpoint, shapes, run.tokenizer["sha256"], run.train_data.fingerprint(),
+                                   config.accept_changed_data)
+    if problems:
+        raise ResumeError(f"{found.path} does not fit this run: {'; '.join(problems)}")
+    restore_model(run.model, run.carried, checkpoint, say)
+    say("[Info] Restoring optimizer state...")
+    run.optimizer.load_state_dict(map_tree(checkpoint["optimizer"], Tensor.clone))
+    for group in run.optimizer.param_groups:
+        if group["weight_decay"]:
+            group["weight_decay"] = config.weight_decay
+    state = run.state
+    state.position = position_of(checkpoint)
+    if checkpoint["train_data"]["fingerprint"] != run.train_data.fingerprint():
+        say(f"[Warn] Training data changed: epoch {state.position.epoch} starts anew with {len(run.train_data)} rows")
+        state.position = dataclasses.replace(state.position, sample_in_epoch=0)
+    for name in ("best", "last_val", "validation_owed", "run_dir", "base_vocab", "tokens_seen"):
+        setattr(state, name, checkpoint[name])
+    own = [name for name in checkpoint["recent_checkpoints"] if (run.output_dir / name).exists()]
+    state.recent_checkpoints, state.rotated_out = own, list(checkpoint["rotated_out"])
+    run.nonfinite = checkpoint["nonfinite"].clone().to(device)
+    restore_schedule(run, checkpoint, say)
+    say("[Info] Restoring gradient scaler state...")
+    if run.scaler.is_enabled() and checkpoint.get("scaler"):
+        run.scaler.load_state_dict(checkpoint["scaler"])
+    elif run.scaler.is_enabled():
+        say("[Warn] AMP enabled but no scaler state: continuing with a fresh one")
+    run.saved_step = state.position.step
+    say(f"[Info] ✅ Successfully resumed from {found.path}")
+    say(f"[Info]    Epoch: {state.position.epoch}, Step: {state.position.step}")
+    say(f"[Info]    Recent checkpoints: {len(state.recent_checkpoints)}")
+
+
+def position_of(checkpoint: dict[str, Any]) -> Position:
+    return Position(checkpoint["epoch"], checkpoint["sample_in_epoch"], checkpoint["step"])
+
+
+def restore_model(model: UnifiedVoiceGPT, carried: dict[str, Tensor], checkpoint: dict[str, Any],
+                  say: Callable[[str], None]) -> None:
+    say("[Info] Restoring model state...")
+    own = model.state_dict()
+    with torch.no_grad():
+        for name, tensor in checkpoint["model"].items():
+            if name in own:
+                own[name].copy_(tensor)
+            else:
+                carried[name] = tensor.clone()
+
+
+def restore_schedule(run: Run, checkpoint: dict[str, Any], say: Callable[[str], None]) -> None:
+    """Goes on with the same schedule; a changed one is recomputed, and what that does to the learning rate is said."""
+    say("[Info] Restoring scheduler state...")
+    wanted = make_schedule(run.config, run.state.position, len(run.train_data))
+    saved = checkpoint.get("scheduler")
+    step = run.state.position.step
+    if not saved:
+        say("[Warn] No scheduler state in the checkpoint: continuing with a fresh one")
+    else:
+        old = Schedule(saved["base_lr"], saved["warmup_steps"], saved["total_steps"])
+        if old != wanted:
+            say(f"[Info] lr at step {step}: {get_lr(step, old):.6e} -> {get_lr(step, wanted):.6e}")
+    run.state.schedule = wanted
+
+
+def refuse_other_checkpoints(output_dir: Path, found: Found | None, resume: str) -> None:
+    """Raises: UserError where a run would mix its files with those of another."""
+    present = [*list_checkpoints(output_dir), *(output_dir / n for n in ("latest.pth", "best.pth")
+                                                if (output_dir / n).exists())]
+    if not present:
+        return
+    if not resume:
+        raise UserError(f"{output_dir} already holds checkpoints ({present[0].name}). Add --resume auto to go on with "
+                        "that run, or choose another --output-dir")
+    if found is None:
+        raise ResumeError(f"no model_step*.pth or latest.pth in {output_dir}, only {present[0].name}. Go on from it "
+                          f"with --resume {present[0]}, or move it away to start afresh")
+    if found.path.resolve().parent != output_dir.resolve():
+        raise UserError(f"{output_dir} already holds checkpoints of another run ({present[0].name}). Choose another "
+                        f"--output-dir, or leave it out to go on in {found.path.parent}")
+
+
+def go_back(run: Run, resumed: Path) -> None:
+    """Moves what lies after an explicitly chosen older checkpoint into abandoned_TIMESTAMP/, and relinks latest.pth."""
+    step, output_dir = run.state.position.step, run.output_dir
+    later = [path.name for path in list_checkpoints(output_dir) if (checkpoint_step(path.name) or 0) > step]
+    for name in ("latest.pth", "best.pth"):
+        path = output_dir / name
+        if path.exists() and not path.samefile(resumed) and read_torch_file(path)["step"] > step:
+            later.append(name)
+    stamp = time.strftime("%Y%m%d_%H%M%S")
+    folder = move_aside(output_dir, later, stamp)
+    dropped = cut_metrics(output_dir / run.state.run_dir / "metrics.jsonl", step, run.state.validation_owed)
+    if folder is None:
+        return
+    if dropped:
+        (folder / "metrics.jsonl").write_text("".join(dropped), encoding="utf-8")
+    link_checkpoint(resumed, output_dir / "latest.pth")
+    run.console.say(f"[Info] Going back to step {step}: later checkpoints and log lines are now in {folder}")
+
+
+def open_run_dir(run: Run, found: Found | None, resume: str) -> None:
+    """Continues the run directory of a resumed run without doubled lines, or makes a new one."""
+    output_dir, state = run.output_dir, run.state
+    stamp = time.strftime("%Y%m%d_%H%M%S")
+    if found is None:
+        aside = move_aside(output_dir, ["logs"], stamp)
+        if aside:
+            run.console.say(f"[Info] Logs of a run that left no checkpoint are now in {aside}")
+        state.run_dir = f"logs/run_{stamp}"
+    elif found.path.resolve().parent != output_dir.resolve():
+        state.run_dir = f"logs/run_{stamp}"  # a branch of a run in another directory
+        state.recent_checkpoints, state.rotated_out = [], []
+    else:
+        if resume != "auto":
+            go_back(run, found.path)
+        delete_rotated(run)  # in case the process was killed between a save and its deletions
+        cut_metrics(output_dir / state.run_dir / "metrics.jsonl", state.position.step, state.validation_owed)
+    run.metrics = MetricsLog(output_dir / state.run_dir, state.position.step + 1)
+    run.console.say(f"[Info] Logs: {output_dir / state.run_dir}")
+
+
+def say_disk(run: Run) -> None:
+    """Compares the free disk with what the kept checkpoints will need: weights and Adam's two moments, each 4 bytes."""
+    trained = sum(p.numel() for p in run.model.parameters()) * 12
+    carried = sum(t.numel() * t.element_size() for t in run.carried.values())
+    files = (run.config.keep_checkpoints or 1) + 2  # and best.pth, and the one being written
+    free, needed = shutil.disk_usage(run.output_dir).free, files * (trained + carried)
+    level, hint = ("[Info]", "") if free > needed else ("[Warn]", "; free some, or lower --keep-checkpoints")
+    run.console.say(f"{level} Disk: {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB for {files} checkpoints{hint}")
+
+
+def write_eval(run: Run) -> None:
+    """--eval-only: the [Val] line, and eval.jsonl with a line per row."""
+    path = run.output_dir / "eval.jsonl"
+    partial = path.with_name(".eval.jsonl.partial")
+    with partial.open("w", encoding="utf-8") as handle:
+        values = evaluate(run, run.config.max_val_batches,
+                          lambda record: print(json.dumps(record, ensure_ascii=False), file=handle))
+    os.replace(partial, path)
+    say_validation(run.console, run.state.position, values)
+    run.console.say(f"[Info] Losses of every row: {path}")
+
+
+def make_profiler(run: Run) -> Any:
+    trace = run.output_dir / run.state.run_dir / "trace.json"
+    return torch.profiler.profile(schedule=torch.profiler.schedule(wait=3, warmup=0, active=3, repeat=1),
+                                  on_trace_ready=lambda profile: profile.export_chrome_trace(str(trace)))
+
+
+def prepare(typed: dict[str, Any], found: Found | None, output_dir: Path, stop: StopSignal, console: Console) -> Run:
+    """Settings, data and model of a run; a checkpoint is applied. Raises: UserError, Stopped."""
+    checkpoint = found.checkpoint if found else None
+    device = setup_device()
+    config = resolve_config(typed, checkpoint, device)
+    if checkpoint and not config.eval_only:
+        say_changes(config, checkpoint, device, console.say)
+    console.say(f"[Info] Config: {config.config or (found.path if found else '')}")
+    tokenizer = read_tokenizer(config.tokenizer)
+    gpt_section, model_config = load_gpt_section(config, checkpoint, tokenizer["size"])
+    check_tokenizer([*config.train_manifest, *config.val_manifest], tokenizer)
+    val_data = ManifestDataset(config.val_manifest, model_config, stop.check)
+    train_data = val_data if config.eval_only else ManifestDataset(config.train_manifest, model_config, stop.check)
+    for data in (train_data, val_data):
+        for manifest in data.manifests:
+            console.say(f"[Info] {manifest['path']}: {manifest['rows']} rows")
+    model, carried, base_vocab = build_model(config, model_config, train_data, fresh=checkpoint is None)
+    precision = choose_precision(config.amp, device)
+    model.to(device)
+    attention = choose_attention(model, precision)
+    say_model(config, model, attention, found, console.say)
+    stop.check()
+    run = Run(config, output_dir, precision, model, make_optimizer(model, config.weight_decay),
+              torch.amp.GradScaler(device.type, enabled=precision.needs_scaler), carried, gpt_section, tokenizer,
+              train_data, val_data, TrainState(base_vocab=base_vocab), console, stop, config.num_workers,
+              nonfinite=torch.zeros(3, device=device))
+    for data in (train_data, val_data):
+        for line in data.note_bad_rows(data.bad_rows.copy()):
+            console.say(f"[Warn] {line}")
+    if found and config.eval_only:
+        restore_weights_only(run, found)
+    elif found:
+        restore(run, found)
+    else:
+        run.state.schedule = make_schedule(config, run.state.position, len(train_data))
+    if config.compile:
+        model.compile(dynamic=True)
+    return run
+
+
+def restore_weights_only(run: Run, found: Found) -> None:
+    """--eval-only needs a checkpoint's weights and tokenizer to fit, not its training data."""
+    shapes = {name: tuple(t.shape) for name, t in run.model.state_dict().items()}
+    problems = validate_checkpoint(found.checkpoint, shapes, run.tokenizer["sha256"], "", accept_changed_data=True)
+    if problems:
+        raise ResumeError(f"{found.path} does not fit: {'; '.join(problems)}")
+    restore_model(run.model, run.carried, found.checkpoint, run.console.say)
+    run.state.position = position_of(found.checkpoint)
+
+
+def run_evaluation(typed: dict[str, Any], output_dir: Path, stop: StopSignal, console: Console) -> None:
+    """--eval-only. Raises: UserError, Stopped."""
+    if not typed.get("resume") and not typed.get("base_checkpoint"):
+        raise UserError("--eval-only needs weights: --resume auto, --resume PATH or --base-checkpoint PATH")
+    found = open_resume(typed.get("resume", ""), output_dir, console.say)
+    if found is None and not typed.get("base_checkpoint"):
+        raise ResumeError(f"no checkpoint in {output_dir} to evaluate. Check --output-dir")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    write_eval(prepare({"max_val_batches": 0, **typed}, found, output_dir, stop, console))
+
+
+def run_training(typed: dict[str, Any], output_dir: Path, stop: StopSignal, console: Console, ending: Ending) -> None:
+    """From the command line to a finished run. Raises: UserError, Stopped."""
+    resume = typed.get("resume", "")
+    found = open_resume(resume, output_dir, console.say)
+    refuse_other_checkpoints(output_dir, found, resume)
+    run = prepare(typed, found, output_dir, stop, console)
+    ending.run = run
+    if run.finished and not run.state.validation_owed:
+        console.say(f"[Info] Training is complete: epoch {run.state.position.epoch}, step {run.state.position.step}. "
+                    "Raise --max-steps or --epochs to go on")
+        return
+    if run.config.freeze_base_vocab:
+        rows = run.state.base_vocab
+        run.frozen = {name: run.model.get_parameter(name).detach()[:rows].clone() for name in VOCAB_TENSORS}
+    say_disk(run)
+    open_run_dir(run, found, resume)
+    with make_profiler(run) if run.config.profile else contextlib.nullcontext() as run.profiler:
+        try:
+            train(run)
+        finally:
+            run.console.end_progress()
+            if run.metrics:
+                run.metrics.close()
+    best = run.state.best
+    console.say(f"[Info] Training complete: epoch {run.state.position.epoch}, step {run.state.position.step}"
+                + (f", best validation loss {best['loss']:.6f} at step {best['step']}" if best else ""))
+
+
+@dataclass
+class Ending:
+    """How this process ended, for OUTPUT_DIR/last_exit.json; its absence means that the process was killed."""
+
+    output_dir: Path
+    run: Run | None = None
+
+    def clear(self) -> None:
+        (self.output_dir / "last_exit.json").unlink(missing_ok=True)
+
+    def write(self, reason: str, status: int) -> None:
+        partial = self.output_dir / ".last_exit.json.partial"
+        step = self.run.state.position.step if self.run else None
+        with contextlib.suppress(OSError):  # a full disk must not hide why the run ended
+            partial.write_text(json.dumps({"reason": reason, "status": status, "step": step}) + "\n")
+            os.replace(partial, self.output_dir / "last_exit.json")
+
+
+def train_and_record(typed: dict[str, Any], output_dir: Path, stop: StopSignal, console: Console) -> None:
+    """Holds the output directory's lock and records how the process ended. Raises: UserError, Stopped."""
+    with lock_output_dir(output_dir):
+        ending = Ending(output_dir)
+        ending.clear()
+        try:
+            run_training(typed, output_dir, stop, console, ending)
+            ending.write("finished", 0)
+        except Stopped as stopped:
+            ending.write("stopped", 128 + stopped.signum)
+            raise
+        except UserError:
+            ending.write("user_error", 1)
+            raise
+        except BaseException:
+            ending.write("crash", 1)
+            raise
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0, 1 for a mistake that was explained, 128 + signal number when stopped."""
+    stop = StopSignal()
+    stop.install()
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    console = Console(stop, sys.stdout)
+    try:
+        typed = parse_args(argv)
+        output_dir, resume = resolve_output_dir(typed), typed.get("resume", "")
+        if resume not in ("", "auto") and not Path(resume).exists():
+            read_explicit(Path(resume))  # says what is there instead, before a directory is made
+        if typed.get("eval_only"):
+            run_evaluation(typed, output_dir, stop, console)
+        else:
+            train_and_record(typed, output_dir, stop, console)
+        return 0
+    except Stopped as stopped:
+        return 128 + stopped.signum
+    except ResumeError as error:
+        console.say(f"[Error] Failed to load checkpoint: {error}")
+        print(f"RuntimeError: Resume failed: {error}", file=sys.stderr)
+        return 1
+    except UserError as error:
+        print(f"[Error] {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
