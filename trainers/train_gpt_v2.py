@@ -363,8 +363,6 @@ def parse_row(record: Any, place: str, folder: Path) -> Row:
         value, lowest = record[key], 1 if key.endswith("_len") else 0
         if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
             raise UserError(f"{place}: {key} is {value!r}, not a whole number of at least {lowest}")
-    if record.get("prompt_condition_len", CONDITION_ROWS) != CONDITION_ROWS:
-        raise UserError(f"{place}: prompt_condition_len is {record['prompt_condition_len']}, not {CONDITION_ROWS}")
     located: list[Any] = []
     for name in paths:
         # Interned: a shard's name stands in every row.
@@ -905,8 +903,6 @@ CARRIED_PREFIXES = ("conditioning_encoder.", "perceiver_encoder.", "emo_conditio
 NAME_ORDER = (*CARRIED_PREFIXES[:4], "text_embedding.", *CARRIED_PREFIXES[4:], "mel_embedding.", "gpt.",
               "mel_pos_embedding.", "text_pos_embedding.", "final_norm.", "text_head.", "mel_head.", "speed_emb.")
 VOCAB_TENSORS = ("text_embedding.weight", "text_head.weight", "text_head.bias")
-# Left by the inference wrapper and by old versions of transformers; nothing is learned in them.
-DROPPED_NAMES = re.compile(r"^(gpt\.wte\.|gpt\.wpe\.|inference_model\.)|\.attn\.(masked_)?bias$")
 
 
 def in_name_order(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -919,15 +915,15 @@ def in_name_order(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def read_torch_file(path: Path) -> Any:
     """Reads tensors and plain values, mapped into memory and never unpickling code. Raises: UserError.
 
-    numpy's arrays are let through: the fork keeps random-number states in its files.
+    numpy's arrays and torch's version are let through: the fork keeps them in its files.
     """
     rebuild = np.empty(0).__reduce__()[0]  # numpy's function that an unpickled array starts from
-    numpy_parts = [np.ndarray, np.dtype, np.dtypes.UInt32DType, rebuild,
-                   (rebuild, "numpy.core.multiarray._reconstruct")]
+    plain_parts = [np.ndarray, np.dtype, np.dtypes.UInt32DType, rebuild,
+                   (rebuild, "numpy.core.multiarray._reconstruct"), torch.torch_version.TorchVersion]
     try:
         if zipfile.is_zipfile(path):
             check_pickle(path)
-        with torch.serialization.safe_globals(numpy_parts):  # type: ignore[arg-type]
+        with torch.serialization.safe_globals(plain_parts):  # type: ignore[arg-type]
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from error
@@ -944,13 +940,15 @@ def check_pickle(path: Path) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0][:300]
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)) or type(error).__name__
+    return text.strip().splitlines()[0][:300]
 
 
 def load_base_checkpoint(model: UnifiedVoiceGPT, path: Path) -> tuple[dict[str, Tensor], int]:
     """Fills the model from IndexTTS2's gpt.pth (or the fork's, or our own, checkpoints).
 
-    Returns: the tensors to carry along, and the base's number of text tokens.
+    Returns: the tensors to carry along, and the base's number of text tokens. Whatever else is in the file (the
+    inference wrapper's gpt.wte and inference_model, old transformers' masks) is dropped.
     With another vocabulary size the overlapping rows are copied and the rest stays fresh.
     Raises: UserError that lists all missing tensors and wrong shapes.
     """
@@ -974,8 +972,9 @@ def load_base_checkpoint(model: UnifiedVoiceGPT, path: Path) -> tuple[dict[str, 
     if problems:
         raise UserError(f"--base-checkpoint {path} does not fit --config: {'; '.join(problems[:8])}"
                         + (f"; and {len(problems) - 8} more" if len(problems) > 8 else ""))
-    own = model.state_dict()
-    carried = {name: t.clone() for name, t in tensors.items() if name not in own and not DROPPED_NAMES.search(name)}
+    carried = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()
+               if name.startswith(CARRIED_PREFIXES)}
+    carried = {name: tensor.clone() for name, tensor in carried.items()}
     return carried, len(tensors["text_embedding.weight"]) - 1
 
 
@@ -2098,13 +2097,16 @@ def build_model(config: TrainConfig, model_config: ModelConfig, train_data: Mani
     return model, *load_base_checkpoint(model, Path(config.base_checkpoint))
 
 
-def say_model(config: TrainConfig, model: UnifiedVoiceGPT, attention: str, checkpoint: Found | None,
-              say: Callable[[str], None]) -> None:
+def say_model(config: TrainConfig, model: UnifiedVoiceGPT, carried: dict[str, Tensor], attention: str,
+              checkpoint: Found | None, say: Callable[[str], None]) -> None:
     size = sum(p.numel() for p in model.parameters()) / 1e6
     shape = model.config
     say(f"[Info] Model: {shape.layers} layers x {shape.model_dim}, {size:.1f} M parameters, attention: {attention}")
     if checkpoint is None:
         say(f"[Info] Base checkpoint: {config.base_checkpoint or 'none, training from scratch'}")
+        if config.base_checkpoint and not carried:
+            say("[Warn] The base checkpoint has no conditioning modules: the tools here can use what this run saves, "
+                "IndexTTS2 cannot")
     say(f"[Info] Batch size {config.batch_size} x accumulation {config.grad_accumulation} = global batch "
         f"{config.global_batch}; {config.num_workers} data workers; peak learning rate {config.learning_rate:g}")
 
@@ -2284,7 +2286,7 @@ def prepare(typed: dict[str, Any], found: Found | None, output_dir: Path, stop: 
     precision = choose_precision(config.amp, device)
     model.to(device)
     attention = choose_attention(model, precision)
-    say_model(config, model, attention, found, console.say)
+    say_model(config, model, carried, attention, found, console.say)
     stop.check()
     run = Run(config, output_dir, precision, model, make_optimizer(model, config.weight_decay),
               torch.amp.GradScaler(device.type, enabled=precision.needs_scaler), carried, gpt_section, tokenizer,

@@ -1,0 +1,31 @@
+# Everything runs in a virtual environment that the first target makes; nothing else is installed by hand.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+.PHONY: demo test style bench soak demo-data
+
+$(VENV)/.installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+demo: $(VENV)/.installed  ## train, kill, resume, listen; writes demo_output/
+	$(RUN) -m tools.demo
+
+test: $(VENV)/.installed  ## all tests but the long soak
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadfile tests
+
+style: $(VENV)/.installed  ## lint and types
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy trainers tools
+
+bench: $(VENV)/.installed  ## measure what README claims
+	for program in benchmarks/*.py; do $(RUN) $$program || exit 1; done
+
+soak: $(VENV)/.installed  ## every combination of stops and settings; hours
+	SOAK=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 tests/test_resume_exactly.py
+
+demo-data: $(VENV)/.installed  ## rebuild processed_data/ and tokenizers/; needs espeak-ng
+	$(RUN) -m tools.demo_data
