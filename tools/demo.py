@@ -78,7 +78,7 @@ def train_with_a_kill(output: Path, precision: Sequence[str], steps: int) -> tup
 
     The killed process had gone beyond its newest checkpoint, so the resumed one computes some steps again.
     """
-    save_at, kill_at = steps // 2, steps // 2 + 20
+    save_at, kill_at = steps // 2, steps // 2 + 40
     command = trainer_command("--output-dir", output, *MODEL_FLAGS, *precision, "--max-steps", steps, "--log-interval",
                               10, "--val-interval", 100, "--save-interval", save_at, "--resume", "auto")
     info(" ".join(["python", *command[1:]]))
@@ -200,7 +200,7 @@ def where_to_look_next(output: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__, FIRST_COMMAND)
-    parser.add_argument("--steps", type=int, default=700, help="training steps (700)")
+    parser.add_argument("--steps", type=int, default=600, help="training steps (600)")
     parser.add_argument("--output-dir", type=Path, default=Path("demo_output"))
     args = parser.parse_args(argv)
     os.chdir(ROOT)

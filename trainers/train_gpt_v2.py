@@ -47,6 +47,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
+# Read when torch loads OpenMP: threads that wait by spinning make a step ten times slower on a CPU in shared use.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -164,7 +167,7 @@ def parse_args(argv: Sequence[str] | None = None) -> dict[str, Any]:
     return vars(parser.parse_args(argv))
 
 
-def config_problems(config: TrainConfig, typed: dict[str, Any]) -> list[str]:
+def config_problems(config: TrainConfig) -> list[str]:
     """Everything that is wrong with the settings themselves, before any file is opened."""
     problems = []
     at_least = {"batch_size": 0, "grad_accumulation": 0, "epochs": 1, "weight_decay": 0, "max_steps": 0,
@@ -181,8 +184,6 @@ def config_problems(config: TrainConfig, typed: dict[str, Any]) -> list[str]:
         problems.append("--text-loss-weight and --mel-loss-weight are both 0: nothing would be learned")
     if config.accept_changed_data and not config.resume:
         problems.append("--accept-changed-data goes with --resume")
-    if typed.get("freeze_base_vocab") and not (typed.get("base_checkpoint") or config.resume):
-        problems.append("--freeze-base-vocab goes with --base-checkpoint: it is that file's tokens that stay frozen")
     return problems
 
 
@@ -411,7 +412,8 @@ class ManifestDataset(Dataset):
             self.manifests.append({"path": path, "language": language, "rows": len(rows)})
         self.check_lengths()
         self.check_shards()
-        self.bad_rows: dict[int, str] = {}
+        self.bad_rows: dict[int, str] = {}  # skipped so far, and why
+        self.bad_rows_at_start: dict[int, str] = {}
         with_own_files = [i for i, row in enumerate(self.rows) if row.codes_start is None or row.text_start is None]
         for i in with_own_files[:CHECKED_ROWS]:
             check_stop()
@@ -419,11 +421,12 @@ class ManifestDataset(Dataset):
             if isinstance(broken, BrokenRow):
                 if broken.fatal:
                     raise UserError(broken.reason)
-                self.bad_rows[i] = broken.reason
+                self.bad_rows_at_start[i] = broken.reason
 
     def __len__(self) -> int:
         return len(self.rows)
 
+    @functools.cached_property
     def fingerprint(self) -> str:
         """sha256 of row ids, lengths and order; never of paths, so that a data set may move."""
         digest = hashlib.sha256()
@@ -868,7 +871,7 @@ def init_fresh_weights(model: UnifiedVoiceGPT, seed: int, codes_per_text_token: 
     """IndexTTS2's initial distributions, except that the position tables start as sinusoids of time.
 
     Text position i and code position i * codes_per_text_token get the same vector, so that attention finds the text
-    that is being spoken from the first step on; training from scratch needs far fewer steps (knowledge.md has figures).
+    that is being spoken sooner (knowledge.md has figures).
     """
     generator = torch.Generator().manual_seed(seed)
     projection_std = 0.02 / math.sqrt(2 * model.config.layers)
@@ -1487,9 +1490,8 @@ class Console:
     def progress(self, text: str) -> None:
         if self.out.isatty():
             columns = shutil.get_terminal_size().columns - 1
-            padding = " " * max(0, len(self.bar) - len(text))
-            self.bar = text[:columns]
-            self.write(f"\r{self.bar}{padding[: columns - len(self.bar)]}\r{self.bar}")
+            longest, self.bar = len(self.bar), text[:columns]
+            self.write(f"\r{self.bar.ljust(min(longest, columns))}")
 
     def end_progress(self) -> None:
         if self.bar:
@@ -1498,32 +1500,55 @@ class Console:
 
 
 class MetricsLog:
-    """metrics.jsonl (every value in full precision) and TensorBoard events of one run directory."""
+    """metrics.jsonl (every value in full precision) and TensorBoard events of one run directory.
+
+    While the disk is full lines wait in memory, and TensorBoard's events are left out.
+    """
 
     def __init__(self, directory: Path, first_step: int):
+        directory.mkdir(parents=True, exist_ok=True)
+        self.directory = directory
+        self.file = (directory / "metrics.jsonl").open("ab", buffering=0)
+        self.unwritten = b""
+        self.tensorboard: Any = None
+        self.open_tensorboard(first_step)
+
+    def open_tensorboard(self, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        directory.mkdir(parents=True, exist_ok=True)
-        self.file = (directory / "metrics.jsonl").open("a", encoding="utf-8")
-        self.tensorboard = SummaryWriter(str(directory), purge_step=first_step)
+        self.tensorboard = SummaryWriter(str(self.directory), purge_step=first_step)
 
     def write(self, kind: str, position: Position, values: dict[str, float]) -> None:
         """kind is "train" or "val"; the line is on its way to the disk when this returns."""
         line = {"kind": kind, "epoch": position.last_epoch, "step": position.step, **values}
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
-        for name, value in values.items():
-            self.tensorboard.add_scalar(f"{kind}/{name}", value, position.step)
+        self.unwritten += json.dumps(line).encode() + b"\n"
+        with contextlib.suppress(OSError):  # a full disk; flush() will try again, and report it
+            self.write_lines()
+        try:
+            if self.tensorboard is None:
+                self.open_tensorboard(position.step)
+            for name, value in values.items():
+                self.tensorboard.add_scalar(f"{kind}/{name}", value, position.step)
+        except OSError:
+            self.tensorboard = None
+
+    def write_lines(self) -> None:
+        while self.unwritten:
+            self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
 
     def flush(self) -> None:
-        self.file.flush()
+        """Everything so far is on the disk when this returns. Raises: OSError."""
+        self.write_lines()
         os.fsync(self.file.fileno())
-        self.tensorboard.flush()
+        if self.tensorboard is not None:
+            self.tensorboard.flush()
 
     def close(self) -> None:
-        self.flush()
+        with contextlib.suppress(OSError):  # the last save was refused too, and said so
+            self.flush()
         self.file.close()
-        self.tensorboard.close()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
 
 
 def cut_metrics(path: Path, last_step: int, validation_owed: bool) -> list[str]:
@@ -1777,7 +1802,7 @@ def make_checkpoint(run: Run) -> dict[str, Any]:
         "epoch": position.epoch, "step": position.step, "sample_in_epoch": position.sample_in_epoch,
         "recent_checkpoints": state.recent_checkpoints, "rotated_out": state.rotated_out,
         "manifests": {"train": run.train_data.manifests, "val": run.val_data.manifests},
-        "train_data": {"fingerprint": run.train_data.fingerprint(), "rows": len(run.train_data)},
+        "train_data": {"fingerprint": run.train_data.fingerprint, "rows": len(run.train_data)},
         "tokenizer": run.tokenizer, "model_config": run.gpt_section, "config": config,
         "best": state.best, "last_val": state.last_val, "validation_owed": state.validation_owed,
         "run_dir": state.run_dir, "base_vocab": state.base_vocab, "tokens_seen": state.tokens_seen,
@@ -1816,9 +1841,9 @@ def write_or_say(run: Run, path: Path) -> bool:
     """Writes a checkpoint file. Returns False, having said why, when the disk refused."""
     check_finite(run)
     started = time.perf_counter()
-    if run.metrics:
-        run.metrics.flush()
     try:
+        if run.metrics:
+            run.metrics.flush()
         size = write_checkpoint(path, make_checkpoint(run))
     except (OSError, RuntimeError) as error:
         run.console.say(f"[Error] Could not save {path}: {first_line(error)}. Earlier checkpoints are intact; free "
@@ -1992,9 +2017,11 @@ def find_model_yaml(config: TrainConfig, checkpoint: dict[str, Any] | None) -> P
     raise UserError(f"no model config: neither {beside} nor checkpoints/config.yaml exists. Pass --config")
 
 
-def resolve_config(typed: dict[str, Any], checkpoint: dict[str, Any] | None, device: torch.device) -> TrainConfig:
+def resolve_config(typed: dict[str, Any], checkpoint: dict[str, Any] | None, device: torch.device
+                   ) -> tuple[TrainConfig, int]:
     """Typed settings first, then the checkpoint's, then the defaults and what the hardware suggests.
 
+    Returns: the settings, and the number of data workers.
     Raises: UserError that lists every contradiction.
     """
     known = {item.name for item in dataclasses.fields(TrainConfig)}
@@ -2002,7 +2029,7 @@ def resolve_config(typed: dict[str, Any], checkpoint: dict[str, Any] | None, dev
     zero_means_chosen = ("batch_size", "grad_accumulation", "learning_rate")
     asked = {k: v for k, v in typed.items() if v or k not in zero_means_chosen}
     config = TrainConfig(**{**saved, **asked, "config": typed.get("config", "")})
-    problems = config_problems(config, typed)
+    problems = config_problems(config)
     if problems:
         raise UserError("; ".join(problems))
     is_cuda = device.type == "cuda"
@@ -2013,7 +2040,6 @@ def resolve_config(typed: dict[str, Any], checkpoint: dict[str, Any] | None, dev
     config.batch_size, config.grad_accumulation = choose_batch_split(
         asked.get("batch_size", 0), asked.get("grad_accumulation", 0), hardware_batch_size,
         (saved["batch_size"], saved["grad_accumulation"]) if checkpoint else None, same_device)
-    config.num_workers = config.num_workers or workers
     if not (config.eval_only and "val_manifest" in typed):
         config.train_manifest = config.train_manifest or ["processed_data/train_pairs.jsonl"]
     config.val_manifest = config.val_manifest or ["processed_data/val_pairs.jsonl"]
@@ -2025,7 +2051,7 @@ def resolve_config(typed: dict[str, Any], checkpoint: dict[str, Any] | None, dev
     if not checkpoint and is_released and released.is_file():
         config.base_checkpoint = config.base_checkpoint or str(released)
     config.learning_rate = config.learning_rate or (2e-5 if config.base_checkpoint else 1e-3)
-    return config
+    return config, config.num_workers or workers
 
 
 def say_changes(config: TrainConfig, checkpoint: dict[str, Any], device: torch.device,
@@ -2107,8 +2133,11 @@ def say_model(config: TrainConfig, model: UnifiedVoiceGPT, carried: dict[str, Te
         if config.base_checkpoint and not carried:
             say("[Warn] The base checkpoint has no conditioning modules: the tools here can use what this run saves, "
                 "IndexTTS2 cannot")
+
+
+def say_batches(config: TrainConfig, workers: int, say: Callable[[str], None]) -> None:
     say(f"[Info] Batch size {config.batch_size} x accumulation {config.grad_accumulation} = global batch "
-        f"{config.global_batch}; {config.num_workers} data workers; peak learning rate {config.learning_rate:g}")
+        f"{config.global_batch}; {workers} data workers; peak learning rate {config.learning_rate:g}")
 
 
 def restore(run: Run, found: Found) -> None:
@@ -2118,7 +2147,7 @@ def restore(run: Run, found: Found) -> None:
     """
     checkpoint, config, say, device = found.checkpoint, run.config, run.console.say, run.precision.device
     shapes = {name: tuple(t.shape) for name, t in run.model.state_dict().items()}
-    problems = validate_checkpoint(checkpoint, shapes, run.tokenizer["sha256"], run.train_data.fingerprint(),
+    problems = validate_checkpoint(checkpoint, shapes, run.tokenizer["sha256"], run.train_data.fingerprint,
                                    config.accept_changed_data)
     if problems:
         raise ResumeError(f"{found.path} does not fit this run: {'; '.join(problems)}")
@@ -2130,7 +2159,7 @@ def restore(run: Run, found: Found) -> None:
             group["weight_decay"] = config.weight_decay
     state = run.state
     state.position = position_of(checkpoint)
-    if checkpoint["train_data"]["fingerprint"] != run.train_data.fingerprint():
+    if checkpoint["train_data"]["fingerprint"] != run.train_data.fingerprint:
         say(f"[Warn] Training data changed: epoch {state.position.epoch} starts anew with {len(run.train_data)} rows")
         state.position = dataclasses.replace(state.position, sample_in_epoch=0)
     for name in ("best", "last_val", "validation_owed", "run_dir", "base_vocab", "tokens_seen"):
@@ -2252,10 +2281,13 @@ def write_eval(run: Run) -> None:
     """--eval-only: the [Val] line, and eval.jsonl with a line per row."""
     path = run.output_dir / "eval.jsonl"
     partial = path.with_name(".eval.jsonl.partial")
-    with partial.open("w", encoding="utf-8") as handle:
-        values = evaluate(run, run.config.max_val_batches,
-                          lambda record: print(json.dumps(record, ensure_ascii=False), file=handle))
-    os.replace(partial, path)
+    try:
+        with partial.open("w", encoding="utf-8") as handle:
+            values = evaluate(run, run.config.max_val_batches,
+                              lambda record: print(json.dumps(record, ensure_ascii=False), file=handle))
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
     say_validation(run.console, run.state.position, values)
     run.console.say(f"[Info] Losses of every row: {path}")
 
@@ -2270,7 +2302,7 @@ def prepare(typed: dict[str, Any], found: Found | None, output_dir: Path, stop: 
     """Settings, data and model of a run; a checkpoint is applied. Raises: UserError, Stopped."""
     checkpoint = found.checkpoint if found else None
     device = setup_device()
-    config = resolve_config(typed, checkpoint, device)
+    config, workers = resolve_config(typed, checkpoint, device)
     if checkpoint and not config.eval_only:
         say_changes(config, checkpoint, device, console.say)
     console.say(f"[Info] Config: {config.config or (found.path if found else '')}")
@@ -2279,7 +2311,8 @@ def prepare(typed: dict[str, Any], found: Found | None, output_dir: Path, stop: 
     check_tokenizer([*config.train_manifest, *config.val_manifest], tokenizer)
     val_data = ManifestDataset(config.val_manifest, model_config, stop.check)
     train_data = val_data if config.eval_only else ManifestDataset(config.train_manifest, model_config, stop.check)
-    for data in (train_data, val_data):
+    datasets = [val_data] if config.eval_only else [train_data, val_data]
+    for data in datasets:
         for manifest in data.manifests:
             console.say(f"[Info] {manifest['path']}: {manifest['rows']} rows")
     model, carried, base_vocab = build_model(config, model_config, train_data, fresh=checkpoint is None)
@@ -2287,13 +2320,14 @@ def prepare(typed: dict[str, Any], found: Found | None, output_dir: Path, stop: 
     model.to(device)
     attention = choose_attention(model, precision)
     say_model(config, model, carried, attention, found, console.say)
+    say_batches(config, workers, console.say)
     stop.check()
     run = Run(config, output_dir, precision, model, make_optimizer(model, config.weight_decay),
               torch.amp.GradScaler(device.type, enabled=precision.needs_scaler), carried, gpt_section, tokenizer,
-              train_data, val_data, TrainState(base_vocab=base_vocab), console, stop, config.num_workers,
+              train_data, val_data, TrainState(base_vocab=base_vocab), console, stop, workers,
               nonfinite=torch.zeros(3, device=device))
-    for data in (train_data, val_data):
-        for line in data.note_bad_rows(data.bad_rows.copy()):
+    for data in datasets:
+        for line in data.note_bad_rows(data.bad_rows_at_start):
             console.say(f"[Warn] {line}")
     if found and config.eval_only:
         restore_weights_only(run, found)
@@ -2340,6 +2374,8 @@ def run_training(typed: dict[str, Any], output_dir: Path, stop: StopSignal, cons
         return
     if run.config.freeze_base_vocab:
         rows = run.state.base_vocab
+        if not rows:
+            raise UserError("--freeze-base-vocab goes with --base-checkpoint: that file's tokens stay frozen")
         run.frozen = {name: run.model.get_parameter(name).detach()[:rows].clone() for name in VOCAB_TENSORS}
     say_disk(run)
     open_run_dir(run, found, resume)

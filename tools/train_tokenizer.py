@@ -1,0 +1,75 @@
+"""Trains a SentencePiece tokenizer on transcripts.
+
+`--model-type char` (the demo) makes one piece of every Ethiopic letter; bpe or unigram make --vocab-size pieces.
+Ids 0, 1, 2 are <s>, </s>, <unk>, as in the released IndexTTS2 tokenizer, where 0 and 1 start and stop the text. All
+letters of the Amharic alphabet and the punctuation get a piece even if no transcript has them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+
+import sentencepiece
+
+from tools._common import ToolError, atomic_path, info, make_parser, read_jsonl, run_program
+from tools.amharic_text import PUNCTUATION, normalise
+
+FIRST_COMMAND = "python -m tools.train_tokenizer --texts build/texts.jsonl --output build/tokenizer.model"
+
+
+def amharic_letters() -> str:
+    """The assigned letters of the basic Ethiopic block, ሀ to ፚ."""
+    return "".join(chr(c) for c in range(0x1200, 0x135B) if unicodedata.category(chr(c)) == "Lo")
+
+
+def train_tokenizer(texts: Sequence[str], model_type: str, vocab_size: int) -> bytes:
+    """The bytes of a SentencePiece model. `texts` are normalised; `vocab_size` is ignored for characters."""
+    buffer = io.BytesIO()
+    size = {"use_all_vocab": True} if model_type == "char" else {"vocab_size": vocab_size}
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts), model_writer=buffer, model_type=model_type, character_coverage=1.0,
+            required_chars=amharic_letters() + PUNCTUATION, bos_id=0, eos_id=1, unk_id=2, pad_id=-1, num_threads=1,
+            minloglevel=2, **size,
+        )
+    except RuntimeError as error:
+        raise ToolError(f"SentencePiece cannot train a {model_type} model of {vocab_size} pieces: "
+                        f"{str(error).splitlines()[-1].strip()} Change --vocab-size or give more text") from error
+    return buffer.getvalue()
+
+
+def load_tokenizer(path: Path) -> sentencepiece.SentencePieceProcessor:
+    """Reads a SentencePiece model. Raises ToolError when it is missing, broken, or its ids 0, 1, 2 differ from ours."""
+    if not Path(path).is_file():
+        raise ToolError(f"{path}: no such tokenizer. `python -m tools.train_tokenizer` writes one")
+    try:
+        tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError) as error:
+        raise ToolError(f"{path}: not a SentencePiece model. `python -m tools.train_tokenizer` writes one") from error
+    ids = (tokenizer.bos_id(), tokenizer.eos_id(), tokenizer.unk_id())
+    if ids != (0, 1, 2):
+        raise ToolError(f"{path}: <s>, </s>, <unk> have ids {ids}, not (0, 1, 2), so an unknown letter would read as a "
+                        "start or stop of the text. Train the tokenizer with `python -m tools.train_tokenizer`")
+    return tokenizer
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = make_parser(__doc__, FIRST_COMMAND)
+    parser.add_argument("--texts", type=Path, required=True, help="JSON lines with text; split val is left out")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--model-type", choices=["char", "bpe", "unigram"], default="char")
+    parser.add_argument("--vocab-size", type=int, default=2000, help="pieces of bpe and unigram models")
+    args: argparse.Namespace = parser.parse_args(argv)
+    rows = read_jsonl(args.texts, ["text"], "Each line is an object such as {\"id\": \"1\", \"text\": \"ሰላም\"}")
+    texts = [normalise(row["text"]) for row in rows if row.get("split", "train") == "train"]
+    with atomic_path(args.output) as temporary:
+        temporary.write_bytes(train_tokenizer(texts, args.model_type, args.vocab_size))
+    info(f"{load_tokenizer(args.output).get_piece_size()} pieces from {len(texts)} texts -> {args.output}")
+
+
+if __name__ == "__main__":
+    run_program(main)
