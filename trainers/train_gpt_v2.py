@@ -27,6 +27,7 @@ import contextlib
 import ctypes
 import dataclasses
 import datetime
+import errno
 import fcntl
 import functools
 import hashlib
@@ -39,9 +40,13 @@ import re
 import shutil
 import signal
 import socket
+import struct
 import sys
+import threading
 import time
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,6 +70,11 @@ LEADING_ROWS = CONDITION_ROWS + 2  # and the two speed rows
 TARGET_GLOBAL_BATCH = 32
 MAX_BAD_FRACTION = 0.01  # of a data set's rows may have unreadable feature files
 MAX_NONFINITE_STREAK = 10
+# What numpy's, zipfile's and torch's readers have been seen to raise on damaged bytes, or may raise.
+DAMAGED_FILE = (ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, RuntimeError, SyntaxError,
+                TypeError, ValueError, pickle.UnpicklingError, struct.error, tokenize.TokenError, zipfile.BadZipFile,
+                zlib.error)
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 CHECKED_ROWS = 1000  # rows with files of their own that are opened before training starts
 # Dense 16-bit peak of one device (vendors' data sheets), for MFU.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 125e12, "T4": 65e12,
@@ -357,8 +367,9 @@ def parse_row(record: Any, place: str, folder: Path) -> Row:
     missing = [key for key in ("id", "target_text_len", "target_code_len") if record.get(key) in (None, "")]
     missing += [f"{name}_path" for name in paths if not isinstance(record.get(f"{name}_path"), str)]
     if missing:
-        hint = " (a manifest of single clips? pair it with tools.build_pairs)" if "codes_path" in record else ""
-        raise UserError(f"{place}: missing {', '.join(missing)}{hint}")
+        hint = ("A manifest of single clips? Pair it with tools.build_pairs" if "codes_path" in record else
+                "Build the manifest with tools.build_pairs, or delete the line")
+        raise UserError(f"{place}: missing {', '.join(missing)}. {hint}")
     numbers = ["target_text_len", "target_code_len"] + [f"{name}_start" for name in paths if f"{name}_start" in record]
     for key in numbers:
         value, lowest = record[key], 1 if key.endswith("_len") else 0
@@ -457,7 +468,10 @@ class ManifestDataset(Dataset):
     def check_shard(self, path: str, rows: list[Row], kind: str, limit: int) -> None:
         if not Path(path).is_file():
             return  # a bad feature file, counted when its rows are read
-        array = self.open_array(path, shard=True)
+        try:
+            array = self.open_array(path, shard=True)
+        except BadFeatureFile:
+            return  # likewise
         starts = np.array([row.text_start if kind == "text" else row.codes_start for row in rows])
         ends = starts + [row.text_len if kind == "text" else row.code_len for row in rows]
         outside = np.flatnonzero(ends > len(array))
@@ -478,8 +492,8 @@ class ManifestDataset(Dataset):
             return self.arrays[path]
         try:
             array = np.load(path, mmap_mode="r" if shard else None, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise BadFeatureFile(f"{path}: {error}") from error
+        except (OSError, MemoryError, *DAMAGED_FILE) as error:
+            raise BadFeatureFile(f"{path}: {first_line(error)}") from error
         if not isinstance(array, np.ndarray):
             raise BadFeatureFile(f"{path}: not a .npy array")
         if shard:
@@ -930,7 +944,7 @@ def read_torch_file(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from error
-    except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, KeyError, ValueError) as error:
+    except DAMAGED_FILE as error:
         raise UserError(f"{path}: damaged or incomplete, not a readable PyTorch file ({first_line(error)})") from error
 
 
@@ -1380,11 +1394,13 @@ def link_checkpoint(target: Path, link: Path) -> None:
     partial = link.with_name(f".{link.name}.partial")
     partial.unlink(missing_ok=True)
     try:
-        os.link(target, partial)
-    except OSError:
-        shutil.copyfile(target, partial)
-    os.replace(partial, link)
-    partial.unlink(missing_ok=True)  # replacing one link by another to the same file leaves both names
+        try:
+            os.link(target, partial)
+        except OSError:
+            shutil.copyfile(target, partial)
+        os.replace(partial, link)
+    finally:
+        partial.unlink(missing_ok=True)  # replacing one link by another to the same file leaves both names
     fsync_directory(link.parent)
 
 
@@ -1420,8 +1436,12 @@ def lock_output_dir(output_dir: Path) -> Iterator[None]:
             raise UserError(f"--output-dir {output_dir} is in use by {holder}. Stop that run, or choose another "
                             "directory") from error
         handle.truncate(0)
-        handle.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
-        handle.flush()
+        holder = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+        try:
+            os.write(handle.fileno(), holder.encode())
+        except OSError as error:
+            raise UserError(f"--output-dir {output_dir}: {error.strerror}. Free some disk space and "
+                            "start again") from error
         for leftover in output_dir.glob(".*.pth.partial"):  # only a killed save leaves them
             leftover.unlink()
         yield
@@ -1478,7 +1498,10 @@ class Console:
         try:
             self.out.write(text)
             self.out.flush()
-        except OSError:  # the reader is gone: a closed pipe, a lost terminal
+        except OSError as error:
+            if error.errno in FULL_DISK:  # output goes to a file there: what does not fit is dropped
+                return
+            # The reader is gone: a closed pipe, a lost terminal.
             self.out = open(os.devnull, "w")
             if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
                 self.stop.receive(signal.SIGHUP)
@@ -1499,6 +1522,12 @@ class Console:
             self.write("\n")
 
 
+def ignore_os_errors(failure: threading.ExceptHookArgs) -> None:
+    """Keeps TensorBoard's writer thread from printing stack frames on a full disk; MetricsLog sees that by itself."""
+    if not issubclass(failure.exc_type, OSError):
+        threading.__excepthook__(failure)
+
+
 class MetricsLog:
     """metrics.jsonl (every value in full precision) and TensorBoard events of one run directory.
 
@@ -1516,6 +1545,7 @@ class MetricsLog:
     def open_tensorboard(self, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        threading.excepthook = ignore_os_errors
         self.tensorboard = SummaryWriter(str(self.directory), purge_step=first_step)
 
     def write(self, kind: str, position: Position, values: dict[str, float]) -> None:
@@ -1823,9 +1853,13 @@ def save_checkpoint(run: Run, is_best: bool) -> bool:
     if not write_or_say(run, run.output_dir / name):
         state.recent_checkpoints, state.rotated_out = before
         return False
-    link_checkpoint(run.output_dir / name, run.output_dir / "latest.pth")
-    if is_best:
-        link_checkpoint(run.output_dir / name, run.output_dir / "best.pth")
+    try:
+        link_checkpoint(run.output_dir / name, run.output_dir / "latest.pth")
+        if is_best:
+            link_checkpoint(run.output_dir / name, run.output_dir / "best.pth")
+    except OSError as error:  # no hard links, and no room for a copy
+        run.console.say(f"[Error] Could not renew latest.pth or best.pth: {first_line(error)}. {name} is complete, and "
+                        "--resume auto finds it")
     delete_rotated(run)
     run.saved_step = step
     return True
@@ -1902,20 +1936,20 @@ def after_step(run: Run, stats: StepStats, meter: Meter) -> None:
     meter.show_progress(run)
     if position.step % config.log_interval == 0:
         log_step(run, stats, meter)
-    is_best = False
+    is_best, saved, best_before = False, False, state.best
     if is_due(position, config.val_interval) or run.finished:
         is_best = validate(run)
         meter.restart()
     retry = run.save_retry_step and position.step >= run.save_retry_step
     if (config.save_interval and position.step % config.save_interval == 0) or run.finished or retry:
-        if save_checkpoint(run, is_best):
-            run.save_retry_step = 0
-        else:
-            run.save_retry_step = position.step + max(1, config.save_interval // 10)
+        saved = save_checkpoint(run, is_best)
+        run.save_retry_step = 0 if saved else position.step + max(1, config.save_interval // 10)
         meter.restart()
     elif is_best:
-        write_or_say(run, run.output_dir / "best.pth")
+        saved = write_or_say(run, run.output_dir / "best.pth")
         meter.restart()
+    if is_best and not saved:
+        state.best = best_before  # best.pth still holds that one
 
 
 def log_step(run: Run, stats: StepStats, meter: Meter) -> None:
@@ -2077,11 +2111,13 @@ def read_tokenizer(path: str) -> dict[str, Any]:
 
     try:
         content = Path(path).read_bytes()
-        size = sentencepiece.SentencePieceProcessor(model_proto=content).vocab_size()
+        size = sentencepiece.SentencePieceProcessor(model_proto=content).vocab_size() if content else 0
     except OSError as error:
         raise UserError(f"--tokenizer {path}: {error.strerror}. tools.train_tokenizer makes one") from error
-    except RuntimeError as error:
-        raise UserError(f"--tokenizer {path}: not a SentencePiece model. tools.train_tokenizer makes one") from error
+    except RuntimeError:
+        size = 0
+    if not size:
+        raise UserError(f"--tokenizer {path}: not a SentencePiece model. tools.train_tokenizer makes one")
     return {"path": path, "sha256": hashlib.sha256(content).hexdigest(), "size": size}
 
 
@@ -2227,13 +2263,21 @@ def refuse_other_checkpoints(output_dir: Path, found: Found | None, resume: str)
                         f"--output-dir, or leave it out to go on in {found.path.parent}")
 
 
+def is_step_at_most(path: Path, step: int) -> bool:
+    """Whether a checkpoint lies before a step; a damaged one does not."""
+    try:
+        return read_torch_file(path)["step"] <= step
+    except (UserError, KeyError, TypeError):
+        return False
+
+
 def go_back(run: Run, resumed: Path) -> None:
     """Moves what lies after an explicitly chosen older checkpoint into abandoned_TIMESTAMP/, and relinks latest.pth."""
     step, output_dir = run.state.position.step, run.output_dir
     later = [path.name for path in list_checkpoints(output_dir) if (checkpoint_step(path.name) or 0) > step]
     for name in ("latest.pth", "best.pth"):
         path = output_dir / name
-        if path.exists() and not path.samefile(resumed) and read_torch_file(path)["step"] > step:
+        if path.exists() and not path.samefile(resumed) and not is_step_at_most(path, step):
             later.append(name)
     stamp = time.strftime("%Y%m%d_%H%M%S")
     folder = move_aside(output_dir, later, stamp)
@@ -2243,6 +2287,9 @@ def go_back(run: Run, resumed: Path) -> None:
     if dropped:
         (folder / "metrics.jsonl").write_text("".join(dropped), encoding="utf-8")
     link_checkpoint(resumed, output_dir / "latest.pth")
+    best = output_dir / f"model_step{run.state.best['step']}.pth" if run.state.best else None
+    if "best.pth" in later and best and best.exists():
+        link_checkpoint(best, output_dir / "best.pth")
     run.console.say(f"[Info] Going back to step {step}: later checkpoints and log lines are now in {folder}")
 
 
@@ -2357,7 +2404,10 @@ def run_evaluation(typed: dict[str, Any], output_dir: Path, stop: StopSignal, co
     found = open_resume(typed.get("resume", ""), output_dir, console.say)
     if found is None and not typed.get("base_checkpoint"):
         raise ResumeError(f"no checkpoint in {output_dir} to evaluate. Check --output-dir")
-    output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output-dir {output_dir}: {error.strerror}. Choose a directory you can write to") from error
     write_eval(prepare({"max_val_batches": 0, **typed}, found, output_dir, stop, console))
 
 
@@ -2407,6 +2457,7 @@ class Ending:
         with contextlib.suppress(OSError):  # a full disk must not hide why the run ended
             partial.write_text(json.dumps({"reason": reason, "status": status, "step": step}) + "\n")
             os.replace(partial, self.output_dir / "last_exit.json")
+        partial.unlink(missing_ok=True)
 
 
 def train_and_record(typed: dict[str, Any], output_dir: Path, stop: StopSignal, console: Console) -> None:
@@ -2423,6 +2474,13 @@ def train_and_record(typed: dict[str, Any], output_dir: Path, stop: StopSignal, 
         except UserError:
             ending.write("user_error", 1)
             raise
+        except OSError as error:
+            if error.errno not in FULL_DISK:
+                ending.write("crash", 1)
+                raise
+            ending.write("user_error", 1)
+            raise UserError(f"--output-dir {output_dir}: {error.strerror}. Free some disk space and start "
+                            "again") from error
         except BaseException:
             ending.write("crash", 1)
             raise
