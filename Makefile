@@ -15,7 +15,7 @@ demo: $(VENV)/.installed  ## train, kill, resume, listen; writes demo_output/
 	$(RUN) -m tools.demo
 
 test: $(VENV)/.installed  ## all tests but the long soak
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadfile tests
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 tests
 
 style: $(VENV)/.installed  ## lint and types
 	$(RUN) -m ruff check .
