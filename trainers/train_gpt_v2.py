@@ -52,8 +52,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-# Read when torch loads OpenMP: threads that wait by spinning make a step ten times slower on a CPU in shared use.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Read when torch loads OpenMP: threads that spin for long while they wait slow each other down on a CPU in shared use.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
 import torch
