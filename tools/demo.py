@@ -200,7 +200,7 @@ def where_to_look_next(output: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__, FIRST_COMMAND)
-    parser.add_argument("--steps", type=int, default=600, help="training steps (600)")
+    parser.add_argument("--steps", type=int, default=500, help="training steps (500)")
     parser.add_argument("--output-dir", type=Path, default=Path("demo_output"))
     args = parser.parse_args(argv)
     os.chdir(ROOT)
