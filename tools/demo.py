@@ -1,6 +1,6 @@
 """The newcomer's walk (`make demo`): train a speech GPT on Amharic, kill it, resume it exactly, hear what it learned.
 
-Everything goes into demo_output/, which is made anew. Runs on a CPU; about five minutes on two cores.
+Everything goes into demo_output/, which is made anew. Runs on a CPU; four to eight minutes on two cores.
 """
 
 from __future__ import annotations
