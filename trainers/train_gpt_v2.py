@@ -1981,6 +1981,14 @@ def split_after_out_of_memory(run: Run) -> None:
         torch.cuda.empty_cache()
 
 
+def step_if_memory_suffices(run: Run, batches: Sequence[PackedBatch]) -> StepStats | None:
+    """None when the GPU ran out of memory; the exception, which holds the step's tensors, is gone by then."""
+    try:
+        return train_step(run, batches)
+    except torch.OutOfMemoryError:
+        return None
+
+
 def train(run: Run) -> None:
     """The loop. Raises: Stopped, after the last complete step was saved."""
     state, data, meter = run.state, run.train_data, Meter(peak_flops(run.precision))
@@ -1995,9 +2003,8 @@ def train(run: Run) -> None:
                 loader = make_loader(run, data, micro_batches_from(position, len(data), config))
             samples = min(config.global_batch, len(data) - position.sample_in_epoch)
             micro_steps = math.ceil(samples / config.batch_size)
-            try:
-                stats = train_step(run, [take_batch(run, data, loader) for _ in range(micro_steps)])
-            except torch.OutOfMemoryError:
+            stats = step_if_memory_suffices(run, [take_batch(run, data, loader) for _ in range(micro_steps)])
+            if stats is None:
                 split_after_out_of_memory(run)
                 loader = None
                 continue
