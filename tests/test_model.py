@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +11,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GPT, data_args, load_checkpoint, make_dataset, metrics_of, trainer
+from conftest import (
+    GPT,
+    call_trainer,
+    data_args,
+    load_checkpoint,
+    make_dataset,
+    metrics_of,
+    mistake,
+    read_jsonl,
+    trainer,
+)
 
 SMALL = trainer.model_config_from(GPT, "test", vocab_size=50)
-
-
-@pytest.fixture(autouse=True)
-def own_signal_handlers() -> Iterator[None]:
-    """main() installs handlers for the stop signals; pytest gets its own back."""
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = [signal.getsignal(signum) for signum in signals]
-    yield
-    for signum, handler in zip(signals, before, strict=True):
-        signal.signal(signum, handler)
 
 
 def random_model(seed: int = 0, dropout: float = 0.0) -> trainer.UnifiedVoiceGPT:
@@ -211,22 +208,21 @@ def test_out_of_memory_splits_the_micro_batch_keeps_the_samples_and_saves_the_sp
         return plain(model, batch)
 
     monkeypatch.setattr(trainer, "summed_losses", small_memory)
-    assert trainer.main([*data_args(tiny), "--output-dir", str(tmp_path), "--epochs", "1", "--batch-size", "8",
-                         "--grad-accumulation", "1", "--log-interval", "1"]) == 0
+    call_trainer(*data_args(tiny), "--output-dir", tmp_path, "--epochs", 1, "--batch-size", 8, "--grad-accumulation", 1,
+                 "--log-interval", 1)
     assert sorted(seen) == list(range(41))
     config = load_checkpoint(tmp_path / "latest.pth")["config"]
     assert (config["batch_size"], config["grad_accumulation"]) == (2, 4)
     assert [line["step"] for line in metrics_of(tmp_path) if line["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
 
 
-def test_out_of_memory_with_one_sample_is_an_error_with_the_remedy(tiny, tmp_path, monkeypatch, capsys):
+def test_out_of_memory_with_one_sample_is_an_error_with_the_remedy(tiny, tmp_path, monkeypatch):
     def no_memory(*args):
         raise torch.OutOfMemoryError("CUDA out of memory (as a test)")
 
     monkeypatch.setattr(trainer, "summed_losses", no_memory)
-    args = [*data_args(tiny), "--output-dir", str(tmp_path), "--batch-size", "2", "--grad-accumulation", "1"]
-    assert trainer.main(args) == 1
-    assert "--grad-checkpointing" in capsys.readouterr().err
+    args = [*data_args(tiny), "--output-dir", tmp_path, "--batch-size", 2, "--grad-accumulation", 1]
+    assert "--grad-checkpointing" in mistake(*args)
 
 
 @pytest.fixture
@@ -242,9 +238,8 @@ def base(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
 
 
 def fine_tune(data: Path, out: Path, base_path: Path, *flags: object) -> dict[str, torch.Tensor]:
-    args = [*data_args(data), "--output-dir", str(out), "--base-checkpoint", str(base_path), "--max-steps", "3",
-            "--batch-size", "4", "--learning-rate", "0.01", "--weight-decay", "0.1", *map(str, flags)]
-    assert trainer.main(args) == 0
+    call_trainer(*data_args(data), "--output-dir", out, "--base-checkpoint", base_path, "--max-steps", 3,
+                 "--batch-size", 4, "--learning-rate", 0.01, "--weight-decay", 0.1, *flags)
     return load_checkpoint(out / "latest.pth")["model"]
 
 
@@ -275,7 +270,7 @@ def test_frozen_base_tokens_are_bit_identical_after_training_and_after_a_resume(
     path, tensors = base
     out = tmp_path / "out"
     fine_tune(tiny, out, path, "--freeze-base-vocab")
-    assert trainer.main(["--output-dir", str(out), "--resume", "auto", "--max-steps", "5"]) == 0
+    call_trainer("--output-dir", out, "--resume", "auto", "--max-steps", 5)
     model = load_checkpoint(out / "latest.pth")["model"]
     for name in trainer.VOCAB_TENSORS:
         assert torch.equal(model[name][:50], tensors[name][:50])
@@ -301,9 +296,9 @@ def test_eval_only_gives_the_same_losses_per_row_in_any_batch_composition(tiny, 
     results = []
     for size in (1, 4, 6):
         out = tmp_path / f"eval{size}"
-        assert trainer.main(["--eval-only", "--base-checkpoint", str(path), *data_args(tiny), "--output-dir", str(out),
-                             "--val-batch-size", str(size)]) == 0
-        results.append([json.loads(line) for line in (out / "eval.jsonl").read_text().splitlines()])
+        call_trainer("--eval-only", "--base-checkpoint", path, *data_args(tiny), "--output-dir", out,
+                     "--val-batch-size", size)
+        results.append(read_jsonl(out / "eval.jsonl"))
         assert not list(out.glob("*.pth")) and not (out / "logs").exists()
     assert [row["id"] for row in results[0]] == [f"val{i}" for i in range(6)]
     for rows in results[1:]:
@@ -317,15 +312,14 @@ def test_files_in_shards_and_files_per_utterance_train_the_same_bits(tiny, tiny_
     states = []
     for data in (tiny, tiny_files):
         out = tmp_path / str(len(states))
-        assert trainer.main([*data_args(data), "--output-dir", str(out), "--max-steps", "3"]) == 0
+        call_trainer(*data_args(data), "--output-dir", out, "--max-steps", 3)
         states.append(trainer.digest_tree(load_checkpoint(out / "latest.pth")["model"]))
     assert states[0] == states[1]
 
 
 def test_metrics_hold_losses_top1_lr_gradient_norm_speed_and_mfu(tiny, tmp_path):
-    args = [*data_args(tiny), "--output-dir", str(tmp_path), "--max-steps", "2", "--log-interval", "1"]
-    assert trainer.main(args) == 0
-    lines = [json.loads(line) for line in next(tmp_path.glob("logs/run_*/metrics.jsonl")).read_text().splitlines()]
+    call_trainer(*data_args(tiny), "--output-dir", tmp_path, "--max-steps", 2, "--log-interval", 1)
+    lines = read_jsonl(next(tmp_path.glob("logs/run_*/metrics.jsonl")))
     train, val = lines[0], lines[-1]
     assert {"epoch", "step", "text_loss", "mel_loss", "mel_top1", "lr", "grad_norm", "tokens_per_second",
             "mfu"} <= set(train)
@@ -341,7 +335,7 @@ def test_training_touches_nothing_outside_its_output_directory(tmp_path, monkeyp
     cache.write_bytes(b"x")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     monkeypatch.chdir(tmp_path)
-    assert trainer.main([*data_args(data), "--output-dir", "out", "--max-steps", "1"]) == 0
+    call_trainer(*data_args(data), "--output-dir", "out", "--max-steps", 1)
     after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")
              if path.is_file() and tmp_path / "out" not in path.parents}
     assert after == before

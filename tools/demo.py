@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from tools._common import ToolError, info, make_parser, read_jsonl, run_program, write_jsonl
-from tools.speech_codec import SpeechCodec, load_recording
-from tools.synthesize import mel_picture, write_wav
+from tools.speech_codec import SpeechCodec, load_recording, write_wav
+from tools.synthesize import mel_picture
 
 FIRST_COMMAND = "python -m tools.demo"
 ROOT = Path(__file__).resolve().parent.parent
@@ -153,11 +152,17 @@ def bigram_top1(train: Sequence[Sequence[int]], held_out: Sequence[Sequence[int]
     return sum(likeliest.get(before) == after for before, after in pairs) / len(pairs)
 
 
+def shipped_rows(split: str) -> list[dict[str, Any]]:
+    return read_jsonl(DATA / f"{split}_pairs.jsonl", ["id"], "Check out processed_data/ again")
+
+
+def rows_of_new_words() -> list[dict[str, Any]]:
+    return [row for row in shipped_rows("val") if row["id"].startswith(NEW_WORDS)]
+
+
 def judge(output: Path, checkpoint: Path) -> None:
     """Prints the model's held-out top-1 beside what it must beat."""
-    train = read_jsonl(DATA / "train_pairs.jsonl", ["id"], "Check out processed_data/ again")
-    held_out = [row for row in read_jsonl(DATA / "val_pairs.jsonl", ["id"], "Check out processed_data/ again")
-                if row["id"].startswith(NEW_WORDS)]
+    train, held_out = shipped_rows("train"), rows_of_new_words()
     codec = SpeechCodec.load(DATA / "speech_codec.pt")
     start, stop = codec.config.num_codes, codec.config.num_codes + 1
     sequences = code_sequences(train, start, stop)
@@ -173,8 +178,7 @@ def judge(output: Path, checkpoint: Path) -> None:
 
 def speak(output: Path, checkpoint: Path) -> None:
     """Speaks one unseen sentence, beside its true recording and the codec's round trip of that."""
-    rows = read_jsonl(DATA / "val_pairs.jsonl", ["id"], "Check out processed_data/ again")
-    row = next(row for row in rows if row["id"].startswith(NEW_WORDS) and row["target_audio_path"])
+    row = next(row for row in rows_of_new_words() if row["target_audio_path"])
     codec = SpeechCodec.load(DATA / "speech_codec.pt")
     spoken, prompt = DATA / row["target_audio_path"], DATA / row["prompt_audio_path"]
     command = [sys.executable, "-m", "tools.synthesize", "--checkpoint", str(checkpoint), "--text", row["target_text"],
@@ -206,7 +210,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     os.chdir(ROOT)
     output: Path = args.output_dir
     shutil.rmtree(output, ignore_errors=True)
-    torch.set_grad_enabled(False)
     precision = faster_precision(output)
     twice, equal = train_with_a_kill(output / "training", precision, args.steps)
     checkpoint = output / "training" / "best.pth"

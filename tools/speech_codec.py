@@ -329,6 +329,12 @@ def load_recording(path: Path, sample_rate: int) -> Tensor:
     return torchaudio.functional.resample(waveform, rate, sample_rate) if rate != sample_rate else waveform
 
 
+def write_wav(path: Path, waveform: Tensor, sample_rate: int) -> None:
+    """Mono 16-bit WAV of a waveform within -1 to 1."""
+    with atomic_path(path) as temporary:
+        soundfile.write(temporary, waveform.numpy(), sample_rate, subtype="PCM_16")
+
+
 def load_mels(codec: SpeechCodec, paths: Sequence[Path]) -> list[Tensor]:
     """Log-mels [frames, n_mels] of all recordings, in half precision to halve the memory."""
     mels = []
@@ -446,8 +452,7 @@ def run_decode(args: argparse.Namespace) -> None:
         raise ToolError(f"{args.input}: holds {codes.dtype} of shape {codes.shape}, not a row of integer codes")
     statistics = codec.mel_statistics(load_recording(args.prompt, codec.config.sample_rate))
     waveform = codec.decode(torch.from_numpy(codes.astype(np.int64)), statistics)
-    with atomic_path(args.output) as temporary:
-        soundfile.write(temporary, waveform.numpy(), codec.config.sample_rate, subtype="PCM_16")
+    write_wav(args.output, waveform, codec.config.sample_rate)
     info(f"{len(waveform) / codec.config.sample_rate:.2f} s -> {args.output}")
 
 

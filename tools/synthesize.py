@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soundfile
 import torch
 from PIL import Image, ImageDraw
 
 from tools._common import ToolError, atomic_path, info, make_parser, run_program, sha256_of
 from tools.amharic_text import normalise
 from tools.preprocess import text_ids_of
-from tools.speech_codec import SpeechCodec, load_recording
+from tools.speech_codec import SpeechCodec, load_recording, write_wav
 from tools.train_tokenizer import load_tokenizer
 from trainers.train_gpt_v2 import (
     ModelConfig,
@@ -84,12 +83,6 @@ def mel_picture(mels: Sequence[tuple[str, torch.Tensor]], path: Path) -> None:
         ImageDraw.Draw(picture).text((4, i * (height + title_height) + 3), title, fill="black")
     with atomic_path(path) as temporary:
         picture.save(temporary)
-
-
-def write_wav(path: Path, waveform: torch.Tensor, sample_rate: int) -> None:
-    """Mono 16-bit WAV of a waveform within -1 to 1."""
-    with atomic_path(path) as temporary:
-        soundfile.write(temporary, waveform.numpy(), sample_rate, subtype="PCM_16")
 
 
 def check_tokenizer(path: Path, checkpoint: dict[str, Any]) -> None:

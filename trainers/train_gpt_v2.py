@@ -989,9 +989,8 @@ def load_base_checkpoint(model: UnifiedVoiceGPT, path: Path) -> tuple[dict[str, 
     if problems:
         raise UserError(f"--base-checkpoint {path} does not fit --config: {'; '.join(problems[:8])}"
                         + (f"; and {len(problems) - 8} more" if len(problems) > 8 else ""))
-    carried = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()
-               if name.startswith(CARRIED_PREFIXES)}
-    carried = {name: tensor.clone() for name, tensor in carried.items()}
+    carried = {name: t.to(torch.float32 if t.is_floating_point() else t.dtype, copy=True)
+               for name, t in tensors.items() if name.startswith(CARRIED_PREFIXES)}
     return carried, len(tensors["text_embedding.weight"]) - 1
 
 
@@ -1289,6 +1288,15 @@ class Found:
     skipped: list[str]
 
 
+def step_inside(path: Path) -> float:
+    """The step that an unverified file claims; a damaged one counts as the newest."""
+    try:
+        content = read_torch_file(path)
+    except UserError:
+        return math.inf
+    return content["step"] if isinstance(content, dict) and isinstance(content.get("step"), int) else math.inf
+
+
 def candidates(output_dir: Path) -> list[Path]:
     """latest.pth and the model_step files, newest first; a file that is linked as both appears as latest.pth."""
     files = list_checkpoints(output_dir)
@@ -1298,11 +1306,7 @@ def candidates(output_dir: Path) -> list[Path]:
     twin = next((file for file in files if file.samefile(latest)), None)
     if twin is not None:  # a save that was cut short before its link may have left newer files
         return [latest if file == twin else file for file in files]
-    try:
-        content = read_torch_file(latest)
-        step = content["step"] if isinstance(content, dict) and isinstance(content.get("step"), int) else math.inf
-    except UserError:
-        step = math.inf  # first in line; reading it again will say what is wrong
+    step = step_inside(latest)
     older = [file for file in files if (checkpoint_step(file.name) or 0) <= step]
     return [file for file in files if file not in older] + [latest] + older
 
@@ -1364,13 +1368,24 @@ def fsync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary name beside `path`; it takes its place when the block ends well, and is gone otherwise."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.unlink(missing_ok=True)
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)  # replacing one link by another to the same file leaves both names
+
+
 def write_checkpoint(path: Path, checkpoint: dict[str, Any]) -> int:
     """Writes under a temporary name, reads back and verifies, then renames. Returns bytes.
 
     Raises: OSError or RuntimeError (PyTorch's own for a full disk); the partial file is gone, older ones are intact.
     """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    with replacing(path) as partial:
         with partial.open("wb") as handle:
             torch.save({**checkpoint, "digests": make_digests(checkpoint)}, handle)
             handle.flush()
@@ -1382,25 +1397,17 @@ def write_checkpoint(path: Path, checkpoint: dict[str, Any]) -> int:
         except ResumeError as error:
             raise OSError(f"read back damaged: {error}") from error
         size = partial.stat().st_size
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
     fsync_directory(path.parent)
     return size
 
 
 def link_checkpoint(target: Path, link: Path) -> None:
     """Makes `link` another name of `target`; a copy where the file system has no hard links."""
-    partial = link.with_name(f".{link.name}.partial")
-    partial.unlink(missing_ok=True)
-    try:
+    with replacing(link) as partial:
         try:
             os.link(target, partial)
         except OSError:
             shutil.copyfile(target, partial)
-        os.replace(partial, link)
-    finally:
-        partial.unlink(missing_ok=True)  # replacing one link by another to the same file leaves both names
     fsync_directory(link.parent)
 
 
@@ -1417,16 +1424,23 @@ def move_aside(output_dir: Path, names: Sequence[str], stamp: str) -> Path | Non
 
 
 @contextlib.contextmanager
+def writable(output_dir: Path) -> Iterator[None]:
+    """Raises: UserError for an output directory that cannot be made or written to."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--output-dir {output_dir}: {error.strerror}. Choose a directory you can write to") from error
+
+
+@contextlib.contextmanager
 def lock_output_dir(output_dir: Path) -> Iterator[None]:
     """One trainer per output directory. Raises: UserError that names the holder.
 
     A POSIX record lock: children do not inherit it, so data workers of a killed run never hold it.
     """
-    try:
+    with writable(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
         handle = (output_dir / ".lock").open("a+")
-    except OSError as error:
-        raise UserError(f"--output-dir {output_dir}: {error.strerror}. Choose a directory you can write to") from error
     with handle:
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1596,9 +1610,8 @@ def cut_metrics(path: Path, last_step: int, validation_owed: bool) -> list[str]:
             validation_owed and record["step"] == last_step and record["kind"] == "val")
         (dropped if again else kept).append(line)
     if dropped:
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            partial.write_text("".join(kept), encoding="utf-8")
     return dropped
 
 
@@ -2183,17 +2196,22 @@ def say_batches(config: TrainConfig, workers: int, say: Callable[[str], None]) -
         f"{config.global_batch}; {workers} data workers; peak learning rate {config.learning_rate:g}")
 
 
+def require_fit(run: Run, found: Found, accept_changed_data: bool) -> None:
+    """Raises: ResumeError with every problem at once."""
+    shapes = {name: tuple(t.shape) for name, t in run.model.state_dict().items()}
+    problems = validate_checkpoint(found.checkpoint, shapes, run.tokenizer["sha256"], run.train_data.fingerprint,
+                                   accept_changed_data)
+    if problems:
+        raise ResumeError(f"{found.path} does not fit this run: {'; '.join(problems)}")
+
+
 def restore(run: Run, found: Found) -> None:
     """Applies a verified checkpoint, cloned out of the mapped file, so that a deleted file frees its disk.
 
     Raises: ResumeError with every problem at once.
     """
     checkpoint, config, say, device = found.checkpoint, run.config, run.console.say, run.precision.device
-    shapes = {name: tuple(t.shape) for name, t in run.model.state_dict().items()}
-    problems = validate_checkpoint(checkpoint, shapes, run.tokenizer["sha256"], run.train_data.fingerprint,
-                                   config.accept_changed_data)
-    if problems:
-        raise ResumeError(f"{found.path} does not fit this run: {'; '.join(problems)}")
+    require_fit(run, found, config.accept_changed_data)
     restore_model(run.model, run.carried, checkpoint, say)
     say("[Info] Restoring optimizer state...")
     run.optimizer.load_state_dict(map_tree(checkpoint["optimizer"], Tensor.clone))
@@ -2270,21 +2288,13 @@ def refuse_other_checkpoints(output_dir: Path, found: Found | None, resume: str)
                         f"--output-dir, or leave it out to go on in {found.path.parent}")
 
 
-def is_step_at_most(path: Path, step: int) -> bool:
-    """Whether a checkpoint lies before a step; a damaged one does not."""
-    try:
-        return read_torch_file(path)["step"] <= step
-    except (UserError, KeyError, TypeError):
-        return False
-
-
 def go_back(run: Run, resumed: Path) -> None:
     """Moves what lies after an explicitly chosen older checkpoint into abandoned_TIMESTAMP/, and relinks latest.pth."""
     step, output_dir = run.state.position.step, run.output_dir
     later = [path.name for path in list_checkpoints(output_dir) if (checkpoint_step(path.name) or 0) > step]
     for name in ("latest.pth", "best.pth"):
         path = output_dir / name
-        if path.exists() and not path.samefile(resumed) and not is_step_at_most(path, step):
+        if path.exists() and not path.samefile(resumed) and step_inside(path) > step:
             later.append(name)
     stamp = time.strftime("%Y%m%d_%H%M%S")
     folder = move_aside(output_dir, later, stamp)
@@ -2334,14 +2344,9 @@ def say_disk(run: Run) -> None:
 def write_eval(run: Run) -> None:
     """--eval-only: the [Val] line, and eval.jsonl with a line per row."""
     path = run.output_dir / "eval.jsonl"
-    partial = path.with_name(".eval.jsonl.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as handle:
-            values = evaluate(run, run.config.max_val_batches,
-                              lambda record: print(json.dumps(record, ensure_ascii=False), file=handle))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as partial, partial.open("w", encoding="utf-8") as handle:
+        values = evaluate(run, run.config.max_val_batches,
+                          lambda record: print(json.dumps(record, ensure_ascii=False), file=handle))
     say_validation(run.console, run.state.position, values)
     run.console.say(f"[Info] Losses of every row: {path}")
 
@@ -2396,10 +2401,7 @@ def prepare(typed: dict[str, Any], found: Found | None, output_dir: Path, stop: 
 
 def restore_weights_only(run: Run, found: Found) -> None:
     """--eval-only needs a checkpoint's weights and tokenizer to fit, not its training data."""
-    shapes = {name: tuple(t.shape) for name, t in run.model.state_dict().items()}
-    problems = validate_checkpoint(found.checkpoint, shapes, run.tokenizer["sha256"], "", accept_changed_data=True)
-    if problems:
-        raise ResumeError(f"{found.path} does not fit: {'; '.join(problems)}")
+    require_fit(run, found, accept_changed_data=True)
     restore_model(run.model, run.carried, found.checkpoint, run.console.say)
     run.state.position = position_of(found.checkpoint)
 
@@ -2411,10 +2413,8 @@ def run_evaluation(typed: dict[str, Any], output_dir: Path, stop: StopSignal, co
     found = open_resume(typed.get("resume", ""), output_dir, console.say)
     if found is None and not typed.get("base_checkpoint"):
         raise ResumeError(f"no checkpoint in {output_dir} to evaluate. Check --output-dir")
-    try:
+    with writable(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output-dir {output_dir}: {error.strerror}. Choose a directory you can write to") from error
     write_eval(prepare({"max_val_batches": 0, **typed}, found, output_dir, stop, console))
 
 
@@ -2459,12 +2459,10 @@ class Ending:
         (self.output_dir / "last_exit.json").unlink(missing_ok=True)
 
     def write(self, reason: str, status: int) -> None:
-        partial = self.output_dir / ".last_exit.json.partial"
         step = self.run.state.position.step if self.run else None
         with contextlib.suppress(OSError):  # a full disk must not hide why the run ended
-            partial.write_text(json.dumps({"reason": reason, "status": status, "step": step}) + "\n")
-            os.replace(partial, self.output_dir / "last_exit.json")
-        partial.unlink(missing_ok=True)
+            with replacing(self.output_dir / "last_exit.json") as partial:
+                partial.write_text(json.dumps({"reason": reason, "status": status, "step": step}) + "\n")
 
 
 def train_and_record(typed: dict[str, Any], output_dir: Path, stop: StopSignal, console: Console) -> None:
