@@ -124,11 +124,11 @@ def resumable_state(checkpoint: dict[str, Any]) -> dict[str, Any]:
 
 
 def metrics_of(output_dir: Path) -> list[dict[str, Any]]:
-    """All metrics lines of a run, without what depends on the clock."""
+    """All losses of a run, without what depends on the clock."""
     clock = ("tokens_per_second", "mfu")
     files = sorted(output_dir.glob("logs/run_*/metrics.jsonl"))
     assert len(files) == 1, files
-    return [{k: v for k, v in line.items() if k not in clock} for line in read_jsonl(files[0])]
+    return [{k: v for k, v in line.items() if k not in clock} for line in read_jsonl(files[0]) if line["kind"] != "save"]
 
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -2,6 +2,8 @@
 
 python stop_at.py MOMENT STEP SIGNAL SAMPLES_FILE TRAINER_ARGUMENTS...
 
+Under torchrun the signal goes to rank 1, and every rank notes its samples: rank R > 0 in SAMPLES_FILE.R.
+
 MOMENT: none, mid_epoch (between the forward passes of step STEP), epoch_end (the first one, before anything is logged),
 after_save (of step STEP), validation (before the second batch of the first validation at or after STEP).
 """
@@ -20,9 +22,10 @@ def main() -> int:
     moment, step, signal_name, samples_file, *argv = sys.argv[1:]
     at_step, signum = int(step), getattr(signal, signal_name, 0)
     sent = []
+    rank, signalled = os.environ.get("RANK", "0"), "1" if "RANK" in os.environ else "0"
 
     def send_once() -> None:
-        if not sent:
+        if not sent and rank == signalled:
             sent.append(True)
             os.kill(os.getpid(), signum)
 
@@ -40,7 +43,7 @@ def main() -> int:
         setattr(trainer, name, wrapped)
 
     current = []
-    samples = open(samples_file, "a")
+    samples = open(samples_file if rank == "0" else f"{samples_file}.{rank}", "a")
 
     def note_step(run, batches) -> None:
         current[:] = [run.state.position.step + 1]
@@ -49,7 +52,7 @@ def main() -> int:
 
     wrap("train_step", before=note_step)
     if moment == "mid_epoch":
-        wrap("summed_losses", before=lambda *_: current[0] == at_step and send_once())
+        wrap("summed_losses", before=lambda *_: current == [at_step] and send_once())
     elif moment == "epoch_end":
         wrap("after_step", before=lambda run, *_: run.state.position.sample_in_epoch == 0 and send_once())
     elif moment == "after_save":

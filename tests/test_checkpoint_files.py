@@ -6,10 +6,12 @@ import errno
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ from conftest import (
     trainer,
     write_manifest,
 )
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 SETTINGS = ["--batch-size", "8", "--grad-accumulation", "1", "--log-interval", "1", "--save-interval", "2",
             "--val-interval", "4"]
@@ -503,6 +506,53 @@ def test_a_start_on_a_full_disk_is_a_clear_error_and_harms_nothing(tiny, out):
     assert "Epoch: 1, Step: 8" in go_on(tiny, out)
 
 
+def test_training_goes_on_while_a_snapshot_is_written_and_only_one_save_is_in_flight(tiny, out, monkeypatch):
+    """The disk takes its time with step 10 until step 13 is done; the next save waits for it, the end for all."""
+    step_13, events, snapshots = threading.Event(), [], {}
+    make, write, log_step = trainer.make_checkpoint, trainer.write_checkpoint, trainer.log_step
+
+    def note_snapshot(run: Any) -> dict[str, Any]:
+        snapshot = make(run)
+        snapshots[snapshot["step"]] = resumable_state(snapshot)
+        return snapshot
+
+    def write_slowly(path: Path, checkpoint: dict[str, Any]) -> int:
+        events.append(f"writing {path.name}")
+        if path.name == "model_step10.pth":
+            assert step_13.wait(60), "training waited for the disk"
+        size = write(path, checkpoint)
+        events.append(f"wrote {path.name}")
+        return size
+
+    def note_step(run: Any, *args: Any) -> None:
+        log_step(run, *args)
+        if run.state.position.step == 13:
+            step_13.set()
+
+    monkeypatch.setattr(trainer, "make_checkpoint", note_snapshot)
+    monkeypatch.setattr(trainer, "write_checkpoint", write_slowly)
+    monkeypatch.setattr(trainer, "log_step", note_step)
+    output = go_on(tiny, out, "--max-steps", 17, "--save-interval", 5, "--val-interval", 100)
+    assert events == [f"{verb} model_step{step}.pth" for step in (10, 15, 17) for verb in ("writing", "wrote")]
+    assert output.index("step=13 ") < output.index("[Info] Saved")
+    for step in (10, 15, 17):
+        assert resumable_state(load_checkpoint(out / f"model_step{step}.pth")) == snapshots[step]
+
+
+def test_every_save_tells_how_long_training_waited_how_long_it_took_and_how_big_it_is(tiny, out):
+    go_on(tiny, out, "--max-steps", 12)
+    (folder,) = out.glob("logs/run_*")
+    saves = [line for line in read_jsonl(folder / "metrics.jsonl") if line["kind"] == "save"]
+    assert [line["step"] for line in saves] == [2, 4, 6, 8, 10, 12]
+    for line in saves[-2:]:
+        assert line["bytes"] == (out / f"model_step{line['step']}.pth").stat().st_size
+        assert line["seconds_written"] > 0 and line["seconds_blocked"] > 0
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    for name in ("seconds_blocked", "seconds_written", "bytes"):
+        assert [event.step for event in events.Scalars(f"save/{name}")] == [2, 4, 6, 8, 10, 12]
+
+
 def refuse_saves(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
     """The disk refuses the next saves halfway, as torch.save reports it, then it is free again."""
     save, left = torch.save, [times]
@@ -519,12 +569,12 @@ def refuse_saves(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
 
 def test_a_failed_save_is_tried_again_and_nothing_is_deleted_meanwhile(tiny, out, monkeypatch):
     refuse_saves(monkeypatch, 1)
-    output = go_on(tiny, out, "--max-steps", 14, "--save-interval", 10, "--val-interval", 100)
-    assert f"[Error] Could not save {out / 'model_step10.pth'}" in output
-    assert f"[Info] Saved {out / 'model_step11.pth'}" in output
-    assert checkpoints(out) == ["best.pth", "latest.pth", "model_step11.pth", "model_step14.pth", "model_step8.pth"]
+    output = go_on(tiny, out, "--max-steps", 39, "--save-interval", 20, "--val-interval", 100)
+    assert f"[Error] Could not save {out / 'model_step20.pth'}" in output
+    retried = re.search(r"\[Info\] Saved \S+/(model_step2\d\.pth)", output)[1]  # a few steps later
+    assert checkpoints(out) == ["best.pth", "latest.pth", retried, "model_step39.pth", "model_step8.pth"]
     assert load_checkpoint(out / "latest.pth")["recent_checkpoints"] == [
-        "model_step8.pth", "model_step11.pth", "model_step14.pth"]
+        "model_step8.pth", retried, "model_step39.pth"]
 
 
 def test_what_counts_as_best_is_what_best_holds_although_the_disk_refused_a_save(tiny, out, monkeypatch):

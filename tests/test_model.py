@@ -126,7 +126,7 @@ def prepare(data: Path, out: Path, *flags: object) -> trainer.Run:
     typed = trainer.parse_args([*data_args(data), "--output-dir", str(out), *map(str, flags)])
     stop = trainer.StopSignal()
     out.mkdir(parents=True, exist_ok=True)
-    run = trainer.prepare(typed, None, out, stop, trainer.Console(stop, sys.stderr))
+    run = trainer.prepare(typed, None, out, stop, trainer.Console(stop, sys.stderr), trainer.World())
     run.state.run_dir = "logs/run_test"
     return run
 

@@ -77,21 +77,53 @@ def test_the_schedule_ends_at_max_steps_when_typed_else_at_the_last_epochs_end()
     assert trainer.make_schedule(config, Position(3, 8, 35), 41) == Schedule(1e-3, 7, 110)
 
 
-@pytest.mark.parametrize("typed,hardware,checkpoint,same_device,expected", [
-    ((0, 0), 32, None, False, (32, 1)),
-    ((0, 0), 8, None, False, (8, 4)),
-    ((6, 0), 32, None, False, (6, 5)),
-    ((0, 4), 32, None, False, (8, 4)),
-    ((3, 5), 32, None, False, (3, 5)),
-    ((0, 0), 32, (8, 4), False, (32, 1)),
-    ((0, 0), 32, (8, 4), True, (8, 4)),
-    ((16, 0), 32, (8, 4), True, (16, 2)),
-    ((0, 8), 32, (8, 4), True, (4, 8)),
-    ((5, 5), 32, (8, 4), True, (5, 5)),
-    ((0, 0), 10, (3, 7), False, (7, 3)),
+@pytest.mark.parametrize("typed,hardware,checkpoint,same_device,world_size,expected", [
+    ((0, 0), 32, None, False, 1, (32, 1)),
+    ((0, 0), 8, None, False, 1, (8, 4)),
+    ((6, 0), 32, None, False, 1, (6, 5)),
+    ((0, 4), 32, None, False, 1, (8, 4)),
+    ((3, 5), 32, None, False, 1, (3, 5)),
+    ((0, 0), 32, (8, 4, 1), False, 1, (32, 1)),
+    ((0, 0), 32, (8, 4, 1), True, 1, (8, 4)),
+    ((16, 0), 32, (8, 4, 1), True, 1, (16, 2)),
+    ((0, 8), 32, (8, 4, 1), True, 1, (4, 8)),
+    ((5, 5), 32, (8, 4, 1), True, 1, (5, 5)),
+    ((0, 0), 10, (3, 7, 1), False, 1, (7, 3)),
+    ((0, 0), 32, None, False, 4, (8, 1)),
+    ((0, 0), 2, None, False, 4, (2, 4)),
+    ((4, 0), 32, None, False, 4, (4, 2)),
+    ((0, 0), 32, None, False, 64, (1, 1)),
+    ((0, 0), 32, (8, 4, 1), True, 4, (8, 1)),
+    ((0, 0), 4, (32, 1, 1), True, 2, (4, 4)),
+    ((0, 0), 32, (4, 1, 8), True, 8, (4, 1)),
+    ((0, 0), 16, (4, 1, 8), True, 1, (16, 2)),
+    ((2, 0), 16, (4, 1, 8), True, 4, (2, 4)),
 ])
-def test_batch_split(typed, hardware, checkpoint, same_device, expected):
-    assert trainer.choose_batch_split(*typed, hardware, checkpoint, same_device) == expected
+def test_batch_split(typed, hardware, checkpoint, same_device, world_size, expected):
+    assert trainer.choose_batch_split(*typed, hardware, checkpoint, same_device, world_size) == expected
+
+
+@pytest.mark.parametrize("typed,world_size,what", [((0, 0), 3, "3 processes do not divide"),
+                                                   ((5, 0), 2, "--batch-size 5 does not divide"),
+                                                   ((0, 3), 4, "--grad-accumulation 3 does not divide")])
+def test_a_split_that_would_change_the_global_batch_is_refused(typed, world_size, what):
+    with pytest.raises(trainer.UserError, match=what):
+        trainer.choose_batch_split(*typed, 32, (8, 4, 1), True, world_size)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])
+def test_the_ranks_of_a_torchrun_share_every_step_among_them_in_order(world_size):
+    config = trainer.TrainConfig(batch_size=2, grad_accumulation=3, epochs=2, world_size=world_size)
+    order, position = trainer.epoch_sample_order(41, 1234, 0), Position()
+    while position.epoch == 0:
+        parts = [trainer.step_micro_batches(order, position, config, rank) for rank in range(world_size)]
+        together = [int(i) for part in parts for micro_batch in part for i in micro_batch]
+        expected = trainer.step_sample_indices(order, position.sample_in_epoch, config.global_batch)
+        assert together == expected.tolist()
+        assert [len(part) for part in parts] == [
+            trainer.count_micro_steps(position, 41, config, rank) for rank in range(world_size)]
+        assert max(map(len, parts)) <= 3 and all(len(m) <= 2 for part in parts for m in part)
+        position = position.after_step(41, config.global_batch)
 
 
 def test_the_hardware_decides_batch_size_and_workers():

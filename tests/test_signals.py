@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import (
     ROOT,
     STOP_SIGNALS,
@@ -26,6 +27,7 @@ from conftest import (
     metrics_of,
     read_jsonl,
     resumable_state,
+    trainer,
 )
 
 SETTINGS = ["--batch-size", "4", "--grad-accumulation", "2", "--log-interval", "1", "--save-interval", "5",
@@ -293,3 +295,31 @@ def test_a_restart_right_after_a_kill_gets_the_lock_and_the_orphaned_data_worker
     while any(map(is_alive, workers)) and time.monotonic() < killed + 30:
         time.sleep(0.1)
     assert not any(map(is_alive, workers))
+
+
+@needs_proc
+def test_a_killed_data_worker_is_replaced_and_the_run_stays_the_same_bit_for_bit(tiny: Path, tmp_path: Path):
+    args = [*data_args(tiny), *SETTINGS, "--epochs", 6]
+    call_trainer(*args, "--output-dir", tmp_path / "whole")
+    with training(*args, "--output-dir", tmp_path / "out", "--num-workers", 2) as process:
+        read_until(process, r"\[Train\] .* step=2 ")
+        os.kill(children_of(process.pid)[0], signal.SIGKILL)
+        output = rest_of(process)
+    assert process.returncode == 0, output
+    assert "[Warn] A data worker died" in output
+    assert resumable_state(load_checkpoint(tmp_path / "out" / "latest.pth")) == resumable_state(
+        load_checkpoint(tmp_path / "whole" / "latest.pth"))
+    assert metrics_of(tmp_path / "out") == metrics_of(tmp_path / "whole")
+
+
+def kill_itself(worker: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_data_workers_that_die_again_and_again_are_an_error_with_the_remedy(tiny: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(trainer, "ignore_stop_signals", kill_itself)
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
+    output = call_trainer(*data_args(tiny), *SETTINGS, "--output-dir", tmp_path, "--num-workers", 2, status=1)
+    assert output.count("[Warn] A data worker died") == 2
+    assert "[Error] data workers died 3 times in a row" in output and "use fewer: --num-workers 1" in output
+    assert last_exit(tmp_path)["reason"] == "user_error"

@@ -15,7 +15,7 @@ Losses of every validation row, without training:
 
     python trainers/train_gpt_v2.py --output-dir training_output --resume auto --eval-only
 
-Reading order: configuration, data, sample order, model, schedule and precision, checkpoints, training, main.
+Reading order: configuration, data, sample order, model, schedule and precision, checkpoints, processes, training, main.
 The sample order, the dropout masks and the learning rate are pure functions of (seed, position), so a checkpoint holds
 no random-number state and a resumed run repeats the uninterrupted one bit for bit.
 """
@@ -31,8 +31,11 @@ import errno
 import fcntl
 import functools
 import hashlib
+import itertools
 import json
 import math
+import multiprocessing.connection
+import multiprocessing.process
 import os
 import pickle
 import platform
@@ -47,7 +50,8 @@ import time
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
@@ -57,9 +61,11 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import yaml
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from torch.utils.data import DataLoader, Dataset
 
@@ -70,6 +76,8 @@ LEADING_ROWS = CONDITION_ROWS + 2  # and the two speed rows
 TARGET_GLOBAL_BATCH = 32
 MAX_BAD_FRACTION = 0.01  # of a data set's rows may have unreadable feature files
 MAX_NONFINITE_STREAK = 10
+MAX_WORKER_DEATHS = 3  # in a row, without a batch between them
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # What numpy's, zipfile's and torch's readers have been seen to raise on damaged bytes, or may raise.
 DAMAGED_FILE = (ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, RuntimeError, SyntaxError,
                 TypeError, ValueError, pickle.UnpicklingError, struct.error, tokenize.TokenError, zipfile.BadZipFile,
@@ -87,6 +95,14 @@ class UserError(Exception):
 
 class ResumeError(UserError):
     """A checkpoint that cannot be resumed from."""
+
+
+class LostContact(UserError):
+    """Another process of a torchrun is gone."""
+
+
+class SaidByRank0(Exception):
+    """This rank of a torchrun ends because of a fault that rank 0 reports."""
 
 
 class BadFeatureFile(Exception):
@@ -148,15 +164,16 @@ class TrainConfig:
                                       action=argparse.BooleanOptionalAction)
     compile: bool = setting(False, "torch.compile the model", action=argparse.BooleanOptionalAction)
     profile: bool = setting(False, "write a torch.profiler trace of steps 4 to 6 of this process", action="store_true")
+    world_size: int = 1  # processes; torchrun's, not a flag
 
     @property
     def global_batch(self) -> int:
         """Samples in one optimizer step."""
-        return self.batch_size * self.grad_accumulation
+        return self.batch_size * self.grad_accumulation * self.world_size
 
 
 # Settings of one process, not of the run: a resumed run does not inherit them.
-PER_PROCESS = ("resume", "output_dir", "eval_only", "accept_changed_data", "profile")
+PER_PROCESS = ("resume", "output_dir", "eval_only", "accept_changed_data", "profile", "world_size")
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -172,8 +189,9 @@ def parse_args(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                            argument_default=argparse.SUPPRESS, allow_abbrev=False)
     for item in dataclasses.fields(TrainConfig):
-        flag = "--" + item.name.replace("_", "-")
-        parser.add_argument(flag, help=item.metadata["help"], **item.metadata["options"])
+        if item.metadata:
+            flag = "--" + item.name.replace("_", "-")
+            parser.add_argument(flag, help=item.metadata["help"], **item.metadata["options"])
     return vars(parser.parse_args(argv))
 
 
@@ -214,30 +232,35 @@ def split_global_batch(global_batch: int, largest_batch_size: int) -> tuple[int,
 
 
 def choose_batch_split(batch_size: int, grad_accumulation: int, hardware_batch_size: int,
-                       checkpoint_split: tuple[int, int] | None, same_device: bool) -> tuple[int, int]:
-    """Returns (batch_size, grad_accumulation); 0 means not typed.
+                       checkpoint_split: tuple[int, int, int] | None, same_device: bool, world_size: int = 1
+                       ) -> tuple[int, int]:
+    """Returns (batch_size, grad_accumulation) of each process; 0 means not typed.
 
-    A resumed run keeps its global batch unless both are typed, and on the same device its split too, since another
-    split changes the last bits.
-    Raises: UserError when the one that was typed does not divide the checkpoint's global batch.
+    checkpoint_split is its (batch_size, grad_accumulation, world_size). A resumed run keeps its global batch unless
+    both are typed, and on the same device its split too, since another split changes the last bits.
+    Raises: UserError when what was typed, or the number of processes, does not divide the checkpoint's global batch.
     """
     if batch_size and grad_accumulation:
         return batch_size, grad_accumulation
+    one, share = batch_size or grad_accumulation, max(1, TARGET_GLOBAL_BATCH // world_size)
     if checkpoint_split is None:
         if batch_size:
-            return batch_size, max(1, TARGET_GLOBAL_BATCH // batch_size)
+            return batch_size, max(1, share // batch_size)
         if grad_accumulation:
-            return min(hardware_batch_size, max(1, TARGET_GLOBAL_BATCH // grad_accumulation)), grad_accumulation
-        return split_global_batch(TARGET_GLOBAL_BATCH, hardware_batch_size)
-    global_batch = checkpoint_split[0] * checkpoint_split[1]
-    one = batch_size or grad_accumulation
-    if not one:
-        return checkpoint_split if same_device else split_global_batch(global_batch, hardware_batch_size)
-    if global_batch % one:
+            return min(hardware_batch_size, max(1, share // grad_accumulation)), grad_accumulation
+        return split_global_batch(share, hardware_batch_size)
+    global_batch = math.prod(checkpoint_split)
+    if not one and same_device and checkpoint_split[2] == world_size:
+        return checkpoint_split[:2]
+    share, rest = divmod(global_batch, world_size)
+    if rest or (one and share % one):
         flag = "--batch-size" if batch_size else "--grad-accumulation"
-        raise UserError(f"{flag} {one} does not divide the checkpoint's global batch {global_batch}. Type a divisor, "
-                        "or both --batch-size and --grad-accumulation to change the global batch")
-    return (one, global_batch // one) if batch_size else (global_batch // one, one)
+        what = f"{world_size} processes do" if rest else f"{flag} {one} does"
+        raise UserError(f"{what} not divide the checkpoint's global batch {global_batch}. Choose a divisor, or type "
+                        "both --batch-size and --grad-accumulation to change the global batch")
+    if not one:
+        return split_global_batch(share, hardware_batch_size)
+    return (one, share // one) if batch_size else (share // one, one)
 
 
 @dataclass(frozen=True)
@@ -425,6 +448,7 @@ class ManifestDataset(Dataset):
         self.check_shards()
         self.bad_rows: dict[int, str] = {}  # skipped so far, and why
         self.bad_rows_at_start: dict[int, str] = {}
+        self.unreported: dict[int, str] = {}  # met by this process, not yet known to the others
         with_own_files = [i for i, row in enumerate(self.rows) if row.codes_start is None or row.text_start is None]
         for i in with_own_files[:CHECKED_ROWS]:
             check_stop()
@@ -684,6 +708,11 @@ def step_sample_indices(order: np.ndarray, sample_in_epoch: int, global_batch: i
     return order[sample_in_epoch : sample_in_epoch + global_batch]
 
 
+def rank_slice(indices: np.ndarray, rank: int, world_size: int) -> np.ndarray:
+    """One process's contiguous part of a step's samples; the parts differ by at most one sample, and may be empty."""
+    return np.array_split(indices, world_size)[rank]
+
+
 def split_micro_batches(indices: np.ndarray, batch_size: int) -> list[np.ndarray]:
     """A step's samples as micro-batches of at most batch_size."""
     return [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
@@ -722,16 +751,28 @@ def remaining_steps(position: Position, num_samples: int, global_batch: int, epo
             + (epochs - position.epoch - 1) * math.ceil(num_samples / global_batch))
 
 
-def micro_batches_from(position: Position, num_samples: int, config: TrainConfig) -> Iterator[list[int]]:
-    """Sample indices of every micro-batch from a position to the end of the last epoch."""
+def step_micro_batches(order: np.ndarray, position: Position, config: TrainConfig, rank: int = 0) -> list[np.ndarray]:
+    """The micro-batches that one process runs in the step after `position`; none where samples are too few."""
+    indices = step_sample_indices(order, position.sample_in_epoch, config.global_batch)
+    return split_micro_batches(rank_slice(indices, rank, config.world_size), config.batch_size)
+
+
+def micro_batches_from(position: Position, num_samples: int, config: TrainConfig, rank: int = 0
+                       ) -> Iterator[list[int]]:
+    """Sample indices of every micro-batch of one process from a position to the end of the last epoch."""
     while position.epoch < config.epochs:
         order = epoch_sample_order(num_samples, config.seed, position.epoch)
         epoch = position.epoch
         while position.epoch == epoch:
-            indices = step_sample_indices(order, position.sample_in_epoch, config.global_batch)
-            for micro_batch in split_micro_batches(indices, config.batch_size):
+            for micro_batch in step_micro_batches(order, position, config, rank):
                 yield micro_batch.tolist()
             position = position.after_step(num_samples, config.global_batch)
+
+
+def count_micro_steps(position: Position, num_samples: int, config: TrainConfig, rank: int = 0) -> int:
+    """How many micro-batches one process runs in the step after `position`."""
+    samples = np.arange(min(config.global_batch, num_samples - position.sample_in_epoch))
+    return len(split_micro_batches(rank_slice(samples, rank, config.world_size), config.batch_size))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1462,7 +1503,7 @@ def lock_output_dir(output_dir: Path) -> Iterator[None]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 7. Training
+# 7. Processes: stop signals, and the ranks of a torchrun
 
 
 class Stopped(Exception):
@@ -1481,7 +1522,7 @@ class StopSignal:
         self.interrupts = 0
 
     def install(self) -> None:
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for signum in STOP_SIGNALS:
             if signal.getsignal(signum) != signal.SIG_IGN:  # nohup, a background job: stays ignored
                 signal.signal(signum, self.receive)
 
@@ -1498,8 +1539,80 @@ class StopSignal:
 
 def ignore_stop_signals(worker: int) -> None:
     """Data workers: Ctrl+C reaches the whole process group, and only the trainer decides what it means."""
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for signum in STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that train one model together, as torchrun tells; one alone has no process group."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, on every rank."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def from_rank_0(self, value: Any) -> Any:
+        values = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
+
+    def add_up(self, tensor: Tensor) -> Tensor:
+        """Sums a tensor over the ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+
+def world_from(environ: Mapping[str, str]) -> World:
+    """Reads torchrun's variables."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    if not all(name in environ for name in names) or environ["WORLD_SIZE"] == "1":
+        return World()
+    rank, size, local_rank, local_size = (int(environ[name]) for name in names)
+    return World(rank, size, local_rank, local_size)
+
+
+@contextlib.contextmanager
+def process_group(world: World) -> Iterator[None]:
+    """gloo for what lives on the CPU (stop flags, token counts), NCCL for gradients on GPUs."""
+    if world.size == 1:
+        yield
+        return
+    if torch.cuda.is_available():
+        if world.local_rank >= torch.cuda.device_count():
+            raise UserError(f"torchrun started {world.local_size} processes, this machine has "
+                            f"{torch.cuda.device_count()} GPUs. Start one process per GPU")
+        torch.cuda.set_device(world.local_rank)
+        dist.init_process_group("cpu:gloo,cuda:nccl")
+    else:
+        dist.init_process_group("gloo")
+    yield
+    dist.destroy_process_group()  # after a fault the others may be gone: nothing to say good-bye to
+
+
+@contextlib.contextmanager
+def same_on_all_ranks(world: World) -> Iterator[None]:
+    """For faults that every rank finds at the same point: rank 0 says them, once."""
+    try:
+        yield
+    except UserError as error:
+        if world.rank > 0:
+            raise SaidByRank0 from error
+        raise
+
+
+def is_lost_contact(error: BaseException) -> bool:
+    """Whether another rank went away, as gloo (a plain RuntimeError) and NCCL report it."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
 
 
 class Console:
@@ -1507,6 +1620,7 @@ class Console:
 
     def __init__(self, stop: StopSignal, out: TextIO):
         self.stop, self.out, self.bar = stop, out, ""
+        self.progress_due = 0.0
 
     def write(self, text: str) -> None:
         try:
@@ -1524,8 +1638,13 @@ class Console:
         blank = "\r" + " " * len(self.bar) + "\r" if self.bar else ""
         self.write(f"{blank}{line}\n{self.bar}")
 
-    def progress(self, text: str) -> None:
-        if self.out.isatty():
+    def progress(self, text: str, line: str = "") -> None:
+        """`text` as a bar on a terminal; elsewhere `line` (or `text`) every ten seconds, as the tools print it."""
+        if not self.out.isatty():
+            if time.monotonic() >= self.progress_due:
+                self.progress_due = time.monotonic() + 10
+                self.say(f"[Progress] {line or text}")
+        else:
             columns = shutil.get_terminal_size().columns - 1
             longest, self.bar = len(self.bar), text[:columns]
             self.write(f"\r{self.bar.ljust(min(longest, columns))}")
@@ -1534,6 +1653,10 @@ class Console:
         if self.bar:
             self.bar = ""
             self.write("\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 8. Training
 
 
 def ignore_os_errors(failure: threading.ExceptHookArgs) -> None:
@@ -1553,6 +1676,7 @@ class MetricsLog:
         self.directory = directory
         self.file = (directory / "metrics.jsonl").open("ab", buffering=0)
         self.unwritten = b""
+        self.lock = threading.Lock()  # a checkpoint's writer flushes while training writes
         self.tensorboard: Any = None
         self.open_tensorboard(first_step)
 
@@ -1563,9 +1687,10 @@ class MetricsLog:
         self.tensorboard = SummaryWriter(str(self.directory), purge_step=first_step)
 
     def write(self, kind: str, position: Position, values: dict[str, float]) -> None:
-        """kind is "train" or "val"; the line is on its way to the disk when this returns."""
+        """kind is "train", "val" or "save"; the line is on its way to the disk when this returns."""
         line = {"kind": kind, "epoch": position.last_epoch, "step": position.step, **values}
-        self.unwritten += json.dumps(line).encode() + b"\n"
+        with self.lock:
+            self.unwritten += json.dumps(line).encode() + b"\n"
         with contextlib.suppress(OSError):  # a full disk; flush() will try again, and report it
             self.write_lines()
         try:
@@ -1577,15 +1702,17 @@ class MetricsLog:
             self.tensorboard = None
 
     def write_lines(self) -> None:
-        while self.unwritten:
-            self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+        with self.lock:
+            while self.unwritten:
+                self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
 
     def flush(self) -> None:
         """Everything so far is on the disk when this returns. Raises: OSError."""
         self.write_lines()
         os.fsync(self.file.fileno())
-        if self.tensorboard is not None:
-            self.tensorboard.flush()
+        tensorboard = self.tensorboard
+        if tensorboard is not None:
+            tensorboard.flush()
 
     def close(self) -> None:
         with contextlib.suppress(OSError):  # the last save was refused too, and said so
@@ -1634,13 +1761,34 @@ class Run:
     console: Console
     stop: StopSignal
     workers: int
-    metrics: MetricsLog | None = None
+    world: World = World()
+    ddp: DistributedDataParallel | None = None  # of the model, with several processes
+    metrics: MetricsLog | None = None  # rank 0's
     frozen: dict[str, Tensor] = field(default_factory=dict)  # first rows of VOCAB_TENSORS, for --freeze-base-vocab
     # [updates skipped for non-finite gradients, how many in a row now, the longest row]; on the device, read rarely
     nonfinite: Tensor = field(default_factory=lambda: torch.zeros(3))
+    writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint writer"))
+    saving: Save | None = None  # at most one in flight
     saved_step: int = 0
+    best_saved: dict[str, float] | None = None  # TrainState.best of best.pth
     save_retry_step: int = 0  # after a failed save
     profiler: Any = None
+
+    def share(self, *numbers: int) -> list[int]:
+        """Sums numbers over the ranks. Raises: Stopped, on every rank once any of them got a signal."""
+        if self.world.size == 1:
+            self.stop.check()
+            return list(numbers)
+        flags = [int(self.stop.signum == signum) for signum in STOP_SIGNALS]
+        flagged, sums = self.world.add_up(torch.tensor([*flags, *numbers])).split([len(flags), len(numbers)])
+        if flagged.any():
+            raise Stopped(STOP_SIGNALS[int(flagged.argmax())])
+        return sums.tolist()
+
+    def check_stop(self) -> None:
+        """Between shared points only a lone process may stop: the others of a torchrun would wait for it for ever."""
+        if self.world.size == 1:
+            self.stop.check()
 
     @property
     def finished(self) -> bool:
@@ -1653,27 +1801,83 @@ class Run:
         return self.state.schedule
 
 
-def make_loader(run: Run, data: ManifestDataset, batches: Iterator[list[int]]) -> Iterator[PackedBatch]:
+def make_loader(run: Run, data: ManifestDataset, batches: Iterator[list[int]]
+                ) -> tuple[Iterator[PackedBatch], list[multiprocessing.process.BaseProcess]]:
+    """Returns the batches, and the processes that make them."""
+    others = multiprocessing.active_children()
     cuda = run.precision.device.type == "cuda"
-    return iter(DataLoader(data, batch_sampler=batches, num_workers=run.workers, pin_memory=cuda,  # type: ignore
-                           collate_fn=functools.partial(collate_packed, model=data.model),
-                           worker_init_fn=ignore_stop_signals))
+    loader = iter(DataLoader(data, batch_sampler=batches, num_workers=run.workers, pin_memory=cuda,  # type: ignore
+                             collate_fn=functools.partial(collate_packed, model=data.model),
+                             worker_init_fn=ignore_stop_signals))
+    if run.workers:  # PyTorch's own handler would raise for a killed worker anywhere, in the middle of an update too
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    return loader, [worker for worker in multiprocessing.active_children() if worker not in others]
+
+
+def kill_workers() -> None:
+    """Ends all data workers at once: one that waits for a lock of a killed one would never leave by itself."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
+def load_batches(run: Run, data: ManifestDataset, batches: Callable[[], Iterator[list[int]]]) -> Iterator[PackedBatch]:
+    """Collated batches in order; goes on with new data workers where one was killed.
+
+    Raises: UserError when they die again and again.
+    """
+    done = deaths = 0
+    while True:
+        loader, workers = make_loader(run, data, itertools.islice(batches(), done, None))
+        try:
+            for batch in loader:
+                yield batch
+                done, deaths = done + 1, 0
+            return
+        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:  # a death as its pipe tells it
+            if not workers or not multiprocessing.connection.wait([w.sentinel for w in workers], timeout=1):
+                raise
+            reason = first_line(error)
+        deaths += 1
+        kill_workers()
+        if deaths == MAX_WORKER_DEATHS:
+            raise UserError(f"data workers died {deaths} times in a row ({reason}). If the machine ran out of memory, "
+                            "use fewer: --num-workers 1")
+        run.console.say(f"[Warn] A data worker died ({reason}); going on with new ones")
 
 
 def take_batch(run: Run, data: ManifestDataset, loader: Iterator[PackedBatch]) -> PackedBatch:
     """The next batch on the device. Raises: Stopped; UserError for rows that contradict the manifest."""
-    run.stop.check()
+    run.check_stop()
     batch = next(loader)
     if batch.error:
         raise UserError(batch.error)
-    for line in data.note_bad_rows(batch.bad_rows):
-        run.console.say(f"[Warn] {line}")
+    if run.world.size == 1:
+        say_bad_rows(run, data, batch.bad_rows)
+    else:
+        data.unreported.update(batch.bad_rows)
     return batch.to(run.precision.device)
+
+
+def say_bad_rows(run: Run, data: ManifestDataset, bad_rows: dict[int, str]) -> None:
+    for line in data.note_bad_rows(bad_rows):
+        run.console.say(f"[Warn] {line}")
+
+
+def share_bad_rows(run: Run, data: ManifestDataset) -> None:
+    """Tells every rank the bad rows that any of them met, so that all count alike."""
+    if run.world.size > 1:
+        with same_on_all_ranks(run.world):
+            for bad_rows in run.world.gather(data.unreported):
+                say_bad_rows(run, data, bad_rows)
+        data.unreported = {}
 
 
 @dataclass
 class StepStats:
-    """Token means over one optimizer step; tensors stay on the device until they are logged."""
+    """One optimizer step; tensors stay on the device until they are logged.
+
+    Losses and mel_top1 are this process's part of the token means, tokens and flops those of all processes.
+    """
 
     text_loss: Tensor
     mel_loss: Tensor
@@ -1684,34 +1888,70 @@ class StepStats:
     flops: float
 
 
+def idle_batch(config: ModelConfig) -> PackedBatch:
+    """One sample of nothing, for a rank without samples in a step: gradients are exchanged in the backward pass."""
+    condition = np.zeros((CONDITION_ROWS, config.model_dim), np.float32)
+    sample = Sample(np.zeros(1, np.int64), np.zeros(1, np.int64), condition, condition[0])
+    return collate_packed([sample], config)
+
+
+def backward(run: Run, batch: PackedBatch, text_tokens: int, mel_tokens: int, is_last: bool, weight: float = 1.0
+             ) -> Tensor:
+    """Adds one micro-batch's gradients; the last one of a step exchanges them. Returns sums as summed_losses does."""
+    waits = run.ddp.no_sync() if run.ddp and not is_last else contextlib.nullcontext()
+    with waits:
+        with run.precision.autocast():
+            text_sum, mel_sum, right = summed_losses(run.ddp or run.model, batch)
+            loss = (run.config.text_loss_weight * text_sum / text_tokens
+                    + run.config.mel_loss_weight * mel_sum / mel_tokens)
+        loss = loss * (weight * run.world.size)  # DistributedDataParallel divides by the number of processes
+        run.scaler.scale(loss).backward()
+    return weight * torch.stack([text_sum.detach(), mel_sum.detach(), right]).double()
+
+
+def distribute(run: Run) -> None:
+    """Wraps the model for several processes, which then start from rank 0's weights.
+
+    Two backward passes of weight 0 settle in which buckets gradients are exchanged. It would change after the first
+    step otherwise, and a resumed run would add up in another order than the one without a stop.
+    """
+    if run.world.size == 1:
+        return
+    device = run.precision.device
+    run.ddp = DistributedDataParallel(run.model, device_ids=[run.world.local_rank] if device.type == "cuda" else None)
+    run.model.train()
+    for _ in range(2):
+        backward(run, idle_batch(run.model.config).to(device), 1, 1, is_last=True, weight=0.0)
+        run.optimizer.zero_grad(set_to_none=True)
+
+
 def train_step(run: Run, batches: Sequence[PackedBatch]) -> StepStats:
     """One optimizer step over its micro-batches; the loss is the token mean over all of them, however they are split.
 
     Raises: Stopped between micro-batches, and torch.OutOfMemoryError; weights are then those of the step before.
     """
-    config, step = run.config, run.state.position.step + 1
-    text_tokens = max(1, sum(sum(batch.text_counts) for batch in batches))
-    mel_tokens = max(1, sum(sum(batch.mel_counts) for batch in batches))
+    config, device, step = run.config, run.precision.device, run.state.position.step + 1
+    text_tokens, mel_tokens, tokens, flops = run.share(
+        sum(sum(batch.text_counts) for batch in batches), sum(sum(batch.mel_counts) for batch in batches),
+        sum(sum(batch.lengths) for batch in batches), int(step_flops(run.model.config, batches)))
+    text_tokens, mel_tokens = max(1, text_tokens), max(1, mel_tokens)
     lr = get_lr(step, run.current_schedule)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     run.model.train()
     run.optimizer.zero_grad(set_to_none=True)
-    totals = torch.zeros(3, dtype=torch.float64, device=run.precision.device)
+    totals = torch.zeros(3, dtype=torch.float64, device=device)
+    batches = [batch for batch in batches if batch.rows]
     for micro_step, batch in enumerate(batches):
-        run.stop.check()
-        if not batch.rows:
-            continue
-        torch.manual_seed(dropout_seed(config.seed, step, micro_step))
-        with run.precision.autocast():
-            text_sum, mel_sum, right = summed_losses(run.model, batch)
-            loss = config.text_loss_weight * text_sum / text_tokens + config.mel_loss_weight * mel_sum / mel_tokens
-        run.scaler.scale(loss).backward()
-        totals += torch.stack([text_sum.detach(), mel_sum.detach(), right]).double()
-    run.stop.check()
+        run.check_stop()
+        torch.manual_seed(dropout_seed(config.seed, step, micro_step, run.world.rank))
+        totals += backward(run, batch, text_tokens, mel_tokens, is_last=micro_step == len(batches) - 1)
+    if run.ddp and not batches:
+        backward(run, idle_batch(run.model.config).to(device), text_tokens, mel_tokens, is_last=True, weight=0.0)
+    run.check_stop()
     grad_norm = apply_gradients(run)
-    return StepStats(totals[0] / text_tokens, totals[1] / mel_tokens, totals[2] / mel_tokens, grad_norm, lr,
-                     sum(sum(batch.lengths) for batch in batches), step_flops(run.model.config, batches))
+    return StepStats(totals[0] / text_tokens, totals[1] / mel_tokens, totals[2] / mel_tokens, grad_norm, lr, tokens,
+                     flops)
 
 
 def apply_gradients(run: Run) -> Tensor:
@@ -1756,27 +1996,30 @@ def evaluate(run: Run, max_batches: int, on_row: Callable[[dict[str, Any]], None
 
     on_row receives a dict for every row: id, mean and per-token losses, token counts. Raises: Stopped.
     """
-    data, size = run.val_data, run.config.val_batch_size or run.config.batch_size
+    data, size, world = run.val_data, run.config.val_batch_size or run.config.batch_size, run.world
     chunks = split_micro_batches(np.arange(len(data)), size)
     chunks = chunks[:max_batches] if max_batches else chunks
-    loader = make_loader(run, data, (chunk.tolist() for chunk in chunks))
-    totals, counts = torch.zeros(3, dtype=torch.float64, device=run.precision.device), [0, 0]
+    own = chunks[world.rank :: world.size]
+    loader = load_batches(run, data, lambda: (chunk.tolist() for chunk in own))
+    sums = torch.zeros(5, dtype=torch.float64, device=run.precision.device)
     run.model.eval()
-    for done in range(len(chunks)):
-        batch = take_batch(run, data, loader)
-        if not batch.rows:
+    for done in range(math.ceil(len(chunks) / world.size)):
+        run.share()
+        batch = take_batch(run, data, loader) if done < len(own) else None
+        if batch is None or not batch.rows:
             continue
         with torch.no_grad(), run.precision.autocast():
             text, mel, right = token_losses(run.model, batch)
-        totals += torch.stack([text.double().sum(), mel.double().sum(), right.double().sum()])
-        counts = [counts[0] + len(text), counts[1] + len(mel)]
+        counts = torch.tensor([len(text), len(mel)], device=sums.device)
+        sums += torch.cat([torch.stack([text.double().sum(), mel.double().sum(), right.double().sum()]), counts])
         if on_row:
             for record in eval_records(data, batch, text.tolist(), mel.tolist()):
                 on_row(record)
-        run.console.progress(f"validation {done + 1}/{len(chunks)}")
-    text_sum, mel_sum, right_sum = totals.tolist()
-    return {"text_loss": text_sum / max(1, counts[0]), "mel_loss": mel_sum / max(1, counts[1]),
-            "mel_top1": right_sum / max(1, counts[1])}
+        run.console.progress(f"validation: {min(len(chunks), (done + 1) * world.size)}/{len(chunks)}")
+    share_bad_rows(run, data)
+    text_sum, mel_sum, right_sum, text_count, mel_count = world.add_up(sums).tolist()
+    return {"text_loss": text_sum / max(1, text_count), "mel_loss": mel_sum / max(1, mel_count),
+            "mel_top1": right_sum / max(1, mel_count)}
 
 
 def eval_records(data: ManifestDataset, batch: PackedBatch, text: list[float], mel: list[float]
@@ -1824,24 +2067,28 @@ def map_tree(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
-def environment(device: torch.device) -> dict[str, Any]:
+def environment(device: torch.device, world_size: int) -> dict[str, Any]:
     """What must stay the same for a bit-for-bit continuation."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
     return {"torch": str(torch.__version__), "device": f"{device.type} {name}", "threads": torch.get_num_threads(),
-            "world_size": 1}
+            "world_size": world_size}
 
 
 def make_checkpoint(run: Run) -> dict[str, Any]:
-    """A snapshot of the run at an optimizer-step boundary: plain values and CPU tensors."""
+    """A snapshot of the run at an optimizer-step boundary: plain values, and CPU tensors that stay as they are."""
     state, position = run.state, run.state.position
     config = {k: v for k, v in dataclasses.asdict(run.config).items() if k not in PER_PROCESS}
-    return map_tree({
+    model, optimizer, scaler, nonfinite = map_tree(
+        (run.model.state_dict(), run.optimizer.state_dict(),
+         run.scaler.state_dict() if run.scaler.is_enabled() else None, run.nonfinite),
+        lambda tensor: tensor.detach().to("cpu", copy=True))
+    return {
         "format_version": FORMAT_VERSION,
-        "model": in_name_order({**run.carried, **run.model.state_dict()}),
-        "optimizer": run.optimizer.state_dict(),
+        "model": in_name_order({**run.carried, **model}),
+        "optimizer": optimizer,
         "scheduler": {**dataclasses.asdict(run.current_schedule), "last_epoch": position.step,
                       "_last_lr": [get_lr(position.step, run.current_schedule)]},
-        "scaler": run.scaler.state_dict() if run.scaler.is_enabled() else None,
+        "scaler": scaler,
         "epoch": position.epoch, "step": position.step, "sample_in_epoch": position.sample_in_epoch,
         "recent_checkpoints": state.recent_checkpoints, "rotated_out": state.rotated_out,
         "manifests": {"train": run.train_data.manifests, "val": run.val_data.manifests},
@@ -1849,56 +2096,113 @@ def make_checkpoint(run: Run) -> dict[str, Any]:
         "tokenizer": run.tokenizer, "model_config": run.gpt_section, "config": config,
         "best": state.best, "last_val": state.last_val, "validation_owed": state.validation_owed,
         "run_dir": state.run_dir, "base_vocab": state.base_vocab, "tokens_seen": state.tokens_seen,
-        "nonfinite": run.nonfinite, "environment": environment(run.precision.device),
-    }, lambda tensor: tensor.detach().cpu())
+        "nonfinite": nonfinite, "environment": environment(run.precision.device, run.world.size),
+    }
 
 
-def save_checkpoint(run: Run, is_best: bool) -> bool:
-    """Writes model_step{N}.pth, links latest.pth (and best.pth) to it, deletes what rotated out.
+@dataclass
+class Save:
+    """One checkpoint on its way to the disk, then what came of it."""
 
-    Returns False when the disk refused; older checkpoints are then untouched.
+    path: Path
+    links: list[Path]  # latest.pth, best.pth
+    delete: list[Path]  # rotated out
+    position: Position
+    best: dict[str, float] | None  # what best.pth holds after this save; None: the save is not the best
+    validation_owed: bool
+    rotation_before: tuple[list[str], list[str]]  # recent_checkpoints and rotated_out, should the disk refuse
+    seconds_blocked: float = 0.0
+    seconds_written: float = 0.0
+    bytes: int = 0
+    error: Exception | None = None
+    link_error: Exception | None = None
+    written: Future[None] | None = None
+
+
+def save_checkpoint(run: Run, is_best: bool) -> None:
+    """Starts to write model_step{N}.pth; latest.pth (and best.pth) are linked to it once it is whole."""
+    name = f"model_step{run.state.position.step}.pth"
+    start_save(run, name, ["latest.pth", *(["best.pth"] if is_best else [])], is_best)
+
+
+def start_save(run: Run, name: str, links: Sequence[str], is_best: bool) -> None:
+    """Takes a snapshot and leaves the writing to a thread; waits for the save before this one.
+
+    Only rank 0 writes. What came of the save is known after finish_save.
     """
-    state, step = run.state, run.state.position.step
-    name = f"model_step{step}.pth"
-    before = state.recent_checkpoints, state.rotated_out
-    state.recent_checkpoints, state.rotated_out = plan_rotation(state.recent_checkpoints, name,
-                                                                run.config.keep_checkpoints)
-    if not write_or_say(run, run.output_dir / name):
-        state.recent_checkpoints, state.rotated_out = before
-        return False
-    try:
-        link_checkpoint(run.output_dir / name, run.output_dir / "latest.pth")
-        if is_best:
-            link_checkpoint(run.output_dir / name, run.output_dir / "best.pth")
-    except OSError as error:  # no hard links, and no room for a copy
-        run.console.say(f"[Error] Could not renew latest.pth or best.pth: {first_line(error)}. {name} is complete, and "
-                        "--resume auto finds it")
-    delete_rotated(run)
-    run.saved_step = step
-    return True
-
-
-def delete_rotated(run: Run) -> None:
-    for name in run.state.rotated_out:
-        if checkpoint_step(name) is not None:
-            (run.output_dir / name).unlink(missing_ok=True)
-
-
-def write_or_say(run: Run, path: Path) -> bool:
-    """Writes a checkpoint file. Returns False, having said why, when the disk refused."""
+    state, out, started = run.state, run.output_dir, time.perf_counter()
+    if run.world.rank > 0:
+        run.saved_step = state.position.step
+        return
+    finish_save(run)
     check_finite(run)
+    rotation_before = state.recent_checkpoints, state.rotated_out
+    if links:
+        state.recent_checkpoints, state.rotated_out = plan_rotation(state.recent_checkpoints, name,
+                                                                    run.config.keep_checkpoints)
+    save = Save(out / name, [out / link for link in links], rotated_files(run) if links else [], state.position,
+                state.best if is_best else None, state.validation_owed, rotation_before)
+    checkpoint = make_checkpoint(run)
+    save.seconds_blocked = time.perf_counter() - started
+    save.written = run.writer.submit(write_save, save, checkpoint, run.metrics)
+    run.saving = save
+
+
+def rotated_files(run: Run) -> list[Path]:
+    """What the newest save has to delete; only names that a run gives."""
+    return [run.output_dir / name for name in run.state.rotated_out if checkpoint_step(name) is not None]
+
+
+def write_save(save: Save, checkpoint: dict[str, Any], metrics: MetricsLog | None) -> None:
+    """Writes, links, deletes what rotated out: in this order, so that a kill leaves a resumable directory. No console:
+    this is the writer's thread."""
     started = time.perf_counter()
     try:
-        if run.metrics:
-            run.metrics.flush()
-        size = write_checkpoint(path, make_checkpoint(run))
+        if metrics:
+            metrics.flush()
+        save.bytes = write_checkpoint(save.path, checkpoint)
     except (OSError, RuntimeError) as error:
-        run.console.say(f"[Error] Could not save {path}: {first_line(error)}. Earlier checkpoints are intact; free "
-                        "some disk space, the save will be tried again")
-        return False
-    owed = ", validation still owed: the resumed run validates first" if run.state.validation_owed else ""
-    run.console.say(f"[Info] Saved {path} ({size / 1e6:.1f} MB in {time.perf_counter() - started:.1f} s{owed})")
-    return True
+        save.error = error
+        return
+    try:
+        for link in save.links:
+            link_checkpoint(save.path, link)
+    except OSError as error:  # no hard links, and no room for a copy
+        save.link_error = error
+    for path in save.delete:
+        path.unlink(missing_ok=True)
+    save.seconds_written = time.perf_counter() - started
+
+
+def finish_save(run: Run, wait: bool = True) -> None:
+    """Says and logs what came of the save in flight, if it has ended or `wait` is set."""
+    save = run.saving
+    if save is None or save.written is None or not (wait or save.written.done()):
+        return
+    run.saving = None
+    save.written.result()  # raises what only a bug can raise
+    state, say = run.state, run.console.say
+    if save.error is not None:
+        say(f"[Error] Could not save {save.path}: {first_line(save.error)}. Earlier checkpoints are intact; free some "
+            "disk space, the save will be tried again")
+        state.recent_checkpoints, state.rotated_out = save.rotation_before
+        if state.best is save.best:
+            state.best = run.best_saved
+        if save.links:
+            run.save_retry_step = state.position.step + max(1, run.config.save_interval // 10)
+        return
+    if save.link_error is not None:
+        say(f"[Error] Could not renew latest.pth or best.pth: {first_line(save.link_error)}. {save.path.name} is "
+            "complete, and --resume auto finds it")
+    run.best_saved = save.best or run.best_saved
+    if save.links:
+        run.saved_step = save.position.step
+    owed = ", validation still owed: the resumed run validates first" if save.validation_owed else ""
+    say(f"[Info] Saved {save.path} ({save.bytes / 1e6:.1f} MB in {save.seconds_written:.1f} s, training waited "
+        f"{save.seconds_blocked:.1f} s{owed})")
+    if run.metrics:
+        run.metrics.write("save", save.position, {"seconds_blocked": save.seconds_blocked, "bytes": save.bytes,
+                                                  "seconds_written": save.seconds_written})
 
 
 def is_due(position: Position, interval: int) -> bool:
@@ -1935,10 +2239,12 @@ class Meter:
         assert self.first is not None
         done = self.steps - self.first[1]
         elapsed = time.perf_counter() - self.first[0]
-        eta = str(datetime.timedelta(seconds=round(left * elapsed / done))) if done else "?"
+        seconds = round(left * elapsed / done) if done else 0
+        eta, about = (datetime.timedelta(seconds=seconds), f", about {seconds} s left") if done else ("?", "")
         total = position.step + left
         filled = 30 * position.step // max(1, total)
-        run.console.progress(f"[{'#' * filled}{'.' * (30 - filled)}] step {position.step}/{total} ETA {eta}")
+        run.console.progress(f"[{'#' * filled}{'.' * (30 - filled)}] step {position.step}/{total} ETA {eta}",
+                             f"training: {position.step}/{total}, {elapsed:.0f} s{about}")
 
 
 def after_step(run: Run, stats: StepStats, meter: Meter) -> None:
@@ -1947,41 +2253,48 @@ def after_step(run: Run, stats: StepStats, meter: Meter) -> None:
     position = state.position
     meter.add(stats)
     meter.show_progress(run)
+    finish_save(run, wait=False)
     if position.step % config.log_interval == 0:
         log_step(run, stats, meter)
-    is_best, saved, best_before = False, False, state.best
+    is_best = False
     if is_due(position, config.val_interval) or run.finished:
+        if run.saving and run.saving.best:
+            finish_save(run)  # whether there is a best.pth to beat is known then
         is_best = validate(run)
         meter.restart()
     retry = run.save_retry_step and position.step >= run.save_retry_step
     if (config.save_interval and position.step % config.save_interval == 0) or run.finished or retry:
-        saved = save_checkpoint(run, is_best)
-        run.save_retry_step = 0 if saved else position.step + max(1, config.save_interval // 10)
+        run.save_retry_step = 0
+        save_checkpoint(run, is_best)
         meter.restart()
     elif is_best:
-        saved = write_or_say(run, run.output_dir / "best.pth")
+        start_save(run, "best.pth", [], is_best)
         meter.restart()
-    if is_best and not saved:
-        state.best = best_before  # best.pth still holds that one
 
 
 def log_step(run: Run, stats: StepStats, meter: Meter) -> None:
     """Prints the [Train] line and writes metrics; the only place of the loop that waits for the device."""
     position = run.state.position
-    text_loss, mel_loss, mel_top1 = stats.text_loss.item(), stats.mel_loss.item(), stats.mel_top1.item()
-    check_finite(run)
+    parts = run.world.add_up(torch.stack([stats.text_loss, stats.mel_loss, stats.mel_top1]))
+    text_loss, mel_loss, mel_top1 = parts.tolist()
+    with same_on_all_ranks(run.world):
+        check_finite(run)
+    share_bad_rows(run, run.train_data)
     run.console.say(f"[Train] epoch={position.last_epoch} step={position.step} text_loss={text_loss:.6f} "
                     f"mel_loss={mel_loss:.6f} mel_top1={mel_top1:.4f} lr={stats.lr:.3e}")
-    assert run.metrics is not None
-    run.metrics.write("train", position, {
-        "text_loss": text_loss, "mel_loss": mel_loss, "mel_top1": mel_top1, "lr": stats.lr,
-        "grad_norm": stats.grad_norm.item(), "skipped_updates": int(run.nonfinite[0].item()), **meter.rates()})
+    if run.metrics:
+        run.metrics.write("train", position, {
+            "text_loss": text_loss, "mel_loss": mel_loss, "mel_top1": mel_top1, "lr": stats.lr,
+            "grad_norm": stats.grad_norm.item(), "skipped_updates": int(run.nonfinite[0].item()), **meter.rates()})
     meter.restart()
 
 
 def split_after_out_of_memory(run: Run) -> None:
     """Halves the micro-batch, keeps the global batch. Raises: UserError when it is one sample already."""
     config = run.config
+    if run.world.size > 1:
+        raise UserError(f"out of GPU memory on rank {run.world.rank}. Start again with a smaller --batch-size and "
+                        "--resume auto: the global batch stays")
     if config.batch_size == 1:
         raise UserError("out of GPU memory with one sample in a micro-batch. Use --grad-checkpointing, --amp, or leave "
                         "out the longest rows")
@@ -2004,7 +2317,8 @@ def step_if_memory_suffices(run: Run, batches: Sequence[PackedBatch]) -> StepSta
 
 def train(run: Run) -> None:
     """The loop. Raises: Stopped, after the last complete step was saved."""
-    state, data, meter = run.state, run.train_data, Meter(peak_flops(run.precision))
+    state, data, world = run.state, run.train_data, run.world
+    meter = Meter(peak_flops(run.precision) * world.size)
     loader: Iterator[PackedBatch] | None = None
     try:
         if state.validation_owed:
@@ -2013,9 +2327,9 @@ def train(run: Run) -> None:
         while not run.finished:
             position, config = state.position, run.config
             if loader is None:
-                loader = make_loader(run, data, micro_batches_from(position, len(data), config))
-            samples = min(config.global_batch, len(data) - position.sample_in_epoch)
-            micro_steps = math.ceil(samples / config.batch_size)
+                batches = functools.partial(micro_batches_from, position, len(data), config, world.rank)
+                loader = load_batches(run, data, batches)
+            micro_steps = count_micro_steps(position, len(data), config, world.rank)
             stats = step_if_memory_suffices(run, [take_batch(run, data, loader) for _ in range(micro_steps)])
             if stats is None:
                 split_after_out_of_memory(run)
@@ -2029,11 +2343,18 @@ def train(run: Run) -> None:
     except Stopped as stopped:
         run.console.end_progress()
         run.console.say(f"[Info] {stopped}: stopping at step {state.position.step}")
-        if state.position.step > run.saved_step and not save_checkpoint(run, is_best=False):
+        finish_save(run)
+        if state.position.step > run.saved_step:
+            save_checkpoint(run, is_best=False)
+        finish_save(run)
+        if state.position.step > run.saved_step:
             raise unsaved_error(run) from stopped
+        world.gather(None)
         raise
+    finish_save(run)
     if run.saved_step < state.position.step:
         raise unsaved_error(run)
+    world.gather(None)  # nobody leaves while rank 0 still writes: torchrun might end it then
 
 
 def unsaved_error(run: Run) -> UserError:
@@ -2042,7 +2363,7 @@ def unsaved_error(run: Run) -> UserError:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 8. Main
+# 9. Main
 
 
 def resolve_output_dir(typed: dict[str, Any]) -> Path:
@@ -2071,7 +2392,7 @@ def find_model_yaml(config: TrainConfig, checkpoint: dict[str, Any] | None) -> P
     raise UserError(f"no model config: neither {beside} nor checkpoints/config.yaml exists. Pass --config")
 
 
-def resolve_config(typed: dict[str, Any], checkpoint: dict[str, Any] | None, device: torch.device
+def resolve_config(typed: dict[str, Any], checkpoint: dict[str, Any] | None, device: torch.device, world: World
                    ) -> tuple[TrainConfig, int]:
     """Typed settings first, then the checkpoint's, then the defaults and what the hardware suggests.
 
@@ -2088,12 +2409,16 @@ def resolve_config(typed: dict[str, Any], checkpoint: dict[str, Any] | None, dev
         raise UserError("; ".join(problems))
     is_cuda = device.type == "cuda"
     memory = torch.cuda.get_device_properties(device).total_memory / 2**30 if is_cuda else 0.0
-    hardware_batch_size, workers = auto_hardware(device.type, memory, len(os.sched_getaffinity(0)) if hasattr(
-        os, "sched_getaffinity") else os.cpu_count() or 1)
-    same_device = bool(checkpoint) and checkpoint["environment"]["device"] == environment(device)["device"]  # type: ignore
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    hardware_batch_size, workers = auto_hardware(device.type, memory, max(1, cpus // world.local_size))
+    here = environment(device, world.size)
+    same_device = bool(checkpoint) and checkpoint["environment"]["device"] == here["device"]  # type: ignore[index]
+    split = (saved["batch_size"], saved["grad_accumulation"],
+             checkpoint["environment"]["world_size"]) if checkpoint else None
     config.batch_size, config.grad_accumulation = choose_batch_split(
-        asked.get("batch_size", 0), asked.get("grad_accumulation", 0), hardware_batch_size,
-        (saved["batch_size"], saved["grad_accumulation"]) if checkpoint else None, same_device)
+        asked.get("batch_size", 0), asked.get("grad_accumulation", 0), hardware_batch_size, split, same_device,
+        world.size)
+    config.world_size = world.size
     if not (config.eval_only and "val_manifest" in typed):
         config.train_manifest = config.train_manifest or ["processed_data/train_pairs.jsonl"]
     config.val_manifest = config.val_manifest or ["processed_data/val_pairs.jsonl"]
@@ -2115,11 +2440,12 @@ def say_changes(config: TrainConfig, checkpoint: dict[str, Any], device: torch.d
         new = getattr(config, name, old)
         if new != old and name not in ("config", "base_checkpoint"):
             say(f"[Info] {name}: {old} -> {new}")
-    old_batch = checkpoint["config"]["batch_size"] * checkpoint["config"]["grad_accumulation"]
+    old_batch = (checkpoint["config"]["batch_size"] * checkpoint["config"]["grad_accumulation"]
+                 * checkpoint["environment"]["world_size"])
     if old_batch != config.global_batch:
         say(f"[Warn] The global batch changes from {old_batch} to {config.global_batch}: losses will differ from the "
             "run so far. The position is in samples, none is repeated or left out")
-    for name, new in environment(device).items():
+    for name, new in environment(device, config.world_size).items():
         old = checkpoint["environment"].get(name)
         if old != new:
             say(f"[Warn] {name}: {old} -> {new}. Continuing bit for bit is promised only for the same one")
@@ -2192,7 +2518,8 @@ def say_model(config: TrainConfig, model: UnifiedVoiceGPT, carried: dict[str, Te
 
 
 def say_batches(config: TrainConfig, workers: int, say: Callable[[str], None]) -> None:
-    say(f"[Info] Batch size {config.batch_size} x accumulation {config.grad_accumulation} = global batch "
+    processes = f" x {config.world_size} processes" if config.world_size > 1 else ""
+    say(f"[Info] Batch size {config.batch_size} x accumulation {config.grad_accumulation}{processes} = global batch "
         f"{config.global_batch}; {workers} data workers; peak learning rate {config.learning_rate:g}")
 
 
@@ -2234,7 +2561,7 @@ def restore(run: Run, found: Found) -> None:
         run.scaler.load_state_dict(checkpoint["scaler"])
     elif run.scaler.is_enabled():
         say("[Warn] AMP enabled but no scaler state: continuing with a fresh one")
-    run.saved_step = state.position.step
+    run.saved_step, run.best_saved = state.position.step, state.best
     say(f"[Info] ✅ Successfully resumed from {found.path}")
     say(f"[Info]    Epoch: {state.position.epoch}, Step: {state.position.step}")
     say(f"[Info]    Recent checkpoints: {len(state.recent_checkpoints)}")
@@ -2310,6 +2637,16 @@ def go_back(run: Run, resumed: Path) -> None:
     run.console.say(f"[Info] Going back to step {step}: later checkpoints and log lines are now in {folder}")
 
 
+def finish_links(run: Run, resumed: Path) -> None:
+    """Does what a kill between a save and its links and deletions left undone."""
+    state, best = run.state, run.output_dir / "best.pth"
+    is_best = state.best is not None and state.best["step"] == state.position.step
+    if is_best and (not best.exists() or step_inside(best) != state.position.step):
+        link_checkpoint(resumed, best)
+    for path in rotated_files(run):
+        path.unlink(missing_ok=True)
+
+
 def open_run_dir(run: Run, found: Found | None, resume: str) -> None:
     """Continues the run directory of a resumed run without doubled lines, or makes a new one."""
     output_dir, state = run.output_dir, run.state
@@ -2325,7 +2662,7 @@ def open_run_dir(run: Run, found: Found | None, resume: str) -> None:
     else:
         if resume != "auto":
             go_back(run, found.path)
-        delete_rotated(run)  # in case the process was killed between a save and its deletions
+        finish_links(run, found.path)
         cut_metrics(output_dir / state.run_dir / "metrics.jsonl", state.position.step, state.validation_owed)
     run.metrics = MetricsLog(output_dir / state.run_dir, state.position.step + 1)
     run.console.say(f"[Info] Logs: {output_dir / state.run_dir}")
@@ -2357,11 +2694,12 @@ def make_profiler(run: Run) -> Any:
                                   on_trace_ready=lambda profile: profile.export_chrome_trace(str(trace)))
 
 
-def prepare(typed: dict[str, Any], found: Found | None, output_dir: Path, stop: StopSignal, console: Console) -> Run:
+def prepare(typed: dict[str, Any], found: Found | None, output_dir: Path, stop: StopSignal, console: Console,
+            world: World) -> Run:
     """Settings, data and model of a run; a checkpoint is applied. Raises: UserError, Stopped."""
     checkpoint = found.checkpoint if found else None
     device = setup_device()
-    config, workers = resolve_config(typed, checkpoint, device)
+    config, workers = resolve_config(typed, checkpoint, device, world)
     if checkpoint and not config.eval_only:
         say_changes(config, checkpoint, device, console.say)
     console.say(f"[Info] Config: {config.config or (found.path if found else '')}")
@@ -2383,7 +2721,7 @@ def prepare(typed: dict[str, Any], found: Found | None, output_dir: Path, stop: 
     stop.check()
     run = Run(config, output_dir, precision, model, make_optimizer(model, config.weight_decay),
               torch.amp.GradScaler(device.type, enabled=precision.needs_scaler), carried, gpt_section, tokenizer,
-              train_data, val_data, TrainState(base_vocab=base_vocab), console, stop, workers,
+              train_data, val_data, TrainState(base_vocab=base_vocab), console, stop, workers, world,
               nonfinite=torch.zeros(3, device=device))
     for data in datasets:
         for line in data.note_bad_rows(data.bad_rows_at_start):
@@ -2415,15 +2753,44 @@ def run_evaluation(typed: dict[str, Any], output_dir: Path, stop: StopSignal, co
         raise ResumeError(f"no checkpoint in {output_dir} to evaluate. Check --output-dir")
     with writable(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
-    write_eval(prepare({"max_val_batches": 0, **typed}, found, output_dir, stop, console))
+    write_eval(prepare({"max_val_batches": 0, **typed}, found, output_dir, stop, console, World()))
 
 
-def run_training(typed: dict[str, Any], output_dir: Path, stop: StopSignal, console: Console, ending: Ending) -> None:
+def choose_checkpoint(typed: dict[str, Any], output_dir: Path, console: Console, world: World) -> Found | None:
+    """Rank 0 finds and announces what to resume from, the others read the same file. Raises: UserError."""
+    found = None
+    if world.rank == 0:
+        resume = typed.get("resume", "")
+        found = open_resume(resume, output_dir, console.say)
+        refuse_other_checkpoints(output_dir, found, resume)
+    path = world.from_rank_0(str(found.path) if found else None)
+    return found if world.rank == 0 or path is None else Found(Path(path), read_checkpoint(Path(path)), [])
+
+
+def prepare_everywhere(typed: dict[str, Any], found: Found | None, output_dir: Path, stop: StopSignal,
+                       console: Console, world: World) -> Run:
+    """prepare() on every rank. Raises: UserError on all of them when any failed; rank 0 says it, once."""
+    run, error = None, None
+    try:
+        run = prepare(typed, found, output_dir, stop, console, world)
+        if run.config.freeze_base_vocab and not run.state.base_vocab:
+            raise UserError("--freeze-base-vocab goes with --base-checkpoint: that file's tokens stay frozen")
+    except UserError as caught:
+        error = caught
+    errors = world.gather(str(error) if error else None)
+    failed = [rank for rank, message in enumerate(errors) if message]
+    if run is not None and not failed:
+        return run
+    if world.rank > 0:
+        raise SaidByRank0
+    raise error or UserError(f"on rank {failed[0]}: {errors[failed[0]]}")
+
+
+def run_training(typed: dict[str, Any], output_dir: Path, stop: StopSignal, console: Console, ending: Ending,
+                 world: World) -> None:
     """From the command line to a finished run. Raises: UserError, Stopped."""
-    resume = typed.get("resume", "")
-    found = open_resume(resume, output_dir, console.say)
-    refuse_other_checkpoints(output_dir, found, resume)
-    run = prepare(typed, found, output_dir, stop, console)
+    found = choose_checkpoint(typed, output_dir, console, world)
+    run = prepare_everywhere(typed, found, output_dir, stop, console, world)
     ending.run = run
     if run.finished and not run.state.validation_owed:
         console.say(f"[Info] Training is complete: epoch {run.state.position.epoch}, step {run.state.position.step}. "
@@ -2431,16 +2798,19 @@ def run_training(typed: dict[str, Any], output_dir: Path, stop: StopSignal, cons
         return
     if run.config.freeze_base_vocab:
         rows = run.state.base_vocab
-        if not rows:
-            raise UserError("--freeze-base-vocab goes with --base-checkpoint: that file's tokens stay frozen")
         run.frozen = {name: run.model.get_parameter(name).detach()[:rows].clone() for name in VOCAB_TENSORS}
-    say_disk(run)
-    open_run_dir(run, found, resume)
-    with make_profiler(run) if run.config.profile else contextlib.nullcontext() as run.profiler:
+    distribute(run)
+    if world.rank == 0:
+        say_disk(run)
+        open_run_dir(run, found, typed.get("resume", ""))
+    profiler = make_profiler(run) if run.config.profile and world.rank == 0 else contextlib.nullcontext()
+    with profiler as run.profiler:
         try:
             train(run)
         finally:
             run.console.end_progress()
+            run.writer.shutdown()
+            kill_workers()
             if run.metrics:
                 run.metrics.close()
     best = run.state.best
@@ -2453,62 +2823,93 @@ class Ending:
     """How this process ended, for OUTPUT_DIR/last_exit.json; its absence means that the process was killed."""
 
     output_dir: Path
+    world: World
     run: Run | None = None
 
+    @property
+    def path(self) -> Path:
+        return self.output_dir / "last_exit.json"
+
     def clear(self) -> None:
-        (self.output_dir / "last_exit.json").unlink(missing_ok=True)
+        if self.world.rank == 0:
+            self.path.unlink(missing_ok=True)
 
     def write(self, reason: str, status: int) -> None:
+        """Of several ranks the first one to fail knows why; the others only lose contact with it."""
+        if self.path.exists() or (self.world.rank > 0 and reason not in ("user_error", "crash")):
+            return
         step = self.run.state.position.step if self.run else None
         with contextlib.suppress(OSError):  # a full disk must not hide why the run ended
-            with replacing(self.output_dir / "last_exit.json") as partial:
+            with replacing(self.path) as partial:
                 partial.write_text(json.dumps({"reason": reason, "status": status, "step": step}) + "\n")
 
 
-def train_and_record(typed: dict[str, Any], output_dir: Path, stop: StopSignal, console: Console) -> None:
-    """Holds the output directory's lock and records how the process ended. Raises: UserError, Stopped."""
-    with lock_output_dir(output_dir):
-        ending = Ending(output_dir)
-        ending.clear()
-        try:
-            run_training(typed, output_dir, stop, console, ending)
-            ending.write("finished", 0)
-        except Stopped as stopped:
-            ending.write("stopped", 128 + stopped.signum)
-            raise
-        except UserError:
+@contextlib.contextmanager
+def recorded(ending: Ending, stop: StopSignal) -> Iterator[None]:
+    """Writes last_exit.json. Raises: UserError, Stopped, LostContact, or whatever a bug raises."""
+    try:
+        yield
+        ending.write("finished", 0)
+    except Stopped as stopped:
+        ending.write("stopped", 128 + stopped.signum)
+        raise
+    except SaidByRank0:
+        raise
+    except UserError:
+        ending.write("user_error", 1)
+        raise
+    except Exception as error:
+        if is_lost_contact(error) and stop.signum:  # the others stopped first
+            ending.write("stopped", 128 + stop.signum)
+            raise Stopped(stop.signum) from error
+        if isinstance(error, OSError) and error.errno in FULL_DISK:
             ending.write("user_error", 1)
-            raise
-        except OSError as error:
-            if error.errno not in FULL_DISK:
-                ending.write("crash", 1)
-                raise
-            ending.write("user_error", 1)
-            raise UserError(f"--output-dir {output_dir}: {error.strerror}. Free some disk space and start "
+            raise UserError(f"--output-dir {ending.output_dir}: {error.strerror}. Free some disk space and start "
                             "again") from error
-        except BaseException:
+        if not is_lost_contact(error):
             ending.write("crash", 1)
             raise
+        if ending.world.rank > 0:
+            raise SaidByRank0 from error
+        ending.write("crash", 1)
+        raise LostContact(f"another process of this run is gone ({first_line(error)}). The same command with --resume "
+                          "auto goes on from the newest checkpoint") from error
+    except BaseException:
+        ending.write("crash", 1)
+        raise
+
+
+def train_and_record(typed: dict[str, Any], output_dir: Path, stop: StopSignal, console: Console, world: World) -> None:
+    """Holds the output directory's lock and records how the process ended. Raises: as recorded() does."""
+    ending = Ending(output_dir, world)
+    with process_group(world), lock_output_dir(output_dir) if world.rank == 0 else contextlib.nullcontext():
+        ending.clear()
+        with recorded(ending, stop):
+            run_training(typed, output_dir, stop, console, ending, world)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 1 for a mistake that was explained, 128 + signal number when stopped."""
-    stop = StopSignal()
+    stop, world = StopSignal(), world_from(os.environ)
     stop.install()
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    console = Console(stop, sys.stdout)
+    console = Console(stop, sys.stdout if world.rank == 0 else open(os.devnull, "w"))
     try:
         typed = parse_args(argv)
         output_dir, resume = resolve_output_dir(typed), typed.get("resume", "")
         if resume not in ("", "auto") and not Path(resume).exists():
             read_explicit(Path(resume))  # says what is there instead, before a directory is made
+        if typed.get("eval_only") and world.size > 1:
+            raise UserError("--eval-only runs in one process: start it without torchrun")
         if typed.get("eval_only"):
             run_evaluation(typed, output_dir, stop, console)
         else:
-            train_and_record(typed, output_dir, stop, console)
+            train_and_record(typed, output_dir, stop, console, world)
         return 0
     except Stopped as stopped:
         return 128 + stopped.signum
+    except SaidByRank0:
+        return 1
     except ResumeError as error:
         console.say(f"[Error] Failed to load checkpoint: {error}")
         print(f"RuntimeError: Resume failed: {error}", file=sys.stderr)

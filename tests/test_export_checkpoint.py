@@ -1,0 +1,49 @@
+"""tools.export_checkpoint: the weights alone, in a file that IndexTTS2 and the trainer's --base-checkpoint read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import call_trainer, data_args, load_checkpoint
+
+from tools import export_checkpoint
+from tools._common import ToolError
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("exported") / "out"
+    call_trainer(*data_args(tiny), "--output-dir", out, "--max-steps", 1)
+    return out / "best.pth"
+
+
+def test_the_exported_file_holds_the_weights_bit_for_bit_and_starts_a_new_run(
+        checkpoint: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    exported = tmp_path / "gpt.pth"
+    export_checkpoint.main([str(checkpoint), "--output", str(exported)])
+    printed = capsys.readouterr().out
+    assert "step 1" in printed and "IndexTTS2 cannot use this file" in printed
+    content, expected = torch.load(exported, weights_only=True), load_checkpoint(checkpoint)["model"]
+    assert list(content) == ["model"] and list(content["model"]) == list(expected)
+    assert all(torch.equal(content["model"][name], tensor) for name, tensor in expected.items())
+    assert exported.stat().st_size < checkpoint.stat().st_size / 2
+    output = call_trainer(*data_args(tiny), "--output-dir", tmp_path / "next", "--base-checkpoint", exported,
+                          "--max-steps", 1)
+    assert f"[Info] Base checkpoint: {exported}" in output
+
+
+def test_a_damaged_checkpoint_is_not_exported(checkpoint: Path, tmp_path: Path):
+    damaged = tmp_path / "damaged.pth"
+    damaged.write_bytes(checkpoint.read_bytes()[:-1000])
+    with pytest.raises(ToolError, match="damaged or incomplete"):
+        export_checkpoint.main([str(damaged), "--output", str(tmp_path / "gpt.pth")])
+    assert not (tmp_path / "gpt.pth").exists()
+
+
+def test_an_export_never_replaces_the_checkpoint_it_reads(checkpoint: Path):
+    before = checkpoint.read_bytes()
+    with pytest.raises(ToolError, match="that is the checkpoint itself"):
+        export_checkpoint.main([str(checkpoint), "--output", str(checkpoint)])
+    assert checkpoint.read_bytes() == before
