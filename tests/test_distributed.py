@@ -113,6 +113,20 @@ def test_a_killed_rank_of_four_ends_the_run_and_the_same_command_goes_on_to_the_
     assert_same_run(tmp_path / "out", tmp_path / "whole")
 
 
+@needs_proc
+def test_when_torchrun_itself_is_killed_its_ranks_save_and_leave(tiny: Path, tmp_path: Path):
+    args = [*run_args(tiny, tmp_path, 2, 2), "--epochs", 1_000_000, "--save-interval", 1000]
+    with subprocess.Popen(torchrun(2, TRAINER, *args), cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}) as agent:
+        assert agent.stdout is not None
+        next(line for line in agent.stdout if " step=5 " in line)
+        agent.kill()
+        printed = agent.stdout.read()  # ends when the ranks have left
+    stopped = last_exit(tmp_path)
+    assert (stopped["reason"], stopped["status"]) == ("stopped", 143), printed
+    assert load_checkpoint(tmp_path / "latest.pth")["step"] == stopped["step"] >= 5
+
+
 @pytest.fixture(scope="module")
 def one_by_eight(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("one_by_eight")

@@ -41,6 +41,21 @@ def info(message: str) -> None:
     print(f"[Info] {message}", flush=True)
 
 
+def warn(message: str) -> None:
+    """Prints one flushed line about something that was skipped or looks wrong."""
+    print(f"[Warn] {message}", flush=True)
+
+
+@contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Around writes into a folder: a full disk or a missing right becomes a ToolError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise ToolError(f"{error.filename or folder}: cannot be written ({error.strerror or error}). Free some disk "
+                        "space or mend the folder's rights, then run the same command again") from error
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yields a temporary path in the same folder and with the same suffix; it becomes `path` only on success."""

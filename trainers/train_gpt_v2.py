@@ -986,7 +986,8 @@ def read_torch_file(path: Path) -> Any:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from error
     except DAMAGED_FILE as error:
-        raise UserError(f"{path}: damaged or incomplete, not a readable PyTorch file ({first_line(error)})") from error
+        reason = f" ({first_line(error)})" if zipfile.is_zipfile(path) else ""
+        raise UserError(f"{path}: damaged or incomplete, not a readable PyTorch file{reason}") from error
 
 
 def check_pickle(path: Path) -> None:
@@ -998,8 +999,9 @@ def check_pickle(path: Path) -> None:
 
 
 def first_line(error: BaseException) -> str:
+    """The first sentence: what follows in PyTorch's messages is advice that does not fit here."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)) or type(error).__name__
-    return text.strip().splitlines()[0][:300]
+    return re.split(r"(?<=[a-z]\.) ", text.strip().splitlines()[0])[0][:300]
 
 
 def load_base_checkpoint(model: UnifiedVoiceGPT, path: Path) -> tuple[dict[str, Tensor], int]:
@@ -1316,7 +1318,8 @@ def checkpoint_step(name: str) -> int | None:
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """model_step files, newest first."""
-    files = [path for path in output_dir.glob("model_step*.pth") if checkpoint_step(path.name) is not None]
+    files = [path for path in output_dir.glob("model_step*.pth")
+             if checkpoint_step(path.name) is not None and path.exists()]  # a link to nowhere does not
     return sorted(files, key=lambda path: checkpoint_step(path.name) or 0, reverse=True)
 
 
@@ -1587,6 +1590,9 @@ def process_group(world: World) -> Iterator[None]:
     if world.size == 1:
         yield
         return
+    if platform.system() == "Linux":  # a torchrun that is killed at once would leave its ranks behind, with the lock
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(signal.SIGTERM))
     if torch.cuda.is_available():
         if world.local_rank >= torch.cuda.device_count():
             raise UserError(f"torchrun started {world.local_size} processes, this machine has "

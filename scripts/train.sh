@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Starts training, or goes on where the last run in the output directory stopped:
+#
+#   scripts/train.sh --output-dir training_output
+#
+# All arguments go to trainers/train_gpt_v2.py. The project's .venv is used where `make` has made one, else python3.
+# It works in the project's folder, so relative paths mean the same wherever it is called from.
+# GPUS=4 scripts/train.sh ... runs one process on each of 4 GPUs (scripts/train_multi_gpu.sh: on all of them).
+set -euo pipefail
+CDPATH='' cd -- "$(dirname -- "$0")/.."
+
+python=.venv/bin/python
+[[ -x $python ]] || python=python3
+launcher=("$python")
+if [[ -n ${GPUS:-} ]]; then
+    # After a stop signal the processes get ten minutes to save before torchrun kills them.
+    launcher+=(-m torch.distributed.run --standalone --nproc-per-node "$GPUS" --shutdown-timeout 600)
+fi
+exec "${launcher[@]}" "${TRAINER:-trainers/train_gpt_v2.py}" --resume auto "$@"
