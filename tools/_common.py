@@ -87,7 +87,7 @@ def read_jsonl(path: Path, required: Sequence[str], remedy: str) -> list[dict[st
         raise ToolError(f"{path}: no such file. {remedy}")
     rows = []
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")  # a text may hold other line ends
     except UnicodeDecodeError as error:
         raise ToolError(f"{path}: not UTF-8 text at byte {error.start}. {remedy}") from error
     for number, line in enumerate(lines, 1):

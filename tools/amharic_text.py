@@ -99,14 +99,16 @@ def normalise(text: str) -> str:
     return text.strip().lstrip(PUNCTUATION).strip()
 
 
+# Letters of equal sound: from, to, how many orders.
+ONE_SPELLING = {source + i: target + i for source, target, orders in (
+    (0x1210, 0x1200, 7), (0x1280, 0x1200, 7), (0x1220, 0x1230, 8), (0x12D0, 0x12A0, 7), (0x1340, 0x1338, 7)
+) for i in range(orders)}
+FIRST_ORDERS = {ord("ሃ"): "ሀ", ord("ኣ"): "አ"}
+
+
 def fold_homophones(text: str) -> str:
     """One spelling per sound (ሐ ኀ -> ሀ, ሠ -> ሰ, ዐ -> አ, ፀ -> ጸ): for comparing words, never for training text."""
-    table = {}
-    for source, target, orders in ((0x1210, 0x1200, 7), (0x1280, 0x1200, 7), (0x1220, 0x1230, 8), (0x12D0, 0x12A0, 7),
-                                   (0x1340, 0x1338, 7)):
-        table.update({source + i: target + i for i in range(orders)})
-    first_orders = {ord("ሃ"): "ሀ", ord("ኣ"): "አ"}
-    return text.translate(table).translate(first_orders)
+    return text.translate(ONE_SPELLING).translate(FIRST_ORDERS)
 
 
 def is_speakable(text: str) -> bool:

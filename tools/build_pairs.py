@@ -1,23 +1,44 @@
 """Prompt/target pairs for the GPT: train_pairs.jsonl and val_pairs.jsonl from the utterances that preprocess wrote.
 
-Each utterance is the target of --prompts-per-target rows. Its prompt is another recording of the same speaker, drawn
-from the prompts that have a condition, never the target itself. Rows have the fields of the IndexTTS2 fine-tuning
-manifests, and *_start says where in each array the utterance begins. When no utterance is marked "val",
---validation-share of the texts becomes validation.
+Each utterance is the target of --pairs-per-target rows. Its prompt is another recording of the same speaker that says
+another sentence, drawn from those that have a condition. Rows have the fields of the IndexTTS2 fine-tuning manifests,
+and *_start says where in each array the utterance begins.
+
+The draw depends on --seed and the target's id. In training, pairs are then moved from the most to the least used
+prompts until each is used as often as the mean of its speaker's prompts, give or take a tenth (or one). Validation
+pairs stay as drawn, so that those of old recordings do not change when new ones come.
+
+Left out, counted and named: targets beyond --max-text-tokens or --max-codes, and speakers who have no prompt left: one
+clip alone, or all prompts outside --min-prompt-seconds to --max-prompt-seconds.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
+import heapq
+import math
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tools._common import ToolError, info, make_parser, read_jsonl, run_program, write_jsonl
+from tools._common import Progress, ToolError, info, make_parser, read_jsonl, run_program, warn, write_jsonl, writing_to
+from tools.preprocess import sentence_key
 
 FIRST_COMMAND = "python -m tools.build_pairs --data-dir build/arrays"
 UTTERANCE_KEYS = ["id", "speaker", "split", "text", "duration", "text_ids_start", "text_len", "codes_start", "code_len"]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a pair may have at most."""
+
+    text_tokens: float = math.inf
+    codes: float = math.inf
+    min_prompt_seconds: float = 0
+    max_prompt_seconds: float = math.inf
 
 
 def pair_row(prompt: dict[str, Any], target: dict[str, Any], shipped: set[str] | None) -> dict[str, Any]:
@@ -31,73 +52,189 @@ def pair_row(prompt: dict[str, Any], target: dict[str, Any], shipped: set[str] |
         "language": target.get("language", "am"), "prompt_language": prompt.get("language", "am"),
         "target_language": target.get("language", "am"),
         "prompt_id": prompt["id"], "prompt_audio_path": audio(prompt), "prompt_duration": prompt["duration"],
-        "prompt_condition_path": "condition.npy", "prompt_condition_start": prompt["condition_start"],
-        "prompt_condition_len": prompt["condition_len"],
-        "prompt_emo_vec_path": "emo_vec.npy", "prompt_emo_vec_start": prompt["emo_vec_start"],
+        "prompt_condition_path": prompt.get("condition_path", "condition.npy"),
+        "prompt_condition_start": prompt["condition_start"], "prompt_condition_len": prompt["condition_len"],
+        "prompt_emo_vec_path": prompt.get("emo_vec_path", "emo_vec.npy"),
+        "prompt_emo_vec_start": prompt["emo_vec_start"],
         "target_id": target["id"], "target_audio_path": audio(target), "target_text": target["text"],
-        "target_text_ids_path": "text_ids.npy", "target_text_ids_start": target["text_ids_start"],
-        "target_text_len": target["text_len"],
-        "target_codes_path": "codes.npy", "target_codes_start": target["codes_start"],
+        "target_text_ids_path": target.get("text_ids_path", "text_ids.npy"),
+        "target_text_ids_start": target["text_ids_start"], "target_text_len": target["text_len"],
+        "target_codes_path": target.get("codes_path", "codes.npy"), "target_codes_start": target["codes_start"],
         "target_code_len": target["code_len"],
     }
 
 
-def build_pairs(utterances: Sequence[dict[str, Any]], split: str, prompts_per_target: int, seed: int,
-                shipped: set[str] | None = None) -> list[dict[str, Any]]:
-    """Rows of one split in the utterances' order. The choice of prompts depends on the seed and the target's id only.
-
-    Raises ToolError for a target whose speaker has no other recording to prompt with.
-    """
-    pools: dict[str, list[dict[str, Any]]] = {}
-    for utterance in utterances:
-        if "condition_start" in utterance:
-            pools.setdefault(utterance["speaker"], []).append(utterance)
-    rows = []
-    for target in utterances:
-        if target["split"] != split:
-            continue
-        others = [prompt for prompt in pools.get(target["speaker"], []) if prompt["id"] != target["id"]]
-        if not others:
-            raise ToolError(f"{target['id']}: speaker {target['speaker']!r} has no other recording to serve as prompt. "
-                            "Raise --prompts-per-speaker of tools.preprocess, or remove the speaker")
-        chosen = random.Random(f"{seed} {target['id']}").sample(others, min(prompts_per_target, len(others)))
-        rows += [pair_row(prompt, target, shipped) for prompt in chosen]
+def with_keys(utterances: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows, each with its sentence in a form to compare."""
+    progress, rows = Progress("sentences", len(utterances)), []
+    for done, row in enumerate(utterances, 1):
+        rows.append(row if "key" in row else row | {"key": sentence_key(row["text"])})
+        progress.update(done)
     return rows
 
 
-def hold_out_texts(utterances: Sequence[dict[str, Any]], share: float, seed: int) -> list[dict[str, Any]]:
-    """The utterances with `share` of their texts, one at least, moved to "val" unless some are there already.
+def draw_prompts(prompts: Sequence[dict[str, Any]], targets: Sequence[dict[str, Any]], per_target: int, seed: int
+                 ) -> list[list[int]]:
+    """For each target indices of its prompts, distinct; fewer than per_target where there are fewer.
 
-    All recordings of a text go together, and texts of prompts stay in training.
+    None says the target's own sentence (nor is the target itself): the model would learn to copy.
     """
-    if any(row["split"] == "val" for row in utterances):
-        return list(utterances)
-    of_prompts = {row["text"] for row in utterances if "condition_start" in row}
-    texts = sorted({row["text"] for row in utterances} - of_prompts)
-    if not texts:
-        raise ToolError("every text belongs to a prompt, so none is left for validation. Add recordings, mark some "
-                        'with "split": "val", or lower --prompts-per-speaker of tools.preprocess')
-    chosen = set(random.Random(seed).sample(texts, max(1, round(share * len(texts)))))
-    return [row | {"split": "val"} if row["text"] in chosen else row for row in utterances]
+    same: dict[str, list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        same.setdefault(prompt["key"], []).append(index)
+    drawn = []
+    for target in targets:
+        excluded = same.get(target["key"], [])
+        left = len(prompts) - len(excluded)
+        chosen = random.Random(f"{seed} {target['id']}").sample(range(left), min(per_target, left))
+        for one in excluded:  # from the i-th of those that are left to the i-th of all
+            chosen = [index + (index >= one) for index in chosen]
+        drawn.append(chosen)
+    return drawn
+
+
+def even_out(drawn: list[list[int]], prompts: Sequence[dict[str, Any]], targets: Sequence[dict[str, Any]]) -> None:
+    """Moves targets from often to seldom used prompts, in place, until every use is within a tenth (or one) of the
+    mean. A prompt that says the target's sentence, or prompts it already, does not take it."""
+    users: list[list[int]] = [[] for _ in prompts]
+    for number, chosen in enumerate(drawn):
+        for prompt in chosen:
+            users[prompt].append(number)
+    uses = [len(targets_of) for targets_of in users]
+    mean = sum(uses) / max(1, len(uses))
+    lowest, highest = min(0.9 * mean, mean - 1), max(1.1 * mean, mean + 1)
+    least_first = [(count, prompt) for prompt, count in enumerate(uses)]
+    heapq.heapify(least_first)
+    for giver in sorted(range(len(prompts)), key=lambda prompt: -uses[prompt]):
+        for number in users[giver]:
+            while least_first[0][0] != uses[least_first[0][1]]:  # an entry of before a move
+                heapq.heapreplace(least_first, (uses[least_first[0][1]], least_first[0][1]))
+            least, taker = least_first[0]
+            if uses[giver] - least < 2 or (uses[giver] <= highest and (least >= lowest or uses[giver] <= mean)):
+                break
+            if taker not in drawn[number] and prompts[taker]["key"] != targets[number]["key"]:
+                drawn[number][drawn[number].index(giver)] = taker
+                uses[giver], uses[taker] = uses[giver] - 1, uses[taker] + 1
+
+
+def by_speaker(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    speakers: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        speakers.setdefault(row["speaker"], []).append(row)
+    return speakers
+
+
+def why_no_target(row: dict[str, Any], limits: Limits) -> str:
+    """The limit that a target breaks, or ""."""
+    if row["text_len"] > limits.text_tokens:
+        return "over --max-text-tokens"
+    return "over --max-codes" if row["code_len"] > limits.codes else ""
+
+
+def is_prompt(row: dict[str, Any], limits: Limits) -> bool:
+    return "condition_start" in row and limits.min_prompt_seconds <= row["duration"] <= limits.max_prompt_seconds
+
+
+def build_pairs(utterances: Sequence[dict[str, Any]], split: str, pairs_per_target: int, seed: int,
+                shipped: set[str] | None = None, limits: Limits = Limits()) -> list[dict[str, Any]]:
+    """Rows of one split in the utterances' order. Targets beyond the limits or without a prompt have none."""
+    pairs: dict[str, list[dict[str, Any]]] = {}
+    for rows in by_speaker(with_keys(utterances)).values():
+        prompts = [row for row in rows if is_prompt(row, limits)]
+        targets = [row for row in rows if row["split"] == split and not why_no_target(row, limits)]
+        drawn = draw_prompts(prompts, targets, pairs_per_target, seed)
+        if split == "train":
+            even_out(drawn, prompts, targets)
+        for target, chosen in zip(targets, drawn, strict=True):
+            pairs[target["id"]] = [pair_row(prompts[i], target, shipped) for i in chosen]
+    return [pair for row in utterances for pair in pairs.get(row["id"], [])]
+
+
+def reasons_left_out(rows: Sequence[dict[str, Any]], paired: set[str], limits: Limits) -> collections.Counter[str]:
+    """Why utterances of one speaker are no targets, with counts. `paired` are the ids of all that are."""
+    prompts = sum(is_prompt(row, limits) for row in rows)
+    reasons: collections.Counter[str] = collections.Counter()
+    for row in rows:
+        if row["id"] in paired:
+            continue
+        if len(rows) == 1:
+            alone = "the speaker has one clip, and a prompt must be another one"
+        elif prompts:
+            alone = "no prompt of the speaker says another sentence; raise tools.preprocess --prompts-per-speaker"
+        elif any("condition_start" in row for row in rows):
+            alone = "no prompt of the speaker has --min-prompt-seconds to --max-prompt-seconds"
+        else:
+            alone = "no recording of the speaker has a condition; see skipped.jsonl"
+        reasons[why_no_target(row, limits) or alone] += 1
+    return reasons
+
+
+def say_summary(utterances: Sequence[dict[str, Any]], pairs: dict[str, list[dict[str, Any]]], limits: Limits) -> None:
+    """One line per speaker, and one more for what was left out."""
+    paired = {pair["target_id"] for rows in pairs.values() for pair in rows}
+    training, validation = by_speaker(pairs["train"]), by_speaker(pairs["val"])
+    for speaker, rows in sorted(by_speaker(utterances).items()):
+        uses = collections.Counter(pair["prompt_id"] for pair in training.get(speaker, []))
+        often = f", each used {min(uses.values())} to {max(uses.values())} times in training" if uses else ""
+        prompts = sum(is_prompt(row, limits) for row in rows)
+        info(f"speaker {speaker!r}: {len(rows)} clips, {sum(row['duration'] for row in rows) / 3600:.2f} hours -> "
+             f"{len(training.get(speaker, []))} training and {len(validation.get(speaker, []))} validation pairs, "
+             f"{prompts} prompts{often}")
+        for reason, count in reasons_left_out(rows, paired, limits).items():
+            warn(f"speaker {speaker!r}: {count} clips left out: {reason}")
+
+
+def check_utterances(utterances: Sequence[dict[str, Any]], path: Path) -> None:
+    """What preprocess promises, in case the file was edited. Raises: ToolError naming the row."""
+    sentences = {row["key"] for row in utterances if row["split"] == "val"}
+    seen = set()
+    for number, row in enumerate(utterances, 1):
+        if row["id"] in seen:
+            raise ToolError(f"{path}, row {number}: id {row['id']!r} occurs twice. Run tools.preprocess again")
+        seen.add(row["id"])
+        if row["split"] == "train" and row["key"] in sentences:
+            raise ToolError(f"{path}, row {number} ({row['id']}): validation has the sentence of this training row, "
+                            f"{row['text']!r}. Mark splits in the recordings file and run tools.preprocess again")
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Raises: ToolError naming the flag."""
+    parser = make_parser(__doc__, FIRST_COMMAND)
+    parser.add_argument("--data-dir", type=Path, required=True, help="where preprocess wrote; gets the two manifests")
+    parser.add_argument("--pairs-per-target", type=int, default=1)
+    parser.add_argument("--max-text-tokens", type=int, default=0, help="of a target (0 = what preprocess let through)")
+    parser.add_argument("--max-codes", type=int, default=0, help="of a target (0 = what preprocess let through)")
+    parser.add_argument("--min-prompt-seconds", type=float, default=0.0)
+    parser.add_argument("--max-prompt-seconds", type=float, default=0.0, help="0 = no limit")
+    parser.add_argument("--seed", type=int, default=1234)
+    args = parser.parse_args(argv)
+    if args.pairs_per_target < 1:
+        raise ToolError(f"--pairs-per-target {args.pairs_per_target}: give 1 or more")
+    for name in ("max_text_tokens", "max_codes", "min_prompt_seconds", "max_prompt_seconds"):
+        if not 0 <= getattr(args, name) < math.inf:
+            raise ToolError(f"--{name.replace('_', '-')} {getattr(args, name)}: give 0 or more")
+    if 0 < args.max_prompt_seconds < args.min_prompt_seconds:
+        raise ToolError("--min-prompt-seconds is above --max-prompt-seconds, so that no prompt is left")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = make_parser(__doc__, FIRST_COMMAND)
-    parser.add_argument("--data-dir", type=Path, required=True, help="where preprocess wrote; gets the two manifests")
-    parser.add_argument("--prompts-per-target", type=int, default=1)
-    parser.add_argument("--validation-share", type=float, default=0.02, help="of the texts, if none is marked val")
-    parser.add_argument("--seed", type=int, default=1234)
-    args: argparse.Namespace = parser.parse_args(argv)
-    if args.prompts_per_target < 1:
-        raise ToolError(f"--prompts-per-target {args.prompts_per_target}: give 1 or more")
-    if not 0 < args.validation_share < 1:
-        raise ToolError(f"--validation-share {args.validation_share}: give a number between 0 and 1, such as 0.02")
-    utterances = read_jsonl(args.data_dir / "utterances.jsonl", UTTERANCE_KEYS, "tools.preprocess writes it")
-    utterances = hold_out_texts(utterances, args.validation_share, args.seed)
-    for split, name in (("train", "train_pairs.jsonl"), ("val", "val_pairs.jsonl")):
-        rows = build_pairs(utterances, split, args.prompts_per_target, args.seed)
-        write_jsonl(args.data_dir / name, rows)
-        info(f"{len(rows)} pairs -> {args.data_dir / name}")
+    args = parse(argv)
+    path = args.data_dir / "utterances.jsonl"
+    utterances = with_keys(read_jsonl(path, UTTERANCE_KEYS, "tools.preprocess writes it"))
+    check_utterances(utterances, path)
+    limits = Limits(args.max_text_tokens or math.inf, args.max_codes or math.inf, args.min_prompt_seconds,
+                    args.max_prompt_seconds or math.inf)
+    pairs = {split: build_pairs(utterances, split, args.pairs_per_target, args.seed, limits=limits)
+             for split in ("train", "val")}
+    say_summary(utterances, pairs, limits)
+    for split, rows in pairs.items():
+        if not rows:
+            raise ToolError(f"{args.data_dir}: not one {split} pair can be built. The lines above say what is left out")
+    with writing_to(args.data_dir):
+        for split, rows in pairs.items():
+            write_jsonl(args.data_dir / f"{split}_pairs.jsonl", rows)
+            info(f"{len(rows)} pairs -> {args.data_dir / f'{split}_pairs.jsonl'}")
 
 
 if __name__ == "__main__":

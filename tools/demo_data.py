@@ -113,7 +113,7 @@ def ship(args: argparse.Namespace) -> None:
     for stale in set((output / "audio").glob("*.flac")) - {output / name for name in names}:
         stale.unlink()
     for split in ("train", "val"):
-        rows = build_pairs(utterances, split, prompts_per_target=1, seed=1234, shipped=names)
+        rows = build_pairs(utterances, split, pairs_per_target=1, seed=1234, shipped=names)
         write_jsonl(output / f"{split}_pairs.jsonl", rows)
         info(f"{len(rows)} pairs -> {output / f'{split}_pairs.jsonl'}")
     copies = [(arrays / f"{name}.npy", output) for name in ("codes", "text_ids", "condition", "emo_vec")]

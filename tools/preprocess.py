@@ -1,67 +1,95 @@
 """Recordings and transcripts to the arrays that the trainer reads.
 
-Reads recordings.jsonl (id, text, audio relative to the file; optional speaker, language, split). Writes into
---output-dir:
+Reads recordings.jsonl: id, text, audio (relative to the file or to --audio-dir); optional speaker, language, split.
+Writes into --output-dir:
 
   codes.npy, text_ids.npy     int32, all utterances end to end
   condition.npy, emo_vec.npy  float32 [32 * prompts, D] and [prompts, D], for the prompt recordings only
-  utterances.jsonl            one row per utterance: where its numbers start and how many they are
+  utterances.jsonl            one row per utterance: its split, where its numbers start and how many they are
+  config.yaml                 the model to train (gpt:) and what the data was made with (dataset:)
+  skipped.jsonl               the rows that were left out, each with its reason
+  chunks/                     what has been computed; deleting it costs time only
 
-Prompts are --prompts-per-speaker recordings of each speaker, taken from the training split.
+Prompts are --prompts-per-speaker recordings of each speaker from the training split. Validation are the rows marked
+"split": "val" and all rows of --val-speakers; without either, --val-share of the sentences. A sentence of validation,
+in whatever spelling and punctuation, is never in training.
+
+Run it again after a kill, or when recordings came, changed or left: it computes only what is missing, and the result
+is that of a fresh run. When the arrays change, pairs built from older ones are removed, for their rows would point at
+other sounds.
+
+Several machines: the same command with --num-shards N and --shard-index 0 ... N-1 (SLURM: $SLURM_ARRAY_TASK_ID), each
+into the same --output-dir, then once with --num-shards N --merge.
+
+Skipped, counted and listed: recordings that are missing, unreadable, empty, under 0.1 s, not 8 to 96 kHz, without a
+sound file's ending, outside the audio folder (.., links), or longer than the model takes; transcripts that are empty,
+too long, not Ethiopic, or have letters that the tokenizer lacks; training rows with a sentence of validation.
+Refused: lines that are not JSON or lack a field, ids that occur twice.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
+import contextlib
+import filecmp
+import hashlib
+import json
+import os
 import random
-from collections.abc import Sequence
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import sentencepiece
 import torch
+import yaml
 
 from tools._common import (
     Progress,
     ToolError,
-    atomic_path,
     info,
     make_parser,
     read_jsonl,
     run_program,
+    sha256_of,
+    warn,
     write_jsonl,
+    write_text,
+    writing_to,
 )
-from tools.amharic_text import normalise
-from tools.speech_codec import SpeechCodec, load_recording
+from tools._features import (
+    FORMAT,
+    SOUND_SUFFIXES,
+    Clip,
+    FeatureCache,
+    Features,
+    FeatureSource,
+    Unusable,
+    fill_cache,
+    find_clip,
+    load_features,
+)
+from tools.amharic_text import PUNCTUATION, fold_homophones, normalise
 from tools.train_tokenizer import load_tokenizer
-from trainers.train_gpt_v2 import use_glibc_heap
+from trainers.train_gpt_v2 import ModelConfig, UserError, lock_output_dir, model_config_from, use_glibc_heap
 
 FIRST_COMMAND = ("python -m tools.preprocess --recordings build/recordings/recordings.jsonl "
                  "--codec processed_data/speech_codec.pt --tokenizer tokenizers/amharic_extended_bpe.model "
                  "--output-dir build/arrays")
+ROW_REMEDY = 'Each line is an object such as {"id": "1", "speaker": "a", "text": "ሰላም", "audio": "1.wav"}'
 CONDITION_ROWS = 32
+ROWS = ("utterances.jsonl", "shard.json")  # what points into the arrays
+SMALL_MODEL = {"model_dim": 256, "layers": 4, "heads": 4, "max_text_tokens": 200, "max_mel_tokens": 400}
+ETHIOPIC = re.compile("[\u1200-\u139f\u2d80-\u2ddf\uab00-\uab2f]")
 
 
-def choose_prompts(rows: Sequence[dict[str, Any]], durations: Sequence[float], per_speaker: int,
-                   seed: int) -> set[int]:
-    """Indices of the prompt recordings: `per_speaker` of each speaker (0 = all), drawn from the longer half of the
-    training split, since a longer prompt says more about the voice."""
-    speakers: dict[str, list[int]] = {}
-    for index, row in enumerate(rows):
-        if row.get("split", "train") == "train":
-            speakers.setdefault(row.get("speaker", ""), []).append(index)
-    if per_speaker == 0:
-        return {index for indices in speakers.values() for index in indices}
-    prompts: set[int] = set()
-    for speaker, indices in sorted(speakers.items()):
-        if len(indices) < 2:
-            raise ToolError(f"speaker {speaker!r} has {len(indices)} training recording, and a prompt must differ from "
-                            "its target. Add recordings or remove the speaker")
-        longest_first = sorted(indices, key=lambda i: (-durations[i], i))
-        pool = longest_first[: max(per_speaker, len(indices) // 2)]
-        prompts.update(random.Random(f"{seed} {speaker}").sample(pool, min(per_speaker, len(pool))))
-    return prompts
+# ---------------------------------------------------------------------------------------------------------------------
+# Texts and splits (pure)
 
 
 def text_ids_of(text: str, tokenizer: sentencepiece.SentencePieceProcessor, place: str) -> list[int]:
@@ -77,86 +105,598 @@ def text_ids_of(text: str, tokenizer: sentencepiece.SentencePieceProcessor, plac
     return ids
 
 
-def save_array(path: Path, array: np.ndarray) -> None:
-    with atomic_path(path) as temporary:
-        np.save(temporary, array)
+def sentence_key(text: str) -> str:
+    """Equal for transcripts that sound alike: one spelling per sound, no spaces, no punctuation."""
+    return "".join(c for c in fold_homophones(normalise(text)) if c not in PUNCTUATION and c != " ")
 
 
-def check_ids(rows: Sequence[dict[str, Any]], recordings: Path) -> None:
-    """Ids must be unique: pairs and checkpoints refer to utterances by them."""
+def share_of(name: str) -> float:
+    """A number from 0 to 1 that depends on the name alone, so that rows added later move no other row."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+
+
+def validation_sentences(keys: set[str], share: float, seed: int) -> set[str]:
+    """About `share` of the sentences, at least one. Raises: ToolError when none would be left to train on."""
+    if len(keys) < 2:
+        raise ToolError("there is only one sentence, and validation needs one that training has not. Add recordings")
+    places = {key: share_of(f"{seed} {key}") for key in keys}
+    return {key for key in keys if places[key] < share} or {min(keys, key=lambda key: places[key])}
+
+
+def split_rows(rows: Sequence[dict[str, Any]], keys: Sequence[str], val_speakers: Sequence[str], share: float,
+               seed: int) -> list[str]:
+    """"train", "val" or "" (a training row whose sentence is in validation) for each row."""
+    held_out = set(val_speakers)
+    unknown = held_out - {row.get("speaker", "") for row in rows}
+    if unknown:
+        names = ", ".join(sorted({row.get("speaker", "") for row in rows})[:9])
+        raise ToolError(f"--val-speakers {' '.join(sorted(unknown))}: no such speaker. There are {names}")
+    marked = [row.get("split") == "val" or row.get("speaker", "") in held_out for row in rows]
+    if not any(marked):
+        chosen = validation_sentences(set(keys), share, seed)
+        return ["val" if key in chosen else "train" for key in keys]
+    sentences = {key for key, is_val in zip(keys, marked, strict=True) if is_val}
+    return ["val" if is_val else "" if key in sentences else "train" for key, is_val in zip(keys, marked, strict=True)]
+
+
+def choose_prompts(rows: Sequence[dict[str, Any]], trained: set[str], per_speaker: int, seed: int) -> list[int]:
+    """Indices of the prompt recordings, ascending: `per_speaker` of each speaker (0 = all), drawn from the longer half,
+    since a longer prompt says more about the voice. From the training split, where the speaker is among the `trained`.
+    """
+    speakers: dict[str, list[int]] = {}
+    for index, row in enumerate(rows):
+        if row["split"] == "train" or row["speaker"] not in trained:
+            speakers.setdefault(row["speaker"], []).append(index)
+    if per_speaker == 0:
+        return sorted(index for indices in speakers.values() for index in indices)
+    prompts: list[int] = []
+    for speaker, indices in speakers.items():
+        longest_first = sorted(indices, key=lambda i: (-rows[i]["duration"], i))
+        pool = longest_first[: max(per_speaker, len(indices) // 2)]
+        prompts += random.Random(f"{seed} {speaker}").sample(pool, min(per_speaker, len(pool)))
+    return sorted(prompts)
+
+
+def shard_of(row_id: str, num_shards: int) -> int:
+    """Which shard computes a row; depends on its id alone, so that added rows move no other one."""
+    return int(share_of(row_id) * num_shards)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The plan: what to compute, before any sound is read
+
+
+@dataclass
+class Item:
+    """A row whose text can be used."""
+
+    number: int
+    row: dict[str, Any]
+    text: str
+    text_ids: list[int]
+    split: str
+
+
+@dataclass
+class Plan:
+    """Everything that follows from the command line and the texts; the same on every machine."""
+
+    items: list[Item]
+    skipped: list[dict[str, Any]]
+    named: set[str]
+    """Every audio path of the recordings file."""
+    source: FeatureSource
+    gpt: dict[str, Any]
+    model: ModelConfig
+    audio_dir: Path
+    made_with: dict[str, Any]
+    trained: set[str]
+    """Speakers with a training row."""
+
+
+def check_rows(rows: Sequence[dict[str, Any]], recordings: Path) -> None:
+    """Ids must be unique: pairs and checkpoints refer to utterances by them. Raises: ToolError naming the row."""
     seen: dict[str, int] = {}
     for number, row in enumerate(rows, 1):
+        for key in ("id", "text", "audio", "speaker", "language", "split"):
+            value = row.get(key, "")
+            if not isinstance(value, str) or (key in ("id", "audio") and not value):
+                raise ToolError(f"{recordings}, row {number}: {key} is {value!r}, not a text. {ROW_REMEDY}")
+            if not value.isascii() and re.search("[\ud800-\udfff]", value):
+                raise ToolError(f"{recordings}, row {number}: {key} holds half a character ({value!r}). Write it anew")
         if row["id"] in seen:
             raise ToolError(f"{recordings}, row {number}: id {row['id']!r} is that of row {seen[row['id']]} too. Make "
                             "ids unique")
         seen[row["id"]] = number
 
 
-def preprocess(rows: Sequence[dict[str, Any]], recordings: Path, codec: SpeechCodec,
-               tokenizer: sentencepiece.SentencePieceProcessor) -> tuple[list[dict[str, Any]], np.ndarray, np.ndarray]:
-    """Utterance rows (without prompts), codes [total] and text ids [total], both int32."""
-    utterances, all_codes = [], []
-    codes_start = ids_start = 0
-    texts = [normalise(row["text"]) for row in rows]
-    # All transcripts first: a fault among them shows within seconds, not after hours of audio.
-    all_ids = [text_ids_of(text, tokenizer, f"{recordings}, row {number} ({row['id']})")
-               for number, (row, text) in enumerate(zip(rows, texts, strict=True), 1)]
-    progress = Progress("preprocessing", len(rows))
-    for number, (row, text, ids) in enumerate(zip(rows, texts, all_ids, strict=True), 1):
-        waveform = load_recording(recordings.parent / row["audio"], codec.config.sample_rate)
-        codes = codec.encode(waveform).numpy().astype(np.int32)
-        utterances.append({
-            "id": row["id"], "speaker": row.get("speaker", ""), "language": row.get("language", "am"),
-            "split": row.get("split", "train"), "text": text, "audio": row["audio"],
-            "duration": round(len(waveform) / codec.config.sample_rate, 3), "text_ids_start": ids_start,
-            "text_len": len(ids), "codes_start": codes_start, "code_len": len(codes),
-        })
-        all_codes.append(codes)
-        codes_start, ids_start = codes_start + len(codes), ids_start + len(ids)
+def text_ids_or_why_not(row: dict[str, Any], text: str, place: str, model: ModelConfig,
+                        tokenizer: sentencepiece.SentencePieceProcessor) -> list[int]:
+    """Raises: Unusable."""
+    if row.get("split", "train") not in ("train", "val"):
+        raise Unusable("other split", f"{place}: split is {row['split']!r}, neither train nor val")
+    if not text:
+        raise Unusable("empty transcript", f"{place}: the transcript is empty. Write what is said")
+    if row.get("language", "am") == "am" and not ETHIOPIC.search(text):
+        raise Unusable("not Ethiopic", f"{place}: no Ethiopic letter in {row['text']!r}. Write Amharic in its letters")
+    try:
+        ids = text_ids_of(text, tokenizer, place)
+    except ToolError as error:
+        raise Unusable("letters without a token", str(error)) from error
+    if len(ids) > model.max_text_tokens:
+        raise Unusable("text too long", f"{place}: {len(ids)} text tokens, the model takes {model.max_text_tokens}. "
+                                        "Cut the recording into sentences")
+    return ids
+
+
+def skipped_row(number: int, row_id: str, reason: str, detail: str) -> dict[str, Any]:
+    return {"row": number, "id": row_id, "reason": reason, "detail": detail}
+
+
+def plan_items(rows: Sequence[dict[str, Any]], recordings: Path, model: ModelConfig,
+               tokenizer: sentencepiece.SentencePieceProcessor, args: argparse.Namespace
+               ) -> tuple[list[Item], list[dict[str, Any]]]:
+    """All transcripts before any sound: a fault among them shows within seconds, not after hours of audio."""
+    items, skipped = [], []
+    progress = Progress("transcripts", len(rows))
+    for number, row in enumerate(rows, 1):
+        text = normalise(row["text"])
+        try:
+            ids = text_ids_or_why_not(row, text, f"{recordings}, row {number} ({row['id']})", model, tokenizer)
+            items.append(Item(number, row, text, ids, ""))
+        except Unusable as fault:
+            skipped.append(skipped_row(number, row["id"], fault.reason, fault.detail))
         progress.update(number)
-    return utterances, np.concatenate(all_codes), np.concatenate(all_ids, dtype=np.int32)
+    if not items:
+        raise ToolError(f"{recordings}: no row can be used. {say_skipped(skipped)[0]}")
+    keys = [sentence_key(item.text) for item in items]
+    splits = split_rows([item.row for item in items], keys, args.val_speakers, args.val_share, args.seed)
+    for item, split in zip(items, splits, strict=True):
+        item.split = split
+        if not split:
+            skipped.append(skipped_row(item.number, item.row["id"], "sentence of validation", f"{recordings}, row "
+                                       f"{item.number} ({item.row['id']}): validation has the sentence {item.text!r}"))
+    return [item for item in items if item.split], skipped
 
 
-def prompt_arrays(utterances: Sequence[dict[str, Any]], prompts: set[int], folder: Path, codec: SpeechCodec,
-                  model_dim: int) -> tuple[np.ndarray, np.ndarray]:
-    """condition [32 * prompts, D] and emo_vec [prompts, D], float32; writes each prompt's place into its row."""
-    conditions, emo_vecs = [], []
-    progress = Progress("prompt conditions", len(prompts))
-    for rank, index in enumerate(sorted(prompts)):
-        waveform = load_recording(folder / utterances[index]["audio"], codec.config.sample_rate)
-        condition, emo_vec = codec.condition(waveform, model_dim)
-        utterances[index] |= {"condition_start": rank * CONDITION_ROWS, "condition_len": len(condition),
-                              "emo_vec_start": rank}
-        conditions.append(condition)
-        emo_vecs.append(emo_vec)
-        progress.update(rank + 1)
-    return torch.cat(conditions).numpy(), torch.stack(emo_vecs).numpy()
+def read_gpt_section(config: Path | None) -> dict[str, Any]:
+    """The model to train: that of --config, else a small one. Raises: ToolError."""
+    if config is None:
+        return dict(SMALL_MODEL)
+    try:
+        content = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ToolError(f"--config {config}: cannot be read ({' '.join(str(error).split())}). Give a YAML file with a "
+                        "gpt: section") from error
+    section = content.get("gpt") if isinstance(content, dict) else None
+    if not isinstance(section, dict):
+        raise ToolError(f"--config {config}: no gpt: section. Give IndexTTS2's config.yaml, or one like that in "
+                        "processed_data/")
+    return section
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def complete_gpt_section(section: dict[str, Any], features: Features, vocab_size: int, source: str
+                         ) -> tuple[dict[str, Any], ModelConfig]:
+    """The section with tokenizer's and features' numbers in it. Raises: ToolError for a model that cannot be."""
+    codes = features.num_codes
+    section = section | {
+        "number_text_tokens": vocab_size, "number_mel_codes": codes + 2, "start_mel_token": codes,
+        "stop_mel_token": codes + 1, "start_text_token": 0, "stop_text_token": 1,
+        "mel_length_compression": features.samples_per_code,
+    }
+    try:
+        return section, model_config_from(section, source)
+    except UserError as error:
+        raise ToolError(str(error)) from error
+
+
+def make_plan(args: argparse.Namespace) -> Plan:
+    """Reads and checks everything but the sounds. Raises: ToolError."""
+    rows = read_jsonl(args.recordings, ["id", "text", "audio"], ROW_REMEDY)
+    check_rows(rows, args.recordings)
+    tokenizer, section = load_tokenizer(args.tokenizer), read_gpt_section(args.config)
+    if args.model_dim:
+        section["model_dim"] = args.model_dim
+    width = section.get("model_dim")
+    source = FeatureSource.of(args.codec, width if isinstance(width, int) else 0)
+    gpt, model = complete_gpt_section(section, load_features(source), tokenizer.get_piece_size(),
+                                      f"--config {args.config}" if args.config else f"--model-dim {args.model_dim}")
+    items, skipped = plan_items(rows, args.recordings, model, tokenizer, args)
+    made_with = {
+        "format": FORMAT, "--recordings": sha256_of(args.recordings), "--codec": source.sha256,
+        "--tokenizer": sha256_of(args.tokenizer), "--num-shards": args.num_shards, "--seed": args.seed,
+        "--config or --model-dim": [model.model_dim, model.max_text_tokens, model.max_mel_tokens],
+        "--prompts-per-speaker": args.prompts_per_speaker, "--val-share": args.val_share,
+        "--val-speakers": sorted(args.val_speakers),
+    }
+    trained = {item.row.get("speaker", "") for item in items if item.split == "train"}
+    audio_dir = Path(os.path.realpath(args.audio_dir or args.recordings.parent))
+    return Plan(items, skipped, {row["audio"] for row in rows}, source, gpt, model, audio_dir, made_with, trained)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Features to files
+
+
+@dataclass
+class Part:
+    """What one process or machine has worked out: rows, and the numbers they point into."""
+
+    utterances: list[dict[str, Any]]
+    codes: list[np.ndarray]
+    text_ids: list[np.ndarray]
+    skipped: list[dict[str, Any]]
+    conditions: FeatureCache | None = None
+    """Has condition and emo_vec of the prompts; None in a shard that leaves them to the merge."""
+    prompts: list[Clip] = field(default_factory=list)
+
+
+def find_clips(items: Sequence[Item], audio_dir: Path) -> tuple[dict[int, Clip], dict[int, tuple[str, str]]]:
+    """By row number: the sound files, and (reason, detail) where there is none."""
+    clips: dict[int, Clip] = {}
+    faults: dict[int, tuple[str, str]] = {}
+    progress = Progress("finding recordings", len(items))
+    for done, item in enumerate(items, 1):
+        try:
+            clips[item.number] = find_clip(item.row["audio"], audio_dir)
+        except Unusable as fault:
+            faults[item.number] = fault.reason, fault.detail
+        progress.update(done)
+    return clips, faults
+
+
+def work_out(plan: Plan, items: Sequence[Item], folder: Path, jobs: int) -> Part:
+    """Codes of these items, and one row for each. Raises: ToolError."""
+    clips, faults = find_clips(items, plan.audio_dir)
+    cache = FeatureCache(folder / "chunks", "codes", plan.source)
+    unusable = fill_cache(cache, list(clips.values()), plan.audio_dir, jobs)
+    faults |= {number: unusable[clip] for number, clip in clips.items() if clip in unusable}
+    sample_rate, most = load_features(plan.source).sample_rate, plan.model.max_code_len
+    part, codes_start, ids_start = Part([], [], [], []), 0, 0
+    for item in items:
+        row, ids = item.row, np.array(item.text_ids, dtype=np.int32)
+        if item.number not in faults:
+            features = cache.read(clips[item.number])
+            codes, seconds = features["codes"], int(features["samples"][0]) / sample_rate
+            if len(codes) > most:
+                faults[item.number] = "recording too long", (f"{plan.audio_dir / row['audio']}: {len(codes)} codes, "
+                                                             f"the model takes {most}. Cut it into sentences")
+        if item.number in faults:
+            part.skipped.append(skipped_row(item.number, row["id"], *faults[item.number]))
+            continue
+        part.utterances.append({
+            "id": row["id"], "speaker": row.get("speaker", ""), "language": row.get("language", "am"),
+            "split": item.split, "text": item.text, "audio": row["audio"], "duration": round(seconds, 3),
+            "text_ids_start": ids_start, "text_len": len(ids), "codes_start": codes_start, "code_len": len(codes),
+        })
+        part.codes.append(codes)
+        part.text_ids.append(ids)
+        codes_start, ids_start = codes_start + len(codes), ids_start + len(ids)
+    cache.prune(clip for clip in clips.values() if clip not in unusable)
+    return part
+
+
+def work_out_prompts(plan: Plan, part: Part, prompts: Sequence[int], folder: Path, jobs: int) -> None:
+    """Conditions of the prompt recordings, and their places into these rows.
+
+    Raises: ToolError for a prompt whose recording cannot be read (any more).
+    """
+    cache = FeatureCache(folder / "chunks", "condition", plan.source)
+    try:
+        clips = [find_clip(part.utterances[index]["audio"], plan.audio_dir) for index in prompts]
+    except Unusable as fault:
+        raise ToolError(f"a prompt's recording: {fault.detail}. The merge, too, needs the recordings") from fault
+    for _, detail in fill_cache(cache, clips, plan.audio_dir, jobs).values():
+        raise ToolError(f"a prompt's recording: {detail}. If it was changed meanwhile, run the same command again")
+    for rank, index in enumerate(prompts):
+        part.utterances[index] |= {"condition_start": rank * CONDITION_ROWS, "condition_len": CONDITION_ROWS,
+                                   "emo_vec_start": rank}
+    cache.prune(clips)
+    part.conditions, part.prompts = cache, clips
+
+
+def save_array(path: Path, parts: Iterable[np.ndarray], shape: tuple[int, ...], dtype: type) -> None:
+    """The parts end to end as one .npy file, never all in memory."""
+    with path.open("wb") as handle:
+        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(handle, header)
+        for part in parts:
+            handle.write(np.ascontiguousarray(part, dtype=dtype).data)
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def save_arrays(staging: Path, part: Part) -> None:
+    """codes and text_ids [total] int32; condition [32 * prompts, D] and emo_vec [prompts, D] float32."""
+    for name, parts in (("codes", part.codes), ("text_ids", part.text_ids)):
+        if parts:
+            save_array(staging / f"{name}.npy", parts, (sum(map(len, parts)),), np.int32)
+    cache = part.conditions
+    if cache:
+        for name, rows in (("condition", CONDITION_ROWS), ("emo_vec", 1)):
+            values = (cache.read(clip)[name] for clip in part.prompts)
+            save_array(staging / f"{name}.npy", values, (rows * len(part.prompts), cache.source.model_dim), np.float32)
+
+
+def dataset_config(plan: Plan, tokenizer: Path, utterances: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """config.yaml: the model (`gpt:`, IndexTTS2's names) and what the data was made with (`dataset:`)."""
+    features = load_features(plan.source)
+    return {"gpt": plan.gpt, "dataset": {
+        "tokenizer": tokenizer.name, "tokenizer_sha256": plan.made_with["--tokenizer"], "features": features.name,
+        "codec": plan.source.codec.name, "codec_sha256": plan.source.sha256,
+        "codes_per_second": round(features.sample_rate / features.samples_per_code, 4),
+        "sample_rate": features.sample_rate, "speakers": sorted({row["speaker"] for row in utterances}),
+    }}
+
+
+@contextlib.contextmanager
+def publishing(folder: Path, output_dir: Path) -> Iterator[Path]:
+    """Yields a folder for the new files; they take the old ones' places when the block ends well.
+
+    Rows must never point into arrays of another run. So when arrays or rows differ from those that are there, the rows
+    and pairs that point into the old arrays go first, and the new rows come last: a kill leaves no rows, or good ones.
+    """
+    staging = folder / ".staging"
+    shutil.rmtree(staging, ignore_errors=True)
+    with writing_to(folder):
+        try:
+            staging.mkdir(parents=True)
+            yield staging
+            replace_changed(staging, folder, output_dir)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def replace_changed(staging: Path, folder: Path, output_dir: Path) -> None:
+    names = sorted((path.name for path in staging.iterdir()), key=lambda name: (name in ROWS, name))
+    changed = [name for name in names if not same_content(staging / name, folder / name)]
+    if any(name.endswith(".npy") or name in ROWS for name in changed):
+        pointing = [output_dir / f"{name}.jsonl" for name in ("train_pairs", "val_pairs", "utterances")]
+        if any(path.exists() for path in pointing[:2]):
+            info("the data has changed: pairs of the old arrays are removed. Run tools.build_pairs again")
+        for path in [*pointing, *(folder / name for name in ROWS)]:
+            path.unlink(missing_ok=True)
+    for name in names:
+        if name in changed or not (folder / name).exists():
+            os.replace(staging / name, folder / name)
+
+
+def same_content(one: Path, other: Path) -> bool:
+    return other.is_file() and filecmp.cmp(one, other, shallow=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One machine, a shard, the merge
+
+
+def choose_and_publish(plan: Plan, part: Part, args: argparse.Namespace) -> None:
+    """The end of a single run and of a merge, which has conditions only to choose, not to compute, if all have one."""
+    part.skipped += plan.skipped
+    if not part.utterances:
+        raise ToolError(f"no recording can be used. {'; '.join(say_skipped(part.skipped))}")
+    if not any("condition_start" in row for row in part.utterances):
+        prompts = choose_prompts(part.utterances, plan.trained, args.prompts_per_speaker, args.seed)
+        work_out_prompts(plan, part, prompts, args.output_dir, args.jobs)
+    with publishing(args.output_dir, args.output_dir) as staging:
+        save_arrays(staging, part)
+        config = dataset_config(plan, args.tokenizer, part.utterances)
+        write_text(staging / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=120))
+        write_jsonl(staging / "skipped.jsonl", sorted(part.skipped, key=lambda row: row["row"]))
+        write_jsonl(staging / "utterances.jsonl", part.utterances)
+
+
+def run_single(plan: Plan, args: argparse.Namespace) -> Part:
+    part = work_out(plan, plan.items, args.output_dir, args.jobs)
+    choose_and_publish(plan, part, args)
+    return part
+
+
+def shard_folder(output_dir: Path, index: int, num_shards: int) -> Path:
+    return output_dir / f"shard_{index:03d}_of_{num_shards:03d}"
+
+
+def run_shard(plan: Plan, args: argparse.Namespace) -> Part:
+    """A shard's own arrays and rows; conditions only if every recording is a prompt, else the merge chooses them."""
+    folder = shard_folder(args.output_dir, args.shard_index, args.num_shards)
+    items = [item for item in plan.items if shard_of(item.row["id"], args.num_shards) == args.shard_index]
+    part = work_out(plan, items, folder, args.jobs)
+    if args.prompts_per_speaker == 0:
+        prompts = choose_prompts(part.utterances, plan.trained, 0, args.seed)
+        work_out_prompts(plan, part, prompts, folder, args.jobs)
+    with publishing(folder, args.output_dir) as staging:
+        save_arrays(staging, part)
+        write_jsonl(staging / "skipped.jsonl", part.skipped)
+        write_jsonl(staging / "utterances.jsonl", part.utterances)
+        write_text(staging / "shard.json", json.dumps({"shard": args.shard_index, **plan.made_with}) + "\n")
+    return part
+
+
+def read_lines(path: Path, required: Sequence[str]) -> list[dict[str, Any]]:
+    """Like read_jsonl, but no row at all is well: a shard may have nothing to say."""
+    if path.is_file() and not path.stat().st_size:
+        return []
+    return read_jsonl(path, required, "Run its shard again")
+
+
+def read_shard(folder: Path, made_with: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Utterances and skipped rows of a finished shard, paths relative to the output folder.
+
+    Raises: ToolError for a shard that is missing, was made otherwise, or whose arrays are not whole.
+    """
+    try:
+        found = dict(json.loads((folder / "shard.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ToolError(f"{folder.name} is missing or unfinished") from error
+    differing = [name for name, value in made_with.items() if found.get(name) != value]
+    if differing:
+        raise ToolError(f"{folder.name} was made with another {', '.join(differing)}")
+    utterances = read_lines(folder / "utterances.jsonl", ["id", "code_len", "text_len"])
+    for name, length in (("codes", "code_len"), ("text_ids", "text_len")):
+        needed = sum(row[length] for row in utterances)
+        if needed and array_length(folder / f"{name}.npy") != needed:
+            raise ToolError(f"{folder.name}/{name}.npy is not whole")
+    for row in utterances:
+        row |= {"text_ids_path": f"{folder.name}/text_ids.npy", "codes_path": f"{folder.name}/codes.npy"}
+        if "condition_start" in row:
+            row |= {"condition_path": f"{folder.name}/condition.npy", "emo_vec_path": f"{folder.name}/emo_vec.npy"}
+    return utterances, read_lines(folder / "skipped.jsonl", ["id", "reason", "detail"])
+
+
+def array_length(path: Path) -> int:
+    """Rows of a .npy file; -1 for one that is missing or cut off."""
+    try:
+        return len(np.load(path, mmap_mode="r"))
+    except (OSError, ValueError, EOFError):
+        return -1
+
+
+def join_shards(plan: Plan, folders: Sequence[Path]) -> Part:
+    """All shards' rows in the order of the recordings. Raises: ToolError that lists everything that is amiss."""
+    rows, skipped, problems = {}, {}, []
+    for folder in folders:
+        try:
+            utterances, left_out = read_shard(folder, plan.made_with)
+        except ToolError as error:
+            problems.append(str(error))
+            continue
+        rows.update({row["id"]: row for row in utterances})
+        skipped.update({row["id"]: row for row in left_out})
+    if not problems:
+        ids = [item.row["id"] for item in plan.items]
+        wrong = [row_id for row_id in ids if (row_id in rows) + (row_id in skipped) != 1]
+        wrong += sorted((rows.keys() | skipped.keys()) - set(ids))
+        problems += [f"{len(wrong)} rows are not there exactly once, the first {wrong[0]!r}"] if wrong else []
+    if problems:
+        raise ToolError(f"{folders[0].parent}: {'; '.join(problems)}. Run these shards again with the inputs and "
+                        "settings of this command, then merge")
+    ordered = [rows[item.row["id"]] for item in plan.items if item.row["id"] in rows]
+    return Part(ordered, [], [], list(skipped.values()))
+
+
+def merge(plan: Plan, args: argparse.Namespace) -> Part:
+    folders = [shard_folder(args.output_dir, index, args.num_shards) for index in range(args.num_shards)]
+    with contextlib.ExitStack() as locks:
+        for folder in folders:
+            if folder.is_dir():
+                locks.enter_context(locked(folder))
+        part = join_shards(plan, folders)
+        choose_and_publish(plan, part, args)
+    return part
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One preprocess per folder; also sweeps up what a killed one left. Raises: ToolError naming the other one."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(lock_output_dir(folder))
+        except UserError as error:
+            raise ToolError(str(error)) from error
+        for leftover in [*folder.glob(".*.tmp.*"), *folder.glob("chunks/.*.tmp.*")]:
+            leftover.unlink(missing_ok=True)
+        yield
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Summary and command line
+
+
+def say_skipped(skipped: Sequence[dict[str, Any]]) -> list[str]:
+    """One line for each reason: how many, and the first two."""
+    by_reason: dict[str, list[str]] = {}
+    for row in skipped:
+        by_reason.setdefault(row["reason"], []).append(row["detail"])
+    most_first = sorted(by_reason.items(), key=lambda pair: -len(pair[1]))
+    return [f"{len(details)} x {reason}: {' | '.join(details[:2])}" for reason, details in most_first]
+
+
+def sounds_without_row(plan: Plan) -> list[str]:
+    """Sound files that lie beside the recordings but have no row."""
+    known = {os.path.normpath(plan.audio_dir / audio) for audio in plan.named if "\0" not in audio}
+    folders = [Path(folder) for folder in sorted({os.path.dirname(path) for path in known})]
+    found = [str(path) for folder in folders if folder.is_dir() and folder.is_relative_to(plan.audio_dir)
+             for path in sorted(folder.iterdir()) if path.suffix.lower() in SOUND_SUFFIXES]
+    return [path for path in found if path not in known]
+
+
+def say_summary(plan: Plan, part: Part, folder: Path) -> None:
+    rows, features = part.utterances, load_features(plan.source)
+    seconds, codes = sum(row["duration"] for row in rows), sum(row["code_len"] for row in rows)
+    files = sorted({row.get("codes_path", "codes.npy") for row in rows})
+    used = set().union(*(np.unique(np.load(folder / name)).tolist() for name in files))
+    splits = collections.Counter(row["split"] for row in rows)
+    info(f"{len(rows)} utterances of {len({row['speaker'] for row in rows})} speakers, {seconds / 3600:.2f} hours, "
+         f"{codes} codes ({codes / max(seconds, 1e-9):.1f} a second, {len(used)} of {features.num_codes} in use)")
+    prompts = sum("condition_start" in row for row in rows)
+    sentences = len({row["text"] for row in rows if row["split"] == "val"})
+    info(f"{splits['train']} for training, {splits['val']} for validation ({sentences} texts), {prompts} prompts")
+    if part.skipped:
+        warn(f"{len(part.skipped)} rows skipped, all of them in skipped.jsonl:")
+        for line in say_skipped(part.skipped):
+            warn(f"  {line}")
+    nameless = sum(not row["speaker"] for row in rows)
+    if nameless:
+        warn(f"{nameless} rows name no speaker: they are taken for one voice")
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raises: ToolError naming the flag."""
+    for name in ("prompts_per_speaker", "jobs", "model_dim"):
+        if getattr(args, name) < 0:
+            raise ToolError(f"--{name.replace('_', '-')} {getattr(args, name)}: give 0 or more")
+    if not 0 < args.val_share < 1:
+        raise ToolError(f"--val-share {args.val_share}: give a number between 0 and 1, such as 0.02")
+    if args.num_shards < 0 or (args.merge and args.shard_index is not None):
+        raise ToolError("give --num-shards N with --shard-index 0 ... N-1 for a part, or with --merge for the end")
+    if bool(args.num_shards) != (args.merge or args.shard_index is not None):
+        raise ToolError("--num-shards goes with --shard-index (one part) or --merge (the end), and they with it")
+    if args.shard_index is not None and not 0 <= args.shard_index < args.num_shards:
+        raise ToolError(f"--shard-index {args.shard_index}: there are shards 0 to {args.num_shards - 1}")
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__, FIRST_COMMAND)
     parser.add_argument("--recordings", type=Path, required=True)
     parser.add_argument("--codec", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--output-dir", type=Path, required=True)
-    parser.add_argument("--model-dim", type=int, default=256, help="width D of the model to train")
+    parser.add_argument("--audio-dir", type=Path, help="holds all recordings (default: the folder of --recordings)")
+    parser.add_argument("--config", type=Path, help="YAML whose gpt: section is the model to train (default: a small "
+                                                    "one that takes 200 text tokens and 400 codes)")
+    parser.add_argument("--model-dim", type=int, default=0, help="width D of the model (0 = the config's; small: 256)")
     parser.add_argument("--prompts-per-speaker", type=int, default=12, help="0 = every training recording")
+    parser.add_argument("--val-share", type=float, default=0.02, help="of the sentences, if nothing is marked val")
+    parser.add_argument("--val-speakers", nargs="+", default=[], metavar="NAME", help="voices kept for validation")
+    parser.add_argument("--jobs", type=int, default=0, help="at most so many processes of one thread each "
+                                                               "(0 = one per core)")
+    parser.add_argument("--shard-index", type=int, help="compute only this part of --num-shards, from 0")
+    parser.add_argument("--num-shards", type=int, default=0)
+    parser.add_argument("--merge", action="store_true", help="check that all shards are there and join them")
     parser.add_argument("--seed", type=int, default=1234)
-    args: argparse.Namespace = parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_arguments(args)
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
     use_glibc_heap()
-    rows = read_jsonl(args.recordings, ["id", "text", "audio"],
-                      'Each line is an object such as {"id": "1", "speaker": "a", "text": "ሰላም", "audio": "1.wav"}')
-    check_ids(rows, args.recordings)
-    codec, tokenizer = SpeechCodec.load(args.codec), load_tokenizer(args.tokenizer)
-    utterances, codes, text_ids = preprocess(rows, args.recordings, codec, tokenizer)
-    durations = [row["duration"] for row in utterances]
-    prompts = choose_prompts(rows, durations, args.prompts_per_speaker, args.seed)
-    condition, emo_vec = prompt_arrays(utterances, prompts, args.recordings.parent, codec, args.model_dim)
-    for name, array in (("codes", codes), ("text_ids", text_ids), ("condition", condition), ("emo_vec", emo_vec)):
-        save_array(args.output_dir / f"{name}.npy", array)
-    write_jsonl(args.output_dir / "utterances.jsonl", utterances)
-    info(f"{len(rows)} utterances, {sum(durations) / 60:.0f} minutes, {len(codes)} codes, {len(np.unique(codes))} of "
-         f"{codec.config.num_codes} in use, {len(prompts)} prompts -> {args.output_dir}")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        plan = make_plan(args)
+        is_shard = args.shard_index is not None
+        folder = shard_folder(args.output_dir, args.shard_index, args.num_shards) if is_shard else args.output_dir
+        with locked(folder):
+            part = (run_shard if is_shard else merge if args.merge else run_single)(plan, args)
+        say_summary(plan, part, folder)
+        strays = [] if is_shard else sounds_without_row(plan)
+        if strays:
+            warn(f"{len(strays)} sound files have no row in {args.recordings}: {', '.join(strays[:3])}")
+        next_step = "run the other shards, then --merge" if is_shard else f"tools.build_pairs --data-dir {folder}"
+        info(f"-> {folder}; next: {next_step}")
+    finally:
+        torch.set_num_threads(threads)
 
 
 if __name__ == "__main__":

@@ -309,7 +309,7 @@ def seconds_of(path: Path) -> float:
     """The length of a sound file. Raises ToolError naming the file."""
     try:
         return soundfile.info(path).duration
-    except (OSError, soundfile.LibsndfileError) as error:
+    except (OSError, TypeError, soundfile.LibsndfileError) as error:  # TypeError: headerless .raw
         raise ToolError(unreadable(path, error)) from error
 
 
@@ -317,7 +317,7 @@ def load_recording(path: Path, sample_rate: int) -> Tensor:
     """A sound file -> mono waveform [samples] at `sample_rate`, silence trimmed. Raises ToolError naming the file."""
     try:
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    except (OSError, soundfile.LibsndfileError) as error:
+    except (OSError, TypeError, soundfile.LibsndfileError) as error:  # TypeError: headerless .raw
         raise ToolError(unreadable(path, error)) from error
     mono = samples.mean(1)
     if not np.isfinite(mono).all():

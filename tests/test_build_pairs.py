@@ -1,0 +1,202 @@
+"""tools.build_pairs: prompts of the same voice and another sentence, used evenly; what is left out is named."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import read_jsonl
+
+from tools import build_pairs
+from tools._common import ToolError
+
+LETTERS = "ለመረሰቀበተነከወዘየደገጠፈ"
+
+
+def utterance(number: int, speaker: str, prompt: bool = False, **more: Any) -> dict[str, Any]:
+    """Row `number`, whose sentence is its own."""
+    row = {"id": f"{speaker}{number}", "speaker": speaker, "language": "am", "split": "train",
+           "text": "".join(LETTERS[number // 16**k % 16] for k in range(4)), "audio": f"wavs/{number}.wav",
+           "duration": 2.0 + number % 10, "text_ids_start": 4 * number, "text_len": 4 + number % 5,
+           "codes_start": 99 * number, "code_len": 40 + number % 50}
+    if prompt:
+        row |= {"condition_start": 32 * number, "condition_len": 32, "emo_vec_start": number}
+    return row | more
+
+
+def corpus(count: int = 60, prompts: int = 5) -> list[dict[str, Any]]:
+    """Two speakers with `count` utterances each, the first of them prompts and the last tenth validation."""
+    return [utterance(1000 * s + i, f"s{s}", i < prompts, split="val" if i >= 0.9 * count else "train")
+            for s in range(2) for i in range(count)]
+
+
+def run(folder: Path, rows: Sequence[dict[str, Any]], *flags: object) -> tuple[str, list[dict], list[dict]]:
+    """build_pairs as its users call it: what it printed, training and validation pairs."""
+    (folder / "utterances.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        build_pairs.main(["--data-dir", str(folder), *map(str, flags)])
+    training, validation = (read_jsonl(folder / f"{split}_pairs.jsonl") for split in ("train", "val"))
+    return printed.getvalue(), training, validation
+
+
+def uses(pairs: Sequence[dict[str, Any]]) -> Counter[str]:
+    return Counter(pair["prompt_id"] for pair in pairs)
+
+
+def test_rows_point_to_prompt_and_target_wherever_these_lie(tmp_path: Path):
+    prompt = utterance(3, "a", True, condition_path="shard_1/condition.npy", emo_vec_path="shard_1/emo_vec.npy")
+    target = utterance(4, "a", codes_path="shard_2/codes.npy", text_ids_path="shard_2/text_ids.npy")
+    _, training, validation = run(tmp_path, [prompt, target, utterance(5, "a", split="val")])
+    assert training == [{
+        "id": "a4__a3", "speaker": "a", "language": "am", "prompt_language": "am", "target_language": "am",
+        "prompt_id": "a3", "prompt_audio_path": "wavs/3.wav", "prompt_duration": 5.0,
+        "prompt_condition_path": "shard_1/condition.npy", "prompt_condition_start": 96, "prompt_condition_len": 32,
+        "prompt_emo_vec_path": "shard_1/emo_vec.npy", "prompt_emo_vec_start": 3, "target_id": "a4",
+        "target_audio_path": "wavs/4.wav", "target_text": target["text"],
+        "target_text_ids_path": "shard_2/text_ids.npy", "target_text_ids_start": 16, "target_text_len": 8,
+        "target_codes_path": "shard_2/codes.npy", "target_codes_start": 396, "target_code_len": 44,
+    }]
+    assert validation[0]["target_codes_path"] == "codes.npy" and validation[0]["prompt_id"] == "a3"
+
+
+@pytest.mark.parametrize("per_target", [1, 3, 9])
+def test_prompts_are_distinct_others_of_the_same_voice(tmp_path: Path, per_target: int):
+    rows = corpus()
+    _, training, validation = run(tmp_path, rows, "--pairs-per-target", per_target)
+    speaker = {row["id"]: row["speaker"] for row in rows}
+    for pair in training + validation:
+        assert speaker[pair["prompt_id"]] == pair["speaker"] == speaker[pair["target_id"]]
+        assert pair["prompt_id"] != pair["target_id"]
+    of_target = Counter(pair["target_id"] for pair in training + validation)
+    is_prompt = {row["id"] for row in rows if "condition_start" in row}
+    assert of_target == {row["id"]: min(per_target, 4 if row["id"] in is_prompt else 5) for row in rows}
+    assert len({pair["id"] for pair in training + validation}) == len(training) + len(validation)
+
+
+def test_a_prompt_never_says_the_targets_sentence_in_any_spelling(tmp_path: Path):
+    rows = [utterance(0, "a", True, text="ሰላም ለዓለም"), utterance(1, "a", True, text="ቤት"),
+            utterance(2, "a", text="ሠላም ለአለም።"), utterance(3, "a", split="val")]
+    _, training, _ = run(tmp_path, rows, "--pairs-per-target", 5)
+    assert {(pair["target_id"], pair["prompt_id"]) for pair in training} == {("a0", "a1"), ("a1", "a0"), ("a2", "a1")}
+
+
+@pytest.mark.parametrize(("count", "prompts", "per_target"), [(60, 5, 1), (60, 5, 3), (400, 12, 1), (30, 30, 1),
+                                                              (3, 3, 1), (500, 3, 2)])
+def test_training_uses_every_prompt_of_a_speaker_nearly_equally_often(count: int, prompts: int, per_target: int):
+    rows = corpus(count, prompts)
+    pairs = build_pairs.build_pairs([row | {"split": "train"} for row in rows], "train", per_target, 1234)
+    counted = uses(pairs)
+    for speaker in ("s0", "s1"):
+        of_speaker = [counted[row["id"]] for row in rows if row["speaker"] == speaker and "condition_start" in row]
+        mean = sum(of_speaker) / prompts
+        assert max(of_speaker) <= max(1.1 * mean, mean + 1) and min(of_speaker) >= min(0.9 * mean, mean - 1)
+    for pair in pairs:
+        assert pair["prompt_id"] != pair["target_id"]
+    assert len({pair["id"] for pair in pairs}) == len(pairs)
+
+
+def test_evening_out_gives_no_target_the_same_prompt_twice():
+    rows = [row | {"key": row["text"]} for row in corpus(24, 3) if row["speaker"] == "s0"]
+    drawn = [[0, 1] for _ in range(20)]
+    build_pairs.even_out(drawn, rows[:3], rows[4:])
+    assert all(len(set(chosen)) == 2 for chosen in drawn)
+    counted = Counter(prompt for chosen in drawn for prompt in chosen)
+    assert sorted(counted) == [0, 1, 2] and max(counted.values()) - min(counted.values()) <= 3
+
+
+def test_the_draw_alone_would_not_be_even():
+    rows = [row | {"key": row["text"]} for row in corpus(400, 12) if row["speaker"] == "s0"]
+    drawn = build_pairs.draw_prompts(rows[:12], rows, 1, 1234)
+    counted = Counter(prompt for chosen in drawn for prompt in chosen)
+    assert max(counted.values()) > 1.1 * 400 / 12
+
+
+def test_pairs_are_a_function_of_the_seed(tmp_path: Path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    first, again = (run(tmp_path / name, corpus())[1:] for name in "ab")
+    other = run(tmp_path / "b", corpus(), "--seed", 7)[1:]
+    assert first == again != other
+    assert (tmp_path / "a/val_pairs.jsonl").read_bytes() != (tmp_path / "b/val_pairs.jsonl").read_bytes()
+
+
+def test_validation_pairs_stay_when_recordings_are_added(tmp_path: Path):
+    rows = corpus()
+    _, _, before = run(tmp_path, rows)
+    added = [utterance(5000 + i, "s0", split="val" if i % 2 else "train") for i in range(200)]
+    _, _, after = run(tmp_path, [*rows, *added])
+    assert before == [pair for pair in after if pair["target_id"] in {row["id"] for row in rows}]
+    assert len(after) == len(before) + 100
+
+
+def test_targets_and_prompts_beyond_the_limits_are_left_out_and_counted(tmp_path: Path):
+    printed, training, validation = run(tmp_path, corpus(), "--max-text-tokens", 6, "--max-codes", 80,
+                                        "--min-prompt-seconds", 3, "--max-prompt-seconds", 5)
+    for pair in training + validation:
+        assert pair["target_text_len"] <= 6 and pair["target_code_len"] <= 80 and 3 <= pair["prompt_duration"] <= 5
+    rows = corpus()
+    kept = [row for row in rows if row["text_len"] <= 6 and row["code_len"] <= 80]
+    assert {pair["target_id"] for pair in training + validation} == {row["id"] for row in kept}
+    long_text = sum(row["text_len"] > 6 and row["speaker"] == "s0" for row in rows)
+    assert f"[Warn] speaker 's0': {long_text} clips left out: over --max-text-tokens" in printed
+    assert "clips left out: over --max-codes" in printed and ", 3 prompts, each used " in printed
+
+
+def test_a_speaker_without_a_prompt_is_named_and_left_out(tmp_path: Path):
+    alone = utterance(7001, "alone", True)
+    mute = [utterance(7100 + i, "mute") for i in range(3)]
+    short = [utterance(7200 + i, "short", i == 0, duration=1.0) for i in range(3)]
+    parrots = [utterance(7300 + i, "parrot", i == 0, text="ሰላም") for i in range(2)]
+    rows = [*corpus(), alone, *mute, *short, *parrots]
+    printed, training, _ = run(tmp_path, rows, "--min-prompt-seconds", 2)
+    assert {pair["speaker"] for pair in training} == {"s0", "s1"}
+    for line in ("speaker 'alone': 1 clips left out: the speaker has one clip, and a prompt must be another one",
+                 "speaker 'mute': 3 clips left out: no recording of the speaker has a condition",
+                 "speaker 'short': 3 clips left out: no prompt of the speaker has --min-prompt-seconds",
+                 "speaker 'parrot': 2 clips left out: no prompt of the speaker says another sentence"):
+        assert f"[Warn] {line}" in printed
+
+
+def test_the_summary_counts_every_speaker(tmp_path: Path):
+    printed, training, _ = run(tmp_path, corpus())
+    often = uses([pair for pair in training if pair["speaker"] == "s1"]).values()
+    hours = sum(row["duration"] for row in corpus() if row["speaker"] == "s1") / 3600
+    assert (f"[Info] speaker 's1': 60 clips, {hours:.2f} hours -> 54 training and 6 validation pairs, 5 prompts, each "
+            f"used {min(often)} to {max(often)} times in training") in printed
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"id": "s00"}, "row 60: id 's00' occurs twice"),
+    ({"text": utterance(0, "s0")["text"] + "።"}, r"row 1 \(s00\): validation has the sentence of this training row"),
+    ({"split": None}, ""),
+])
+def test_edited_utterances_that_break_the_promises_are_refused(tmp_path: Path, change: dict, message: str):
+    rows = corpus()
+    rows[59] |= change
+    if not message:
+        del rows[59]["split"]
+        message = "utterances.jsonl, line 60: missing split"
+    with pytest.raises(ToolError, match=message):
+        run(tmp_path, rows)
+    assert not (tmp_path / "train_pairs.jsonl").exists()
+
+
+@pytest.mark.parametrize("flags", [("--pairs-per-target", 0), ("--max-codes", -1), ("--max-prompt-seconds", "nan"),
+                                   ("--min-prompt-seconds", 5, "--max-prompt-seconds", 4)])
+def test_numbers_that_make_no_sense_are_refused(tmp_path: Path, flags: tuple):
+    with pytest.raises(ToolError, match=flags[0]):
+        run(tmp_path, corpus(), *flags)
+
+
+def test_no_pair_at_all_is_an_error_that_leaves_older_pairs_alone(tmp_path: Path):
+    run(tmp_path, corpus())
+    before = (tmp_path / "train_pairs.jsonl").read_bytes()
+    with pytest.raises(ToolError, match="not one val pair can be built"):
+        run(tmp_path, [row | {"split": "train"} for row in corpus()])
+    assert (tmp_path / "train_pairs.jsonl").read_bytes() == before

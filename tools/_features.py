@@ -1,0 +1,303 @@
+"""Sounds to what the model reads (codes, condition, emo_vec): by many processes, in chunks that outlive a kill."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import stat
+import threading
+import zipfile
+from collections.abc import Generator, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import soundfile
+import torch
+from torch import Tensor
+
+from tools._common import Progress, ToolError, atomic_path, info, sha256_of, warn, writing_to
+from tools.speech_codec import SpeechCodec, load_recording, unreadable
+
+SOUND_SUFFIXES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64"}
+LONGEST_FILE = 600  # seconds; beyond, a file is not even read
+LARGEST_CHUNK = 128  # recordings; what a kill can cost each process
+WORTH_A_PROCESS = 64  # recordings; for fewer, a process would take longer to start than to work
+FORMAT = 1  # of chunks; counted up when their content changes, so that older ones are not used
+
+Result = dict[str, np.ndarray] | tuple[str, str]
+"""Features by name, or (reason, detail) why there are none."""
+
+
+class Unusable(Exception):
+    """Why a row is skipped: a short reason to count by, and the details."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+
+class Features(Protocol):
+    """Turns sound into what the model reads. `audio` is mono [samples], float32, at sample_rate."""
+
+    name: str
+    sample_rate: int
+    samples_per_code: int
+    num_codes: int
+    model_dim: int
+
+    def codes(self, audio: Tensor) -> np.ndarray:
+        """Speech codes [c], int32, 0 to num_codes - 1."""
+
+    def condition(self, audio: Tensor) -> np.ndarray:
+        """What the model knows of a prompt's voice: [32, model_dim], float32."""
+
+    def emo_vec(self, audio: Tensor) -> np.ndarray:
+        """Emotion vector of a prompt [model_dim], float32."""
+
+
+class EmbeddedFeatures:
+    """Those of tools.speech_codec, which needs no download."""
+
+    name = "embedded"
+
+    def __init__(self, codec: SpeechCodec, model_dim: int):
+        self.codec, self.model_dim = codec, model_dim
+        self.sample_rate, self.num_codes = codec.config.sample_rate, codec.config.num_codes
+        self.samples_per_code = codec.config.samples_per_code
+
+    def codes(self, audio: Tensor) -> np.ndarray:
+        return self.codec.encode(audio).numpy().astype(np.int32)
+
+    def condition(self, audio: Tensor) -> np.ndarray:
+        return self.codec.condition(audio, self.model_dim)[0].numpy()
+
+    def emo_vec(self, audio: Tensor) -> np.ndarray:
+        return self.codec.condition(audio, self.model_dim)[1].numpy()
+
+
+@dataclass(frozen=True)
+class FeatureSource:
+    """What a worker process needs to make its own Features."""
+
+    codec: Path
+    sha256: str
+    model_dim: int
+
+    @classmethod
+    def of(cls, codec: Path, model_dim: int) -> FeatureSource:
+        """Raises: ToolError for a missing codec."""
+        if not codec.is_file():
+            raise ToolError(f"{codec}: no such codec. `python -m tools.speech_codec train` writes one")
+        return cls(codec, sha256_of(codec), model_dim)
+
+    def fingerprint(self, kind: str) -> str:
+        """Equal for equal features; codes do not depend on the model's width."""
+        width = self.model_dim if kind == "condition" else ""
+        return hashlib.sha256(f"{FORMAT} {EmbeddedFeatures.name} {self.sha256} {kind} {width}".encode()).hexdigest()
+
+
+@functools.lru_cache(maxsize=1)
+def load_features(source: FeatureSource) -> Features:
+    """Raises: ToolError naming the codec."""
+    return EmbeddedFeatures(SpeechCodec.load(source.codec), source.model_dim)
+
+
+class Clip(NamedTuple):
+    """A sound file as it was when it was found; changed size or time make another clip of it."""
+
+    audio: str
+    size: int
+    mtime_ns: int
+
+
+def find_clip(audio: str, audio_dir: Path) -> Clip:
+    """`audio_dir` is free of links. Raises: Unusable for a path that leads nowhere, out of it, or to another kind of
+    file."""
+    path = audio_dir / audio
+    if "\0" in audio or not Path(os.path.realpath(path)).is_relative_to(audio_dir):
+        raise Unusable("outside the audio folder", f"{path}: leads out of {audio_dir}. Copy the recording into it, or "
+                                                   "name the folder that holds all recordings as --audio-dir")
+    if path.suffix.lower() not in SOUND_SUFFIXES:
+        raise Unusable("not a sound file's ending", f"{path}: ends in {path.suffix!r}. Give WAV, FLAC, OGG or MP3")
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise Unusable("no such recording", f"{path}: {error.strerror}. Correct its path, or take the row out"
+                       ) from error
+    if not stat.S_ISREG(status.st_mode):
+        raise Unusable("no such recording", f"{path}: not a file. Correct the path, or take the row out")
+    return Clip(audio, status.st_size, status.st_mtime_ns)
+
+
+def check_header(path: Path) -> None:
+    """Raises: Unusable for a file that is not worth reading."""
+    try:
+        header = soundfile.info(path)
+    except (OSError, soundfile.LibsndfileError) as error:
+        raise Unusable("unreadable", unreadable(path, error)) from error
+    if not header.frames:
+        raise Unusable("empty recording", f"{path}: holds no sound. Record it again")
+    # Any odd rate, such as 44099 Hz, would take gigabytes to resample.
+    if not 8000 <= header.samplerate <= 96000 or header.samplerate % 25:
+        raise Unusable("sample rate", f"{path}: {header.samplerate} Hz. Convert it to 16, 22.05, 24, 44.1 or 48 kHz")
+    if header.frames / header.samplerate > LONGEST_FILE:
+        raise Unusable("recording too long", f"{path}: {header.frames / header.samplerate / 60:.0f} minutes. Cut it "
+                                             "into sentences")
+
+
+def features_of(path: Path, source: FeatureSource, kind: str) -> dict[str, np.ndarray]:
+    """kind "codes": codes [c] and samples [1]; "condition": condition [32, D] and emo_vec [1, D]. Raises: Unusable."""
+    features = load_features(source)
+    check_header(path)
+    try:
+        audio = load_recording(path, features.sample_rate)
+    except ToolError as error:
+        raise Unusable("unusable sound", str(error)) from error
+    if kind == "codes":
+        return {"codes": features.codes(audio), "samples": np.array([len(audio)])}
+    return {"condition": features.condition(audio), "emo_vec": features.emo_vec(audio)[None]}
+
+
+def compute_chunk(clips: Sequence[Clip], audio_dir: Path, source: FeatureSource, kind: str) -> list[Result]:
+    """For each clip its features, or (reason, detail). Runs in a worker process."""
+    results: list[Result] = []
+    for clip in clips:
+        try:
+            results.append(features_of(audio_dir / clip.audio, source, kind))
+        except Unusable as fault:
+            results.append((fault.reason, fault.detail))
+    return results
+
+
+def start_worker() -> None:
+    """One thread; a parent that was killed takes its workers with it."""
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def compute_chunks(chunks: Sequence[Sequence[Clip]], audio_dir: Path, source: FeatureSource, kind: str, jobs: int
+                   ) -> Generator[tuple[Sequence[Clip], list[Result]], None, None]:
+    """Each chunk with its results, in the order of completion. Raises: ToolError when a worker dies."""
+    if min(jobs, len(chunks)) < 2:
+        for chunk in chunks:
+            yield chunk, compute_chunk(chunk, audio_dir, source, kind)
+        return
+    with ProcessPoolExecutor(min(jobs, len(chunks)), multiprocessing.get_context("spawn"), start_worker) as pool:
+        try:
+            # Workers inherit the mask: Ctrl-C goes to the whole group, but is the parent's to handle.
+            unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+            futures = {pool.submit(compute_chunk, chunk, audio_dir, source, kind): chunk for chunk in chunks}
+            signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
+            for future in as_completed(futures):
+                yield futures.pop(future), future.result()
+        except BrokenProcessPool as error:
+            raise ToolError("a worker process died, perhaps for lack of memory. Lower --jobs and run the same command "
+                            "again: finished chunks are kept") from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+class FeatureCache:
+    """chunks/KIND_*.npz: features that are already computed, and for which sound files."""
+
+    def __init__(self, folder: Path, kind: str, source: FeatureSource):
+        self.folder, self.kind, self.source = folder, kind, source
+        self.stem = f"{kind}_{source.fingerprint(kind)[:16]}"
+        self.places: dict[Clip, tuple[Path, int]] = {}
+        self.load = functools.lru_cache(maxsize=4)(self.load_chunk)
+        paths = sorted(folder.glob(f"{self.stem}_*.npz"))
+        progress = Progress(f"finished chunks of {kind}", len(paths))
+        for done, path in enumerate(paths, 1):
+            progress.update(done)
+            try:
+                with np.load(path) as arrays:
+                    clips = json.loads(arrays["clips"].tobytes())
+            except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+                warn(f"{path}: damaged ({error}); its recordings are computed again")
+                continue
+            self.places.update({Clip(*clip): (path, i) for i, clip in enumerate(clips)})
+
+    def load_chunk(self, path: Path) -> dict[str, list[np.ndarray]]:
+        try:
+            with np.load(path) as arrays:
+                names = [name for name in arrays.files if f"{name}_len" in arrays.files]
+                return {name: np.split(arrays[name], np.cumsum(arrays[f"{name}_len"])[:-1]) for name in names}
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise ToolError(f"{path}: damaged ({error}). Delete it and run the same command again") from error
+
+    def read(self, clip: Clip) -> dict[str, np.ndarray]:
+        """Raises: ToolError for a damaged chunk."""
+        path, index = self.places[clip]
+        return {name: parts[index] for name, parts in self.load(path).items()}
+
+    def add(self, clips: Sequence[Clip], features: Sequence[dict[str, np.ndarray]]) -> None:
+        """Raises: ToolError when it cannot be written."""
+        digest = hashlib.sha256(json.dumps(clips).encode()).hexdigest()[:16]
+        path = self.folder / f"{self.stem}_{digest}.npz"
+        arrays = {"clips": np.frombuffer(json.dumps(clips).encode(), np.uint8)}
+        for name in features[0]:
+            arrays[name] = np.concatenate([values[name] for values in features])
+            arrays[f"{name}_len"] = np.array([len(values[name]) for values in features])
+        with writing_to(self.folder), atomic_path(path) as temporary, temporary.open("wb") as handle:
+            np.savez(handle, **arrays)  # type: ignore[arg-type]
+        self.places.update({clip: (path, i) for i, clip in enumerate(clips)})
+
+    def prune(self, used: Iterable[Clip]) -> None:
+        """Deletes the chunks, of this kind, of which nothing is used any more."""
+        keep = {self.places[clip][0] for clip in used}
+        for path in self.folder.glob(f"{self.kind}_*.npz"):
+            if path not in keep:
+                path.unlink()
+
+
+def chunk_size(pending: int, jobs: int) -> int:
+    """Recordings per chunk: small enough to deal the work evenly, and to lose little to a kill."""
+    return max(4, min(LARGEST_CHUNK, pending // (8 * jobs)))
+
+
+def available_cores() -> int:
+    """Those that this process may use: a SLURM job has fewer than the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def fill_cache(cache: FeatureCache, clips: Sequence[Clip], audio_dir: Path, jobs: int) -> dict[Clip, tuple[str, str]]:
+    """Computes what the cache lacks of these clips, in at most `jobs` processes (0 = one per core).
+
+    Returns (reason, detail) of those that cannot be used.
+    """
+    pending = [clip for clip in dict.fromkeys(clips) if clip not in cache.places]
+    jobs = min(jobs or available_cores(), max(1, len(pending) // WORTH_A_PROCESS))
+    size = chunk_size(len(pending), jobs)
+    chunks = [pending[i : i + size] for i in range(0, len(pending), size)]
+    if pending:
+        info(f"{cache.kind}: {len(pending)} of {len(set(clips))} recordings to compute, {min(jobs, len(chunks))} at a "
+             "time")
+    faults: dict[Clip, tuple[str, str]] = {}
+    progress = Progress(cache.kind, len(pending))
+    done = 0
+    # Closed at once when a chunk cannot be written: else the other chunks would be computed first.
+    with contextlib.closing(compute_chunks(chunks, audio_dir, cache.source, cache.kind, jobs)) as computed:
+        for chunk, results in computed:
+            good = {clip: r for clip, r in zip(chunk, results, strict=True) if isinstance(r, dict)}
+            faults.update({clip: r for clip, r in zip(chunk, results, strict=True) if isinstance(r, tuple)})
+            if good:
+                cache.add(list(good), list(good.values()))
+            done += len(chunk)
+            progress.update(done)
+    return faults
