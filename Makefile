@@ -19,14 +19,15 @@ test: $(VENV)/.installed  ## all tests but the long soak
 
 style: $(VENV)/.installed  ## lint and types
 	$(RUN) -m ruff check .
-	$(RUN) -m mypy trainers tools benchmarks
+	$(RUN) -m mypy trainers tools benchmarks webui webui_amharic.py
 
 bench: $(VENV)/.installed  ## measure speed and sound quality
 	$(RUN) -m pip install --quiet --disable-pip-version-check pesq==0.0.4 pystoi==0.4.1
 	$(RUN) -m benchmarks.train_step
 	$(RUN) -m benchmarks.codec_quality
 
-soak: $(VENV)/.installed  ## every combination of stops and settings; hours
+soak: $(VENV)/.installed  ## hundreds of kills, damaged files and signals, then every combination of stops and settings
+	OMP_NUM_THREADS=1 $(RUN) tests/soak.py
 	SOAK=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 tests/test_resume_exactly.py
 
 demo-data: $(VENV)/.installed  ## rebuild processed_data/ and tokenizers/; needs espeak-ng

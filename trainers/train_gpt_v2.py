@@ -30,6 +30,7 @@ import datetime
 import errno
 import fcntl
 import functools
+import gc
 import hashlib
 import itertools
 import json
@@ -1193,6 +1194,8 @@ def peak_flops(precision: Precision) -> float:
         start = time.perf_counter()
         (matrix @ matrix)[0, 0].item()
         best = min(best, time.perf_counter() - start)
+        if best > 0.1:  # fp16 on a CPU: a second and more for five, in which no signal is noticed
+            break
     return 2 * size**3 / best
 
 
@@ -1460,7 +1463,8 @@ def move_aside(output_dir: Path, names: Sequence[str], stamp: str) -> Path | Non
     present = [name for name in names if (output_dir / name).exists()]
     if not present:
         return None
-    folder = output_dir / f"abandoned_{stamp}"
+    taken = len(list(output_dir.glob(f"abandoned_{stamp}*")))  # by starts within the same second
+    folder = output_dir / (f"abandoned_{stamp}_{taken + 1}" if taken else f"abandoned_{stamp}")
     for name in present:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(output_dir / name, folder / name)
@@ -1540,10 +1544,23 @@ class StopSignal:
             raise Stopped(self.signum)
 
 
-def ignore_stop_signals(worker: int) -> None:
-    """Data workers: Ctrl+C reaches the whole process group, and only the trainer decides what it means."""
+def start_worker(worker: int, trainer_pid: int) -> None:
+    """Data workers: Ctrl+C reaches the whole process group, and only the trainer decides what it means.
+
+    They die with the trainer. PyTorch's watchdog alone is not enough: it takes the parent that it finds for the
+    trainer, and that is process 1 when the trainer was killed while its worker started.
+    """
     for signum in STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
+    die_with_parent(signal.SIGKILL)
+    if multiprocessing.get_start_method() == "fork" and os.getppid() != trainer_pid:
+        os._exit(1)
+
+
+def die_with_parent(signum: signal.Signals) -> None:
+    if platform.system() == "Linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(signum))
 
 
 @dataclass(frozen=True)
@@ -1590,9 +1607,7 @@ def process_group(world: World) -> Iterator[None]:
     if world.size == 1:
         yield
         return
-    if platform.system() == "Linux":  # a torchrun that is killed at once would leave its ranks behind, with the lock
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(signal.SIGTERM))
+    die_with_parent(signal.SIGTERM)  # a torchrun that is killed at once would leave its ranks behind, with the lock
     if torch.cuda.is_available():
         if world.local_rank >= torch.cuda.device_count():
             raise UserError(f"torchrun started {world.local_size} processes, this machine has "
@@ -1814,7 +1829,7 @@ def make_loader(run: Run, data: ManifestDataset, batches: Iterator[list[int]]
     cuda = run.precision.device.type == "cuda"
     loader = iter(DataLoader(data, batch_sampler=batches, num_workers=run.workers, pin_memory=cuda,  # type: ignore
                              collate_fn=functools.partial(collate_packed, model=data.model),
-                             worker_init_fn=ignore_stop_signals))
+                             worker_init_fn=functools.partial(start_worker, trainer_pid=os.getpid())))
     if run.workers:  # PyTorch's own handler would raise for a killed worker anywhere, in the middle of an update too
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     return loader, [worker for worker in multiprocessing.active_children() if worker not in others]
@@ -2809,6 +2824,7 @@ def run_training(typed: dict[str, Any], output_dir: Path, stop: StopSignal, cons
     if world.rank == 0:
         say_disk(run)
         open_run_dir(run, found, typed.get("resume", ""))
+    found = None  # else the resumed file stays mapped, and fills the disk after it was rotated out
     profiler = make_profiler(run) if run.config.profile and world.rank == 0 else contextlib.nullcontext()
     with profiler as run.profiler:
         try:
@@ -2926,4 +2942,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    gc.freeze()  # else Python visits all of torch's objects again before it ends: a second
+    sys.exit(status)

@@ -1,0 +1,313 @@
+"""Faults that other trainers have, and the test that keeps each of them away from this one.
+
+The fork (IndexTTS2, Amharic), seen by running it:
+
+F1   a resume inside an epoch goes on with the very next sample of the same permutation
+     test_resume_exactly.py::test_a_stopped_and_resumed_run_is_bit_identical_to_the_uninterrupted_one
+     test_sample_order.py::test_micro_batches_from_any_position_go_on_exactly_where_the_whole_run_would_be
+F2   a resume at an epoch's end goes on in the same order
+     test_resume_exactly.py::test_a_stopped_and_resumed_run_is_bit_identical_to_the_uninterrupted_one
+     test_sample_order.py::test_an_epochs_order_is_a_permutation_that_depends_on_seed_and_epoch_alone
+F3   a planned stop goes on when --max-steps is raised
+     test_resume_exactly.py::test_a_planned_stop_at_max_steps_goes_on_when_the_limit_is_raised
+F4   a healthy resume gives no alarm and waits for nothing
+     test_regressions.py::test_a_healthy_resume_raises_no_alarm_and_waits_for_nothing
+F5   a save that was killed costs nothing: an older file is used, a partial one is named
+     test_checkpoint_files.py::test_a_partial_file_under_a_final_name_is_stepped_over_and_named
+     test_checkpoint_files.py::test_leftovers_of_a_killed_save_are_removed
+     test_soak.py::test_kills_signals_and_damage_leave_no_trace
+F6   a lost latest.pth: the newest checkpoint is used, unknown files are never deleted
+     test_checkpoint_files.py::test_a_lost_latest_is_replaced_by_the_newest_checkpoint_and_nothing_is_deleted
+     test_checkpoint_files.py::test_files_that_the_run_does_not_know_are_never_deleted
+F7   a truncated latest.pth: an older file is used, and this is said
+     test_checkpoint_files.py::test_a_truncated_newest_checkpoint_is_stepped_over_and_named
+     test_checkpoint_files.py::test_a_truncated_latest_that_is_a_file_of_its_own_is_stepped_over_and_named
+F8   one flipped bit is found when the file is read, and named
+     test_checkpoint_files.py::test_one_flipped_bit_in_a_weight_is_named_and_auto_resume_falls_back
+     test_checkpoint_files.py::test_one_flipped_bit_under_an_explicit_path_is_an_error_that_lists_the_valid_files
+     test_checkpoint_files.py::test_a_flipped_bit_anywhere_is_detected_or_harmless
+F9   a full disk: earlier checkpoints stay, training goes on, the save is tried again, a restart works
+     test_checkpoint_files.py::test_a_full_disk_stops_neither_training_nor_the_next_start
+     test_checkpoint_files.py::test_a_failed_save_is_tried_again_and_nothing_is_deleted_meanwhile
+F10  SIGTERM saves and exits with 143
+     test_signals.py::test_a_signal_saves_the_last_complete_step_and_sets_the_exit_status
+F11  the best validation loss and best.pth outlive a resume
+     test_checkpoint_files.py::test_the_best_validation_is_kept_over_a_resume
+F12  a tokenizer of the same size with other pieces is refused
+     test_checkpoint_files.py::test_a_tokenizer_of_the_same_size_with_other_pieces_is_refused
+F13  every checkpoint is complete
+     test_checkpoint_files.py::test_every_file_loads_with_pytorch_alone_and_has_the_same_complete_keys
+F14  no step crosses an epoch
+     test_resume_exactly.py::test_every_epoch_sees_every_sample_once_and_no_step_crosses_an_epoch
+     test_sample_order.py::test_no_step_crosses_an_epoch_and_its_last_step_takes_what_is_left
+F16  a sample's loss is that of the sample alone, whatever its neighbours
+     test_model.py::test_a_samples_losses_equal_the_plain_description_whatever_its_batch_neighbours
+F17  frozen embedding rows stay as they are
+     test_model.py::test_frozen_base_tokens_are_bit_identical_after_training_and_after_a_resume
+     test_model.py::test_weight_decay_leaves_biases_norms_and_embeddings_alone
+F18  only ::lang is a suffix of a manifest's path
+     test_bad_input.py::test_only_a_language_behind_two_colons_is_cut_off_a_manifest_path
+     test_bad_input.py::test_a_run_reads_manifests_whose_paths_contain_equals_and_at_signs
+F19  nothing outside the output directory is touched
+     test_model.py::test_training_touches_nothing_outside_its_output_directory
+F20  the same gradient however a step is split
+     test_model.py::test_one_loss_and_one_gradient_however_the_step_is_split
+
+Complaints of users elsewhere:
+
+C1   samples skipped one by one on resume, for 28 hours (transformers#11284)
+     test_regressions.py::test_a_resume_reads_none_of_the_samples_that_the_run_has_passed
+C2   a jump of the loss after a resume (transformers#33336, ms-swift#6049)
+     test_resume_exactly.py::test_a_stopped_and_resumed_run_is_bit_identical_to_the_uninterrupted_one
+C3   out of memory only on resume (nanoGPT#158, axolotl#219)
+     test_regressions.py::test_a_resume_reads_checkpoints_on_the_cpu_mapped_from_the_file
+     test_regressions.py::test_a_resumed_run_needs_no_more_memory_than_a_fresh_one
+C4   an incomplete newest checkpoint blocks auto-resume (transformers#35782, #35525)
+     test_checkpoint_files.py::test_a_partial_file_under_a_final_name_is_stepped_over_and_named
+C5   checkpoints fill the disk (F5-TTS#208, ms-swift#6392)
+     test_checkpoint_files.py::test_the_last_checkpoints_are_kept
+     test_regressions.py::test_a_resumed_run_lets_go_of_the_file_it_came_from
+     test_regressions.py::test_a_start_says_how_much_disk_the_checkpoints_will_need_and_warns_when_it_is_too_little
+C6   weights_only=True refuses one's own checkpoint (transformers#34631)
+     test_checkpoint_files.py::test_every_file_loads_with_pytorch_alone_and_has_the_same_complete_keys
+C7   NaN after tokens were added (transformers#14416)
+     test_model.py::test_a_larger_tokenizer_keeps_the_base_rows_and_trains_to_finite_losses
+C8   a SIGTERM handler that only the step boundary looked at (goodfire-ai/spd#677)
+     test_soak.py::test_kills_signals_and_damage_leave_no_trace
+     test_signals.py::test_a_signal_during_data_preparation_is_noticed_there
+
+Found by the soak:
+
+S1   starts that were stopped before their first save, within one second, do not stand in each other's way
+     test_regressions.py::test_three_starts_in_one_second_that_leave_no_checkpoint_keep_all_their_logs
+S2   data workers leave when their trainer is killed, even while they are being started
+     test_regressions.py::test_a_data_worker_leaves_although_the_trainer_is_killed_while_it_starts
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import GPT, ROOT, call_trainer, data_args, load_checkpoint, make_dataset, trainer
+from test_signals import is_alive, needs_proc, read_until, training
+
+SETTINGS = ["--batch-size", "4", "--grad-accumulation", "1", "--log-interval", "1", "--save-interval", "2",
+            "--val-interval", "4", "--warmup-steps", "1"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table above
+
+
+def rows_of_the_table() -> dict[str, list[tuple[str, str]]]:
+    """{"F1": [(file, test), ...], ...}"""
+    rows: dict[str, list[tuple[str, str]]] = {}
+    for line in (__doc__ or "").splitlines():
+        if row := re.match(r"([A-Z]\d+) +\w", line):
+            rows[row[1]] = []
+        elif test := re.fullmatch(r" {5}(test_\w+\.py)::(test_\w+)", line):
+            rows[list(rows)[-1]].append((test[1], test[2]))
+    return rows
+
+
+def test_every_row_of_the_table_names_tests_that_exist():
+    rows = rows_of_the_table()
+    assert set(rows) >= {f"F{number}" for number in range(1, 21) if number != 15} | {f"C{n}" for n in range(1, 9)}
+    missing = []
+    for row, tests in rows.items():
+        assert tests, row
+        for file, test in tests:
+            tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
+            if test not in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}:
+                missing.append(f"{row}: {file}::{test}")
+    assert not missing
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Promises that no other file keeps
+
+
+def test_a_healthy_resume_raises_no_alarm_and_waits_for_nothing(tiny, tmp_path, monkeypatch):
+    args = [*data_args(tiny), *SETTINGS, "--output-dir", tmp_path, "--max-steps", 8]
+    call_trainer(*args, "--epochs", 1)
+    torch.save({}, tmp_path / "notes.pt")  # somebody's file in the same directory is no reason for alarm either
+    naps: list[float] = []
+    monkeypatch.setattr(time, "sleep", naps.append)
+    output = call_trainer(*args, "--resume", "auto", "--max-steps", 10)
+    assert "step=10 " in output
+    assert not re.search(r"\[Warn\]|\[Error\]|fail|invalid|mismatch|damaged|skipped", output, re.IGNORECASE), output
+    assert not naps
+
+
+def test_a_resume_reads_none_of_the_samples_that_the_run_has_passed(tiny, tmp_path, monkeypatch):
+    args = [*data_args(tiny), *SETTINGS, "--output-dir", tmp_path, "--epochs", 1]
+    call_trainer(*args, "--max-steps", 8)
+    read, opened = trainer.ManifestDataset.__getitem__, []
+
+    def note(data: Any, index: int) -> Any:
+        if len(data) == 41:  # the training data
+            opened.append(index)
+        return read(data, index)
+
+    monkeypatch.setattr(trainer.ManifestDataset, "__getitem__", note)
+    call_trainer(*args, "--max-steps", 0, "--resume", "auto")
+    assert opened == trainer.epoch_sample_order(41, 1234, 0)[32:].tolist()
+
+
+def test_a_resume_reads_checkpoints_on_the_cpu_mapped_from_the_file(tiny, tmp_path, monkeypatch):
+    """On a GPU whatever is loaded there first is memory that the fresh run never needed."""
+    args = [*data_args(tiny), *SETTINGS, "--output-dir", tmp_path]
+    call_trainer(*args, "--max-steps", 2)
+    load, calls = torch.load, []
+
+    def note(*positional: Any, **options: Any) -> Any:
+        calls.append((options["map_location"], options["mmap"]))
+        return load(*positional, **options)
+
+    monkeypatch.setattr(torch, "load", note)
+    call_trainer(*args, "--max-steps", 4, "--resume", "auto")
+    assert calls and set(calls) == {("cpu", True)}
+
+
+PEAK_OF_OWN_MEMORY = f"""
+import sys, threading, time
+sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+from trainers import train_gpt_v2 as trainer
+peak = 0
+def watch():
+    global peak
+    while True:
+        status = Path("/proc/self/status").read_text()
+        peak = max(peak, int(status.partition("RssAnon:")[2].split()[0]))
+        time.sleep(0.001)
+threading.Thread(target=watch, daemon=True).start()
+assert trainer.main(sys.argv[1:]) == 0
+print("peak", peak)
+"""
+
+
+@pytest.fixture(scope="session")
+def long_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny data with a table of 400,000 positions: a model of 51 MB whose steps take no time."""
+    data = make_dataset(tmp_path_factory.mktemp("long") / "data", train_rows=8)
+    (data / "config.yaml").write_text(yaml.safe_dump({"gpt": {**GPT, "max_mel_tokens": 400_000}}))
+    return data
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_a_resumed_run_needs_no_more_memory_than_a_fresh_one(long_data, tmp_path):
+    """Pages that are mapped from the checkpoint do not count: the system may take them back at any time."""
+    args = [*data_args(long_data), "--output-dir", str(tmp_path / "out"), "--batch-size", "4", "--max-steps"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    peaks = []
+    for extra in (["2"], ["4", "--resume", "auto"]):
+        done = subprocess.run([sys.executable, "-c", PEAK_OF_OWN_MEMORY, *args, *extra], text=True, timeout=300,
+                              capture_output=True, env=environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+        peaks.append(int(done.stdout.split()[-1]) / 1024)
+    fresh, resumed = peaks
+    assert resumed <= fresh + 20, f"MiB: {fresh:.0f} fresh, {resumed:.0f} resumed"  # a copy of the weights is 51
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="mapped files are read from /proc")
+def test_a_resumed_run_lets_go_of_the_file_it_came_from(tiny, tmp_path, monkeypatch):
+    """A file that is mapped still fills the disk after it was deleted."""
+    args = [*data_args(tiny), *SETTINGS, "--output-dir", tmp_path, "--keep-checkpoints", 1]
+    call_trainer(*args, "--max-steps", 2)
+    log_step, mapped = trainer.log_step, []
+
+    def note(run: Any, *others: Any) -> None:
+        log_step(run, *others)
+        maps = Path("/proc/self/maps").read_text().splitlines()
+        found = {line.split(maxsplit=5)[5] for line in maps if str(tmp_path) in line}
+        mapped.append([path for path in found if ".partial" not in path])  # a save is read back meanwhile
+
+    monkeypatch.setattr(trainer, "log_step", note)
+    call_trainer(*args, "--max-steps", 8, "--resume", "auto")
+    assert len(mapped) == 6 and not any(mapped), mapped[-1]
+
+
+DiskUsage = namedtuple("DiskUsage", "total used free")
+
+
+@pytest.mark.parametrize("free,level", [(10**12, "[Info]"), (10**6, "[Warn]")])
+def test_a_start_says_how_much_disk_the_checkpoints_will_need_and_warns_when_it_is_too_little(
+        free, level, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: DiskUsage(10**12, 10**12 - free, free))
+    output = call_trainer(*data_args(tiny), *SETTINGS, "--output-dir", tmp_path, "--max-steps", 1)
+    (line,) = [line for line in output.splitlines() if " Disk: " in line]
+    assert line.startswith(level) and f"{free / 1e9:.1f} GB free" in line
+    assert ("--keep-checkpoints" in line) == (level == "[Warn]")
+
+
+def test_three_starts_in_one_second_that_leave_no_checkpoint_keep_all_their_logs(tiny, tmp_path, monkeypatch):
+    """As when a supervisor starts a run again and again that is killed at once."""
+    args = [*data_args(tiny), *SETTINGS, "--output-dir", tmp_path, "--resume", "auto"]
+    clock = time.strftime
+    monkeypatch.setattr(time, "strftime", lambda text, *moment: clock(text, *moment or (time.gmtime(0),)))
+
+    def stop_at_once(run: Any) -> None:
+        raise trainer.Stopped(15)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "train", stop_at_once)
+        for _ in range(3):
+            call_trainer(*args, status=143)
+    call_trainer(*args, "--max-steps", 2)
+    assert load_checkpoint(tmp_path / "latest.pth")["step"] == 2
+    assert len(list(tmp_path.glob("abandoned_*/logs/run_*"))) == 3
+    assert len(list(tmp_path.glob("logs/run_*"))) == 1
+
+
+SLOWLY_STARTED_WORKERS = f"""
+import os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from torch.utils.data._utils import worker
+from trainers import train_gpt_v2 as trainer
+place, parent = sys.argv.pop(1), os.getpid()
+owner, name = (trainer.torch, "set_num_threads") if place == "before" else (worker, "ManagerWatchdog")
+real = getattr(owner, name)
+def slow(*args):
+    if os.getpid() != parent:
+        print("starting worker", os.getpid(), flush=True)
+        time.sleep(2)
+    return real(*args)
+setattr(owner, name, slow)
+sys.exit(trainer.main(sys.argv[1:]))
+"""
+
+
+@needs_proc
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_a_data_worker_leaves_although_the_trainer_is_killed_while_it_starts(place, tiny, tmp_path):
+    """PyTorch's worker takes whoever is its parent once it is up for its trainer: by then that may be process 1.
+
+    The trainer is killed before, or after, the worker ran what the trainer asked it to run at its start.
+    """
+    args = [*data_args(tiny), *SETTINGS, "--output-dir", tmp_path, "--num-workers", 1]
+    with training(*args, program=("-c", SLOWLY_STARTED_WORKERS, place)) as process:
+        worker = int(read_until(process, "starting worker").split()[-1])
+        time.sleep(0.2)
+        process.kill()
+        process.wait()
+        deadline = time.monotonic() + 20
+        while is_alive(worker) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        alive = is_alive(worker)
+        if alive:
+            os.kill(worker, signal.SIGKILL)
+        assert not alive
