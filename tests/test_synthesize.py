@@ -1,0 +1,514 @@
+"""Speaking with a checkpoint: cached generation is the trainer's model, lines do not disturb each other, a run can be
+watched, and a faulty input is one clear error."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import yaml
+from conftest import GPT, ROOT, TOKENIZER, TRAINER, call_trainer, data_args, read_jsonl
+
+from tools import build_pairs, preprocess, speech_codec, synthesize
+from tools._common import ToolError
+from tools.synthesize import Line, Prompt, Sampling, Synthesizer, choose_codes, generate_codes
+from trainers import train_gpt_v2 as trainer
+
+RATE = 22050
+WORDS = ["ሰላም", "ቤት", "ውሃ", "ልጅ", "መንገድ", "ፀሐይ", "አበባ", "ከተማ"]
+
+
+def tones(seed: int, seconds: float = 1.0) -> np.ndarray:
+    """A gliding harmonic sound with noise, different for every seed. float32 within -1 to 1."""
+    rng = np.random.default_rng(seed)
+    clock = np.arange(round(seconds * RATE)) / RATE
+    phase = 2 * np.pi * np.cumsum(150 * (1 + 0.3 * np.sin(2 * np.pi * rng.uniform(1, 4) * clock))) / RATE
+    sound = sum(rng.uniform(0.1, 1) * np.sin(k * phase) / k for k in range(1, 12))
+    return (0.1 * sound + 0.01 * rng.standard_normal(len(clock))).astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A data set of 24 short sounds of two voices in one folder, and the output directory of three training steps."""
+
+    data: Path
+    output_dir: Path
+
+    @property
+    def codec(self) -> Path:
+        return self.data / "speech_codec.pt"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.output_dir / "latest.pth"
+
+    def arguments(self) -> list[str]:
+        """What every call of the program needs."""
+        return ["--checkpoint", str(self.checkpoint), "--prompt", str(self.data / "0.wav"), "--codec", str(self.codec)]
+
+
+def make_trained(folder: Path) -> Trained:
+    """From sounds to a checkpoint with the programs that a user would run."""
+    made, rows = Trained(folder / "data", folder / "out"), []
+    made.data.mkdir()
+    for i in range(24):
+        soundfile.write(made.data / f"{i}.wav", tones(i, 0.8 + 0.05 * (i % 5)), RATE, subtype="PCM_16")
+        rows.append({"id": f"r{i}", "speaker": f"s{i % 2}", "audio": f"{i}.wav", "split": "train" if i < 18 else "val",
+                     "text": f"{WORDS[i % 8]} {WORDS[(i // 3) % 8]} {WORDS[(i // 5) % 8]}"})
+    recordings = made.data / "recordings.jsonl"
+    recordings.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    speech_codec.main(["train", "--recordings", str(recordings), "--output", str(made.codec), "--steps", "3",
+                       "--num-codes", "64", "--pca-dim", "8", "--kmeans-iterations", "3", "--width", "16",
+                       "--batch-size", "4", "--segment", "8"])
+    preprocess.main(["--recordings", str(recordings), "--codec", str(made.codec), "--tokenizer", str(TOKENIZER),
+                     "--output-dir", str(made.data), "--prompts-per-speaker", "2", "--model-dim", "32"])
+    build_pairs.main(["--data-dir", str(made.data)])
+    (made.data / "config.yaml").write_text(yaml.safe_dump({"gpt": GPT}))
+    call_trainer(*data_args(made.data), "--output-dir", made.output_dir, "--max-steps", 3, "--batch-size", 4,
+                 "--grad-accumulation", 1, "--learning-rate", 0.01)
+    return made
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Read only."""
+    return make_trained(tmp_path_factory.mktemp("trained"))
+
+
+@pytest.fixture(scope="session")
+def model() -> trainer.UnifiedVoiceGPT:
+    """A model with large random weights, so that every code depends on all that comes before it."""
+    config = trainer.model_config_from({**GPT, "number_text_tokens": 50}, "conftest")
+    model = trainer.UnifiedVoiceGPT(config)
+    trainer.init_fresh_weights(model, 5, 2.0)
+    generator = torch.Generator().manual_seed(6)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim == 2:
+                weight.normal_(0, 0.3, generator=generator)
+            if name == "mel_head.bias":
+                weight[config.stop_mel_token] = STOP_BIAS
+    return model.double().eval().requires_grad_(False)
+
+
+def make_line(length: int, seed: int = 0) -> Line:
+    """A line of `length` text ids in a voice of its own."""
+    rng = np.random.default_rng([seed, length])
+    prompt = Prompt(torch.from_numpy(rng.normal(0, 0.5, (32, 32)).astype(np.float32)),
+                    torch.from_numpy(rng.normal(0, 0.5, 32).astype(np.float32)), torch.zeros(2, 80))
+    return Line(f"{seed} {length}", rng.integers(2, 50, length).tolist(), prompt)
+
+
+STOP_BIAS = 1.0  # lets lines end at different lengths
+LINES = [make_line(length) for length in (5, 30, 1, 12, 29, 2)]
+
+
+def sample_of(line: Line, codes: list[int]) -> trainer.Sample:
+    return trainer.Sample(np.array(line.text_ids), np.array(codes, dtype=np.int64), line.prompt.condition.numpy(),
+                          line.prompt.emo_vec.numpy())
+
+
+# Generation
+
+
+def test_cached_logits_are_those_of_the_trainers_forward_pass_at_every_position(model):
+    codes = np.random.default_rng(1).integers(0, 64, (len(LINES), 60))
+    single = trainer.UnifiedVoiceGPT(model.config)
+    single.load_state_dict(model.state_dict())
+    rows, ends = synthesize.prefix_rows(model, LINES)
+    cache = synthesize.KVCache(model, len(LINES), int(ends.max()) + 60)
+    every = torch.arange(len(LINES))
+    with torch.no_grad():
+        expected = [single(trainer.collate_packed([sample_of(line, row.tolist())], model.config))[1]
+                    for line, row in zip(LINES, codes, strict=True)]
+        x = synthesize.extend(model, cache, rows, torch.zeros_like(ends))[every, ends - 1]
+        for step in range(61):
+            logits = model.mel_head(model.final_norm(model.gpt.ln_f(x)))
+            for b in range(len(LINES)):
+                torch.testing.assert_close(logits[b].float(), expected[b][step], atol=2e-5, rtol=1e-5)
+            if step < 60:
+                row = model.mel_embedding(torch.from_numpy(codes[:, step]))
+                row = row + model.mel_pos_embedding.emb(torch.tensor(step + 1))
+                x = synthesize.extend(model, cache, row[:, None], ends + step)[:, 0]
+
+
+def greedy_by_recomputing_everything(model: trainer.UnifiedVoiceGPT, line: Line) -> list[int]:
+    codes: list[int] = []
+    while len(codes) < model.config.max_code_len:
+        _, logits = model(trainer.collate_packed([sample_of(line, codes)], model.config))
+        logits[-1, model.config.start_mel_token] = -torch.inf
+        code = int(logits[-1].argmax())
+        if code == model.config.stop_mel_token:
+            break
+        codes.append(code)
+    return codes
+
+
+def test_greedy_codes_are_those_of_computing_everything_anew(model):
+    single = trainer.UnifiedVoiceGPT(model.config)
+    single.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        expected = [greedy_by_recomputing_everything(single, line) for line in LINES]
+    spoken = generate_codes(model, LINES, Sampling(greedy=True))
+    assert [line.codes for line in spoken] == expected
+    assert len({len(codes) for codes in expected}) > 2 and any(line.stopped for line in spoken)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(greedy=True), Sampling(seed=3), Sampling(
+    temperature=2.0, top_k=0, top_p=1.0, seed=4), Sampling(repetition_penalty=1.5, seed=5)])
+def test_a_line_gets_the_same_codes_alone_and_beside_any_others(model, sampling):
+    together = generate_codes(model, LINES, sampling)
+    assert [generate_codes(model, [line], sampling)[0] for line in LINES] == together
+    assert generate_codes(model, LINES[::-1], sampling) == together[::-1]
+    assert generate_codes(model, [*LINES[:2], *[make_line(30, seed) for seed in range(1, 9)]], sampling
+                          )[:2] == together[:2]
+
+
+def test_the_seed_chooses_the_take(model):
+    takes = [generate_codes(model, LINES, Sampling(temperature=1.5, top_p=1.0, seed=seed)) for seed in (1, 1, 2)]
+    assert takes[0] == takes[1] != takes[2]
+
+
+def test_lines_of_one_batch_do_not_share_their_draws():
+    takes = [(LINES[0], 1), (LINES[1], 1), (LINES[0], 2)]
+    draws = [synthesize.draws_of(line, seed, 5).tolist() for line, seed in takes]
+    assert len({draw for row in draws for draw in row}) == 15
+    assert synthesize.draws_of(LINES[0], 1, 9)[:5].tolist() == draws[0]
+
+
+@pytest.mark.parametrize("sampling", [Sampling(top_k=1), Sampling(top_p=1e-9), Sampling(temperature=1e-9)])
+def test_the_narrowest_settings_are_greedy(model, sampling):
+    assert generate_codes(model, LINES, sampling) == generate_codes(model, LINES, Sampling(greedy=True))
+
+
+def test_no_line_is_longer_than_asked_and_one_that_was_cut_off_says_so(model):
+    spoken = generate_codes(model, LINES, Sampling(temperature=1.5, top_p=1.0, max_length=4))
+    assert max(len(line.codes) for line in spoken) == 4
+    assert all(line.stopped == (len(line.codes) < 4) for line in spoken)
+
+
+def test_only_real_codes_are_spoken(model):
+    wild = Sampling(temperature=100.0, top_k=0, top_p=1.0)
+    codes = [code for line in generate_codes(model, LINES, wild) for code in line.codes]
+    assert set(codes) <= set(range(64)) and len(set(codes)) > 30
+
+
+def drawn(logits: list[float], sampling: Sampling, repeated: tuple[int, ...] = ()) -> list[float]:
+    """How often each code is chosen over an even grid of draws."""
+    grid = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
+    mask = torch.zeros(10_000, len(logits), dtype=torch.bool)
+    mask[:, list(repeated)] = True
+    rows = torch.tensor(logits, dtype=torch.float64).expand(10_000, -1)
+    return (torch.bincount(choose_codes(rows, mask, grid, sampling), minlength=len(logits)) / 10_000).tolist()
+
+
+LOGS = [float(np.log(share)) for share in (0.1, 0.5, 0.15, 0.25)]
+PLAIN = Sampling(temperature=1.0, top_k=0, top_p=1.0)
+
+
+@pytest.mark.parametrize(("sampling", "expected"), [
+    (PLAIN, [0.1, 0.5, 0.15, 0.25]),
+    (dataclasses.replace(PLAIN, temperature=0.5), [0.01 / 0.345, 0.25 / 0.345, 0.0225 / 0.345, 0.0625 / 0.345]),
+    (dataclasses.replace(PLAIN, top_k=2), [0, 2 / 3, 0, 1 / 3]),
+    (dataclasses.replace(PLAIN, top_p=0.7), [0, 2 / 3, 0, 1 / 3]),
+    (dataclasses.replace(PLAIN, top_p=0.76), [0, 0.5 / 0.9, 0.15 / 0.9, 0.25 / 0.9]),
+    (dataclasses.replace(PLAIN, top_k=3, top_p=0.8), [0, 2 / 3, 0, 1 / 3]),
+    (dataclasses.replace(PLAIN, greedy=True), [0, 1, 0, 0]),
+])
+def test_codes_are_drawn_with_the_shares_that_the_settings_leave_them(sampling, expected):
+    assert drawn(LOGS, sampling) == pytest.approx(expected, abs=2e-4)
+
+
+def test_the_repetition_penalty_lowers_codes_that_the_line_has_whatever_their_sign():
+    penalised = dataclasses.replace(PLAIN, repetition_penalty=2.0)
+    expected = torch.tensor([0.5, -2.0, 0.5]).softmax(0).tolist()
+    assert drawn([1.0, -1.0, 0.5], penalised, (0, 1)) == pytest.approx(expected, abs=2e-4)
+
+
+# The program
+
+
+def run_program(*args: object, **options) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "tools.synthesize", *map(str, args)], cwd=ROOT, text=True,
+                          capture_output=True, timeout=300, **options)
+
+
+def error_of(*args: object) -> str:
+    with pytest.raises(ToolError) as stop:
+        synthesize.main([str(arg) for arg in args])
+    assert "\n" not in str(stop.value)
+    return str(stop.value)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def test_one_text_becomes_a_recording_and_a_picture_and_the_speed_is_told(trained, tmp_path):
+    done = run_program(*trained.arguments(), "--text", "ሰላም ቤት", "--output", tmp_path / "hello.wav")
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert "real-time factor" in done.stdout and "ሰላም ቤት" in done.stdout
+    waveform, rate = soundfile.read(tmp_path / "hello.wav")
+    assert rate == RATE and len(waveform) > 0 and (tmp_path / "hello.png").stat().st_size > 0
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.fixture
+def lines_file(tmp_path: Path) -> Path:
+    path = tmp_path / "lines.txt"
+    path.write_text("ሰላም\n\nቤት ውሃ\nልጅ መንገድ ፀሐይ\n", encoding="utf-8")
+    return path
+
+
+def test_lines_of_a_file_sound_as_they_do_alone(trained, lines_file, tmp_path):
+    synthesize.main([*trained.arguments(), "--text-file", str(lines_file), "--output-dir", str(tmp_path / "out")])
+    assert [row["name"] for row in read_jsonl(tmp_path / "out/spoken.jsonl")] == ["0001", "0003", "0004"]
+    synthesize.main([*trained.arguments(), "--text", "ቤት ውሃ", "--output", str(tmp_path / "alone.wav")])
+    assert (tmp_path / "alone.wav").read_bytes() == (tmp_path / "out/0003.wav").read_bytes()
+
+
+def test_only_new_and_changed_lines_are_spoken_again(trained, lines_file, tmp_path, capsys):
+    out = tmp_path / "out"
+    argv = [*trained.arguments(), "--text-file", str(lines_file), "--output-dir", str(out)]
+    synthesize.main(argv)
+    first = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    synthesize.main(argv)
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == first
+    assert "3 of 3 lines are there already" in capsys.readouterr().out
+    lines_file.write_text("ሰላም\n\nአበባ\nልጅ መንገድ ፀሐይ\n", encoding="utf-8")
+    (out / "0004.wav").unlink()
+    synthesize.main(argv)
+    assert "1 of 3 lines are there already" in capsys.readouterr().out
+    again = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert again["0001.wav"] == first["0001.wav"] and again["0003.wav"] != first["0003.wav"]
+    synthesize.main([*argv, "--seed", "1"])
+    assert "already" not in capsys.readouterr().out
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_files(trained, tmp_path):
+    lines = tmp_path / "lines.txt"
+    lines.write_text("".join(f"{a} {b}\n" for a in WORDS for b in WORDS[:5]), encoding="utf-8")
+    argv = [*trained.arguments(), "--text-file", str(lines), "--max-length", "3"]
+    command = [sys.executable, "-m", "tools.synthesize", *argv, "--output-dir", str(tmp_path / "killed")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
+        while not (tmp_path / "killed/spoken.jsonl").exists() and process.poll() is None:
+            time.sleep(0.01)
+        process.kill()
+    done = run_program(*argv, "--output-dir", tmp_path / "killed")
+    assert done.returncode == 0 and "of 40 lines are there already" in done.stdout, done.stdout
+    synthesize.main([*argv, "--output-dir", str(tmp_path / "whole")])
+    left = {name: digest for name, digest in hashes(tmp_path / "killed").items() if not name.startswith(".")}
+    assert left == hashes(tmp_path / "whole") and len(left) > 40
+
+
+def text_of(tokens: int) -> str:
+    """A text of exactly so many tokens: the tokenizer has one for each letter and one for the start of a word."""
+    return "ሰ" * (tokens - 1)
+
+
+def test_texts_as_long_as_the_model_allows_are_spoken_and_longer_ones_refused(trained, tmp_path):
+    output = ["--output", tmp_path / "a.wav"]
+    synthesize.main([str(arg) for arg in [*trained.arguments(), *output, "--text", text_of(30), "--max-length", 3]])
+    message = error_of(*trained.arguments(), *output, "--text", text_of(31))
+    assert message == "--text: 31 tokens, the model takes 30. Split it"
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("hello", "--text: the tokenizer has no piece for 'hello'"), ("  ", "--text: the transcript is empty"),
+    ("“።”", "--text: the transcript is empty"), ("ሰላም мир", "no piece for 'мир'"),
+])
+def test_a_text_that_the_model_cannot_read_is_named(trained, tmp_path, text, message):
+    assert message in error_of(*trained.arguments(), "--text", text, "--output", tmp_path / "a.wav")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_faulty_line_of_a_file_is_named_before_anything_is_spoken(trained, tmp_path):
+    lines = tmp_path / "lines.txt"
+    lines.write_text("ሰላም\nhello\n", encoding="utf-8")
+    message = error_of(*trained.arguments(), "--text-file", lines, "--output-dir", tmp_path / "out")
+    assert f"{lines}, line 2: the tokenizer has no piece for 'hello'" in message and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (None, "No such file"), ("ሰላም".encode("utf-16"), "not UTF-8 text at byte 0"), (b" \n\n", "holds no line to speak"),
+])
+def test_an_unusable_text_file_is_named(trained, tmp_path, content, message):
+    lines = tmp_path / "lines.txt"
+    if content is not None:
+        lines.write_bytes(content)
+    line = error_of(*trained.arguments(), "--text-file", lines, "--output-dir", tmp_path / "out")
+    assert str(lines) in line and message in line
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (b"not sound", "cannot be read as sound"), (b"", "cannot be read as sound"), (None, "no such recording"),
+    (np.zeros(RATE), "under 0.1 s of sound"), (tones(1, 0.3), "0.30 s of sound say too little about a voice"),
+])
+def test_an_unusable_prompt_is_named(trained, tmp_path, content, message):
+    path = tmp_path / "prompt.wav"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        soundfile.write(path, content, RATE)
+    argv = ["--checkpoint", trained.checkpoint, "--codec", trained.codec, "--prompt", path, "--text", "ሰላም"]
+    line = error_of(*argv, "--output", tmp_path / "a.wav")
+    assert str(path) in line and message in line and not (tmp_path / "a.wav").exists()
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--temperature", "0"], "--temperature 0.0: give a number above 0, or --greedy"),
+    (["--temperature", "nan"], "--temperature nan"), (["--top-p", "1.5"], "--top-p 1.5"),
+    (["--top-p", "0"], "--top-p 0"),
+    (["--top-k", "-1"], "--top-k -1"), (["--repetition-penalty", "0"], "--repetition-penalty 0"),
+    (["--max-length", "62"], "--max-length 62: this model speaks at most 61 codes"),
+])
+def test_senseless_settings_are_refused(trained, tmp_path, flags, message):
+    assert message in error_of(*trained.arguments(), "--text", "ሰላም", "--output", tmp_path / "a.wav", *flags)
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    ([], "nothing to speak: give --text, --text-file or --watch"),
+    (["--text", "ሰላም"], "--text: --output and --checkpoint and --prompt must be given too"),
+    (["--text-file", "a", "--prompt", "p", "--checkpoint", "c"], "--output-dir must be given too"),
+    (["--text", "ሰላም", "--output", "a.wav", "--prompt", "p", "--checkpoint", "c", "--output-dir", "d"],
+     "--output-dir cannot be combined with --text"),
+    (["--watch", "d", "--checkpoint", "c"], "--checkpoint cannot be combined with --watch"),
+    (["--watch", "d", "--text-file", "c"], "--prompt must be given too"),
+    (["--text", "ሰላም", "--output", "a.mp3", "--prompt", "p", "--checkpoint", "c"], "a.mp3: must end in .wav"),
+    (["--watch", "nowhere"], "nowhere: no such directory. Start the training first"),
+])
+def test_flags_that_do_not_fit_together_are_refused(flags, message):
+    assert message in error_of(*flags)
+
+
+def test_files_that_do_not_fit_together_are_refused(trained, tmp_path):
+    argv = ["--checkpoint", trained.checkpoint, "--prompt", trained.data / "0.wav", "--text", "ሰላም", "--output",
+            tmp_path / "a.wav"]
+    assert "has 1024 codes, the checkpoint 64" in error_of(*argv)
+    (tmp_path / "t.model").write_bytes(preprocess_tokenizer())
+    assert "t.model: not the tokenizer that the checkpoint was trained with" in error_of(
+        *argv, "--codec", trained.codec, "--tokenizer", tmp_path / "t.model")
+    cut = tmp_path / "cut.pth"
+    cut.write_bytes(trained.checkpoint.read_bytes()[:5000])
+    assert str(cut) in error_of("--checkpoint", cut, *argv[2:], "--codec", trained.codec)
+
+
+def preprocess_tokenizer() -> bytes:
+    from tools.train_tokenizer import train_tokenizer
+
+    return train_tokenizer(["ሰላም ለዓለም"], "char", 0)
+
+
+def small_files_only() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+
+
+def test_a_full_disk_is_one_clear_error_and_leaves_no_half_file(trained, tmp_path):
+    done = run_program(*trained.arguments(), "--text", "ሰላም", "--output", tmp_path / "a.wav",
+                       preexec_fn=small_files_only)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert f"[Error] {tmp_path}: cannot be written" in done.stderr and not (tmp_path / "a.wav").exists()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+# Watching a training
+
+
+def events_of(folder: Path) -> dict[str, list[int]]:
+    """Steps of every sound and picture that TensorBoard shows."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder)).Reload()
+    shown = {f"audio {tag}": [event.step for event in events.Audio(tag)] for tag in events.Tags()["audio"]}
+    return shown | {f"image {tag}": [event.step for event in events.Images(tag)] for tag in events.Tags()["images"]}
+
+
+def watching(trained: Trained, output_dir: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "tools.synthesize", "--watch", str(output_dir), "--codec", str(trained.codec),
+               "--max-length", "10"]
+    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def read_until(process: subprocess.Popen[str], found: Callable[[str], bool]) -> str:
+    assert process.stdout is not None
+    read = ""
+    for line in process.stdout:
+        read += line
+        if found(line):
+            return read
+    raise AssertionError(f"the program ended early:\n{read}")
+
+
+def test_every_new_checkpoint_of_a_run_is_spoken_until_the_run_has_finished(trained, tmp_path):
+    out, command = tmp_path / "out", [*map(str, [*data_args(trained.data), "--output-dir", tmp_path / "out"]),
+                                      "--batch-size", "4", "--grad-accumulation", "1", "--resume", "auto"]
+    call_trainer(*command, "--max-steps", 2, "--save-interval", 1, "--learning-rate", 0.01)
+    (out / "last_exit.json").unlink()  # as while a run goes on
+    voice = next(out.glob("logs/run_*")) / "voice"
+    with watching(trained, out) as process:
+        read_until(process, lambda line: "step 2: 4 sentences" in line)
+        (out / "latest.pth").unlink()  # not written through: it is another name of model_step2.pth
+        (out / "latest.pth").write_bytes((out / "model_step1.pth").read_bytes()[:5000])  # half copied
+        read_until(process, lambda line: "Waiting for the next one" in line)
+        assert process.poll() is None
+        (out / "latest.pth").unlink()
+        done = subprocess.run([sys.executable, str(TRAINER), *command, "--max-steps", "4", "--save-interval", "4"],
+                              cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        rest = process.communicate(timeout=60)[0]
+    assert process.returncode == 0 and "step 4: 4 sentences" in rest and "the training has finished" in rest, rest
+    shown = events_of(voice)
+    assert [2, 4] in shown.values() and {step for steps in shown.values() for step in steps} == {2, 4}, shown
+    with watching(trained, out) as process:  # nothing is shown twice
+        rest = process.communicate(timeout=60)[0]
+    assert process.returncode == 0 and "sentences" not in rest and events_of(voice) == shown
+
+
+def test_ctrl_c_ends_the_watching_of_a_run_without_checkpoints(trained, tmp_path):
+    with watching(trained, tmp_path) as process:
+        read_until(process, lambda line: "watching" in line)
+        process.send_signal(signal.SIGINT)
+        output = process.communicate(timeout=60)[0]
+    assert process.returncode == 130 and "Traceback" not in output
+
+
+def test_a_damaged_checkpoint_of_a_finished_run_is_an_error(trained, tmp_path):
+    shutil.copytree(trained.output_dir, tmp_path / "out")
+    (tmp_path / "out/latest.pth").write_bytes(b"hello")
+    assert "latest.pth" in error_of("--watch", tmp_path / "out", "--codec", trained.codec)
+
+
+def test_watching_on_a_full_disk_is_one_clear_error(trained, tmp_path):
+    shutil.copytree(trained.output_dir, tmp_path / "out")
+    done = run_program("--watch", tmp_path / "out", "--codec", trained.codec, preexec_fn=small_files_only)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert "voice: cannot be written" in done.stderr
+
+
+def test_watched_sentences_can_be_given(trained, tmp_path, lines_file):
+    shutil.copytree(trained.output_dir, tmp_path / "out")
+    synthesize.main(["--watch", str(tmp_path / "out"), "--codec", str(trained.codec), "--text-file", str(lines_file),
+                     "--prompt", str(trained.data / "0.wav")])
+    shown = events_of(next((tmp_path / "out").glob("logs/run_*")) / "voice")
+    assert sorted(shown) == sorted(f"{kind} sentence_{i}" for kind in ("audio", "image") for i in (1, 2, 3))
+
+
+def test_the_synthesizer_is_what_other_programs_build_on(trained):
+    synthesizer = Synthesizer(trained.checkpoint, trained.codec, None)
+    line = synthesizer.line("ሰላም", synthesizer.prompt(trained.data / "0.wav"), "here")
+    assert synthesizer.model.speed_emb.weight.dtype == torch.float64  # see generate_codes
+    (spoken, waveform), = synthesizer.speak([line], Sampling(max_length=5))
+    assert len(waveform) == len(spoken.codes) * synthesizer.codec.config.samples_per_code

@@ -1,0 +1,484 @@
+"""Says in numbers whether a checkpoint says the right thing, on validation texts.
+
+A small recogniser is trained once, in minutes, and kept: it writes down the letters that it hears. Its letter error
+rate (CER) on
+
+  (a) true recordings      what its own mistakes cost
+  (b) codec round trip     and what the codec costs: no checkpoint can be expected to do better
+  (c) synthesis            what the checkpoint says by itself, from the text and a prompt
+
+is the share of letters that are wrong, missing or too many. All three are heard as waveforms, (b) and (c) through the
+same codec and vocoder. The recogniser learns from the codec's decodings of all training codes: those ship with every
+data set, so (b) and (c) sound like what it learned from, and (a) proved easier for it still. Letters that sound alike
+count as equal, spaces and punctuation make no sound.
+
+Beside that, the synthesis is compared with 12 round trips of the same voice, the true text's and the 11 nearest to it
+in length, by mel-cepstral distortion after dynamic time warping (MCD): the true one should be the nearest, rank 1.
+
+Texts all of whose words are new, in no training text, are taken first. The same command again goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import math
+import pickle
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tools._common import (
+    Progress,
+    ToolError,
+    atomic_path,
+    info,
+    make_parser,
+    read_jsonl,
+    run_program,
+    sha256_of,
+    write_text,
+)
+from tools.amharic_text import PUNCTUATION, fold_homophones, normalise
+from tools.speech_codec import SpeechCodec, cosine_basis, load_recording
+from tools.synthesize import Synthesizer, add_sampling_arguments, sampling_of, speak_into, writing
+from trainers.train_gpt_v2 import use_glibc_heap
+
+FIRST_COMMAND = ("python -m tools.evaluate_voice --checkpoint demo_output/training/best.pth "
+                 "--output-dir build/evaluation")
+FORMAT = "recogniser/1"
+EPOCHS, BATCH, SAVE_EVERY = 2, 32, 100
+MOST_CODES = 600_000  # of the training data; a longer one is thinned out evenly
+CANDIDATES = 12
+CEPSTRA = 13
+
+
+# Letters
+
+
+def letters_of(text: str) -> str:
+    """What of a text can be heard: letters, one for each sound."""
+    return fold_homophones("".join(c for c in normalise(text) if c not in PUNCTUATION and c != " "))
+
+
+def edit_distance(heard: str, said: str) -> int:
+    """Letters to replace, add and take away between two texts."""
+    row = list(range(len(said) + 1))
+    for i, letter in enumerate(heard, 1):
+        before, row[0] = row[0], i
+        for j, other in enumerate(said, 1):
+            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (letter != other))
+    return row[-1]
+
+
+def error_rate(heard: Sequence[str], said: Sequence[str]) -> float:
+    """CER over all texts together."""
+    wrong = sum(edit_distance(h, s) for h, s in zip(heard, said, strict=True))
+    return wrong / sum(map(len, said))
+
+
+# The recogniser
+
+
+class Recogniser(nn.Module):
+    """Log-mels to letters: two convolutions that make one frame of four, a two-way GRU, and CTC's blank as class 0."""
+
+    def __init__(self, letters: str, n_mels: int, width: int = 160) -> None:
+        super().__init__()
+        self.letters = letters
+        self.convolutions = nn.ModuleList(nn.Conv1d(size, width, 5, stride=2, padding=2) for size in (n_mels, width))
+        self.gru = nn.GRU(width, width, batch_first=True, bidirectional=True)
+        self.head = nn.Linear(2 * width, len(letters) + 1)
+
+    def forward(self, mels: Tensor) -> Tensor:
+        """Mean-free log-mels [B, frames, n_mels] -> log-probabilities [B, ceil(frames / 4), classes]."""
+        x = mels.transpose(1, 2)
+        for convolution in self.convolutions:
+            x = F.gelu(convolution(x))
+        x = F.dropout(x.transpose(1, 2), 0.1, self.training)
+        return self.head(self.gru(x)[0]).log_softmax(-1)
+
+    @torch.no_grad()
+    def hear(self, mel: Tensor) -> str:
+        """Log-mel [frames, n_mels] -> the likeliest letters; none for no frames."""
+        if not len(mel):
+            return ""
+        classes = self(mean_free(mel)[None])[0].argmax(-1).tolist()
+        return "".join(self.letters[c - 1] for c, before in zip(classes, [0, *classes], strict=False)
+                       if c and c != before)
+
+
+def mean_free(mel: Tensor) -> Tensor:
+    """Loudness and the sound of the room go with the mean."""
+    return mel.float() - mel.float().mean(0)
+
+
+def training_batches(lengths: Sequence[int], epoch: int) -> list[list[int]]:
+    """Clips of nearly equal length together, the batches in an order of the epoch's own."""
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    batches = [order[i : i + BATCH] for i in range(0, len(order), BATCH)]
+    return [batches[i] for i in np.random.default_rng(epoch).permutation(len(batches))]
+
+
+def equal_batches(lengths: Sequence[int]) -> list[list[int]]:
+    """Indices of equal length together, BATCH at most."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if batches and lengths[batches[-1][0]] == lengths[i] and len(batches[-1]) < BATCH:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+def ctc_loss(recogniser: Recogniser, mels: Sequence[Tensor], texts: Sequence[str]) -> Tensor:
+    """The mean over the clips of nats per letter; clips too short for their text count as 0."""
+    scores = recogniser(nn.utils.rnn.pad_sequence([mean_free(mel) for mel in mels], batch_first=True))
+    targets = [[recogniser.letters.index(letter) + 1 for letter in text] for text in texts]
+    return F.ctc_loss(scores.transpose(0, 1), torch.tensor([t for target in targets for t in target]),
+                      torch.tensor([-(-len(mel) // 4) for mel in mels]), torch.tensor([len(t) for t in targets]),
+                      zero_infinity=True)
+
+
+def train_recogniser(recogniser: Recogniser, mels: Sequence[Tensor], texts: Sequence[str], done: int, path: Path,
+                     state: dict[str, Any]) -> None:
+    """Trains from step `done` to the end, and saves every SAVE_EVERY steps and at the end. Adam, half-cosine rate."""
+    batches = [batch for epoch in range(EPOCHS) for batch in training_batches([len(mel) for mel in mels], epoch)]
+    optimizer = torch.optim.AdamW(recogniser.parameters(), lr=1.0, weight_decay=0.01)
+    if "optimizer" in state:
+        optimizer.load_state_dict(state["optimizer"])
+    progress, average = Progress("training the recogniser", len(batches)), 0.0
+    recogniser.train()
+    for step in range(done, len(batches)):
+        torch.manual_seed(step)  # dropout depends on the step alone, however often the training was stopped
+        warm = min(1.0, (step + 1) / 200)
+        optimizer.param_groups[0]["lr"] = 2e-3 * warm * 0.5 * (1 + math.cos(math.pi * step / len(batches)))
+        loss = ctc_loss(recogniser, [mels[i] for i in batches[step]], [texts[i] for i in batches[step]])
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(recogniser.parameters(), 1.0)
+        optimizer.step()
+        average = 0.98 * average + 0.02 * loss.item() if step > done else loss.item()
+        progress.update(step + 1, f"CTC loss {average:.2f}")
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == len(batches):
+            save_recogniser(path, state | {"done": step + 1, "complete": step + 1 == len(batches),
+                                           "weights": recogniser.state_dict(), "optimizer": optimizer.state_dict()})
+
+
+def save_recogniser(path: Path, state: dict[str, Any]) -> None:
+    """Raises: ToolError when the disk refuses."""
+    buffer = io.BytesIO()
+    torch.save({key: value for key, value in state.items() if key != "optimizer" or not state["complete"]}, buffer)
+    with writing(path.parent), atomic_path(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
+
+
+def read_recogniser(path: Path, made_with: str) -> dict[str, Any] | None:
+    """What save_recogniser wrote; None where there is none. Raises: ToolError."""
+    if not path.exists():
+        return None
+    remedy = "Delete it, and a new one is trained, or name another file with --recogniser"
+    try:
+        state = torch.load(path, weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, OSError) as error:
+        raise ToolError(f"{path}: not a readable recogniser. {remedy}") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise ToolError(f"{path}: not a recogniser ({FORMAT}). {remedy}")
+    if state["made_with"] != made_with:
+        raise ToolError(f"{path}: was trained on other data or for another codec. {remedy}")
+    return state
+
+
+def obtain_recogniser(path: Path, data: VoiceData) -> Recogniser:
+    """The recogniser of the data's training rows and codec: read, trained to its end, or trained. Raises: ToolError."""
+    rows = data.training_rows()
+    texts = [letters_of(row["target_text"]) for row in rows]
+    made_with = hashlib.sha256(f"{data.codec_digest} {[(row['target_id'], row['target_code_len']) for row in rows]} "
+                               f"{texts}".encode()).hexdigest()
+    state = read_recogniser(path, made_with) or {
+        "format": FORMAT, "made_with": made_with, "letters": "".join(sorted(set("".join(texts)))), "done": 0,
+        "complete": False}
+    torch.manual_seed(0)
+    recogniser = Recogniser(state["letters"], data.codec.config.n_mels)
+    if "weights" in state:
+        recogniser.load_state_dict(state["weights"])
+    if not state["complete"]:
+        train_recogniser(recogniser, data.decoded_mels(rows), texts, state["done"], path, state)
+        info(f"recogniser of {len(rows)} clips -> {path}")
+    return recogniser.eval().requires_grad_(False)
+
+
+# The data set
+
+
+class VoiceData:
+    """Manifests, codes and recordings of a data set, and the codec that made them."""
+
+    def __init__(self, folder: Path, codec_path: Path, recordings: Path | None) -> None:
+        """Raises: ToolError when something is missing or damaged."""
+        self.folder, self.recordings = folder, {}
+        self.codec, self.codec_digest = SpeechCodec.load(codec_path), sha256_of(codec_path)
+        keys = ["target_id", "target_text", "target_codes_path", "target_code_len", "prompt_id", "speaker"]
+        self.train, self.val = (read_jsonl(folder / f"{split}_pairs.jsonl", keys, "`python -m tools.build_pairs` "
+                                           "writes it") for split in ("train", "val"))
+        if recordings:
+            found = read_jsonl(recordings, ["id", "audio"], "`python -m tools.speak` writes such a file")
+            self.recordings = {row["id"]: recordings.parent / row["audio"] for row in found}
+        self.statistics: dict[Path, Tensor] = {}
+        self.arrays: dict[Path, np.ndarray] = {}
+
+    def recording(self, row: dict[str, Any], part: str) -> Path | None:
+        """The file of a row's "target" or "prompt", if there is one."""
+        named = row.get(f"{part}_audio_path")
+        path = self.recordings.get(row[f"{part}_id"]) or (self.folder / named if named else None)
+        return path if path and path.is_file() else None
+
+    def prompt(self, row: dict[str, Any]) -> Path:
+        """Raises: ToolError when the prompt's recording is missing."""
+        path = self.recording(row, "prompt")
+        if not path:
+            raise ToolError(f"{self.folder}: the recording of prompt {row['prompt_id']!r} is missing. Give the "
+                            "recordings.jsonl that names it as --recordings")
+        return path
+
+    def prompt_statistics(self, row: dict[str, Any]) -> Tensor:
+        """The codec's mel statistics [2, n_mels] of a row's prompt."""
+        path = self.prompt(row)
+        if path not in self.statistics:
+            self.statistics[path] = self.codec.mel_statistics(load_recording(path, self.codec.config.sample_rate))
+        return self.statistics[path]
+
+    def codes(self, row: dict[str, Any]) -> Tensor:
+        """A row's true codes, int64. Raises: ToolError when their file is damaged or too short."""
+        path, start = self.folder / row["target_codes_path"], row.get("target_codes_start") or 0
+        try:
+            if path not in self.arrays:
+                self.arrays[path] = np.load(path, mmap_mode="r")
+            codes = self.arrays[path][start : start + row["target_code_len"]].astype(np.int64)
+        except (OSError, ValueError, EOFError) as error:
+            raise ToolError(f"{path}: not a readable .npy file of codes. Preprocess again") from error
+        if len(codes) < row["target_code_len"] or codes.max() >= self.codec.config.num_codes:
+            raise ToolError(f"{path}: does not hold the codes of {row['target_id']!r} in this codec. Preprocess again, "
+                            "or give the codec of the data set as --codec")
+        return torch.from_numpy(codes)
+
+    def training_rows(self) -> list[dict[str, Any]]:
+        """All of them, or every n-th of a large data set."""
+        return self.train[:: math.ceil(sum(row["target_code_len"] for row in self.train) / MOST_CODES)]
+
+    def decoded_mels(self, rows: Sequence[dict[str, Any]]) -> list[Tensor]:
+        """The codec's log-mels [frames, n_mels] of the rows' true codes, in half precision to halve the memory."""
+        mels: dict[int, Tensor] = {}
+        progress = Progress("decoding training codes", len(rows))
+        for numbers in equal_batches([row["target_code_len"] for row in rows]):
+            codes = torch.stack([self.codes(rows[i]) for i in numbers])
+            statistics = torch.stack([self.prompt_statistics(rows[i]) for i in numbers])
+            with torch.no_grad():
+                decoded = self.codec.decode_mel(codes, statistics).half()
+            mels.update(zip(numbers, decoded, strict=True))
+            progress.update(len(mels))
+        return [mels[i] for i in range(len(rows))]
+
+    def round_trips(self, rows: Sequence[dict[str, Any]]) -> list[Tensor]:
+        """Log-mels [frames, n_mels] of the rows' true codes as one can hear them: decoded to a waveform."""
+        mels, progress = [], Progress("decoding validation codes", len(rows))
+        for done, row in enumerate(rows, 1):
+            mels.append(self.codec.log_mel(self.codec.decode(self.codes(row), self.prompt_statistics(row))))
+            progress.update(done)
+        return mels
+
+
+def choose_rows(val: Sequence[dict[str, Any]], train: Sequence[dict[str, Any]], count: int
+                ) -> tuple[list[dict[str, Any]], int]:
+    """`count` validation rows of different texts, evenly spaced, and how many of them have only unseen words.
+
+    Texts without a letter that can be heard are left out.
+    """
+    known = {word for row in train for word in words_of(row)}
+    different = list({row["target_text"]: row for row in val if letters_of(row["target_text"])}.values())
+    new = [row for row in different if not known.intersection(words_of(row))]
+    rest = [row for row in different if known.intersection(words_of(row))]
+    chosen = spread(new, count) + spread(rest, max(0, count - len(new)))
+    return chosen, min(count, len(new))
+
+
+def words_of(row: dict[str, Any]) -> set[str]:
+    return set("".join(" " if c in PUNCTUATION else c for c in row["target_text"]).split())
+
+
+def spread(rows: Sequence[Any], count: int) -> list[Any]:
+    """`count` of the rows, or all if there are fewer, evenly spaced."""
+    return [rows[i * len(rows) // count] for i in range(count)] if count < len(rows) else list(rows)
+
+
+# Mel-cepstral distortion
+
+
+def cepstra(mel: Tensor) -> np.ndarray:
+    """Log-mel [frames, n_mels] -> [frames, CEPSTRA] in dB: the Euclidean distance of two rows is their MCD.
+
+    10 sqrt(2) / ln 10 times the distance of the coefficients of cos(k w), k = 1 .. CEPSTRA (Kubichek 1993); loudness,
+    k = 0, is left out.
+    """
+    n_mels = mel.shape[1]
+    basis = cosine_basis(CEPSTRA + 1, n_mels, 0.0)[1:] * math.sqrt(2 / n_mels)
+    return (10 * math.sqrt(2) / math.log(10) * (mel.float() @ basis.T)).numpy()
+
+
+def dtw_distances(probe: np.ndarray, references: Sequence[np.ndarray]) -> np.ndarray:
+    """Mean distance along the best time-warping path from probe [n, d] to every reference [m, d]: [references].
+
+    Sakoe and Chiba's symmetric form: a diagonal step counts twice, so every path weighs n + m. All references at once,
+    one anti-diagonal after the other.
+    """
+    n, longest = len(probe), max(map(len, references))
+    costs = np.full((n + longest - 1, len(references), n), np.inf)  # [i + j, reference, i]
+    for r, reference in enumerate(references):
+        squares = (probe**2).sum(1)[:, None] + (reference**2).sum(1) - 2 * probe @ reference.T
+        distances = np.sqrt(squares.clip(0))
+        for i in range(n):
+            costs[i : i + len(reference), r, i] = distances[i]
+    before = np.full(costs.shape[1:], np.inf)
+    last = np.full_like(before, np.inf)
+    last[:, 0] = 2 * costs[0, :, 0]
+    ends = [last[:, -1]]
+    for cost in costs[1:]:
+        total = last + cost
+        total[:, 1:] = np.minimum(total[:, 1:], last[:, :-1] + cost[:, 1:])
+        total[:, 1:] = np.minimum(total[:, 1:], before[:, :-1] + 2 * cost[:, 1:])
+        before, last = last, total
+        ends.append(total[:, -1])
+    sizes = np.array([len(reference) for reference in references])
+    return np.array(ends)[n + sizes - 2, np.arange(len(references))] / (n + sizes)
+
+
+def candidates_of(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The row itself and the CANDIDATES - 1 rows of its voice and other texts that are nearest to it in length."""
+    others = [other for other in rows if other["speaker"] == row["speaker"]
+              and other["target_text"] != row["target_text"]]
+    others.sort(key=lambda other: (abs(other["target_code_len"] - row["target_code_len"]), other["target_id"]))
+    return [row, *others[: CANDIDATES - 1]]
+
+
+# Evaluation
+
+
+def sound_of(path: Path) -> Tensor:
+    """A WAV that this program wrote, [samples]."""
+    try:
+        return torch.from_numpy(soundfile.read(path, dtype="float32")[0])
+    except (OSError, soundfile.LibsndfileError) as error:
+        raise ToolError(f"{path}: cannot be read as sound. Delete it, and it is spoken again") from error
+
+
+def synthesised_mels(synthesizer: Synthesizer, data: VoiceData, rows: Sequence[dict[str, Any]], args: argparse.Namespace
+                     ) -> list[Tensor]:
+    """Log-mels [frames, n_mels] of what the checkpoint says; no frames where it stopped at once."""
+    prompts = {path: synthesizer.prompt(path) for path in {data.prompt(row) for row in rows}}
+    lines = {f"{number:04d}": synthesizer.line(row["target_text"], prompts[data.prompt(row)], row["target_id"])
+             for number, row in enumerate(rows, 1)}
+    spoken = speak_into(args.output_dir, synthesizer, lines, sampling_of(args))
+    return [data.codec.log_mel(sound_of(args.output_dir / f"{line['name']}.wav")) if line["codes"]
+            else torch.zeros(0, data.codec.config.n_mels) for line in spoken]
+
+
+def rank_of(mel: Tensor, row: dict[str, Any], data: VoiceData, round_trips: dict[str, np.ndarray]
+            ) -> tuple[int, int, float]:
+    """The true text's rank, out of how many, and its MCD in dB. Silence is the last of all."""
+    names = [other["target_id"] for other in candidates_of(row, data.val)]
+    if not len(mel):
+        return len(names), len(names), math.nan
+    distances = dtw_distances(cepstra(mel), [round_trips[name] for name in names])
+    return 1 + int((distances[1:] <= distances[0]).sum()), len(names), float(distances[0])
+
+
+def evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    """Everything that is measured, as plain values. Raises: ToolError."""
+    data = VoiceData(args.data_dir, args.codec, args.recordings)
+    rows, unseen = choose_rows(data.val, data.train, args.texts)
+    synthesizer = Synthesizer(args.checkpoint, args.codec, args.tokenizer)
+    synthesis = synthesised_mels(synthesizer, data, rows, args)
+    recogniser = obtain_recogniser(args.recogniser, data)
+    needed = {other["target_id"]: other for row in rows for other in candidates_of(row, data.val)}
+    round_trips = dict(zip(needed, data.round_trips(list(needed.values())), strict=True))
+    of_cepstra = {name: cepstra(mel) for name, mel in round_trips.items()}
+    rate, results = data.codec.config.sample_rate, []
+    progress = Progress("listening", len(rows))
+    for done, (row, mel) in enumerate(zip(rows, synthesis, strict=True), 1):
+        true = data.recording(row, "target")
+        rank, of, mcd = rank_of(mel, row, data, of_cepstra)
+        results.append({
+            "id": row["target_id"], "text": row["target_text"], "said": letters_of(row["target_text"]),
+            "true": recogniser.hear(data.codec.log_mel(load_recording(true, rate))) if true else None,
+            "round_trip": recogniser.hear(round_trips[row["target_id"]]), "synthesis": recogniser.hear(mel),
+            "rank": rank, "candidates": of, "mcd": None if math.isnan(mcd) else round(mcd, 3)})
+        progress.update(done)
+    return summary(results) | {"checkpoint": str(args.checkpoint), "step": synthesizer.checkpoint["step"],
+                               "texts_of_unseen_words": unseen, "sampling": asdict(sampling_of(args)), "rows": results}
+
+
+def summary(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """CER of each kind of sound, and how the ranks came out."""
+    rates = {}
+    for kind in ("true", "round_trip", "synthesis"):
+        heard = [row for row in results if row[kind] is not None]
+        rates[kind] = {"texts": len(heard), "cer": round(error_rate([row[kind] for row in heard], [
+            row["said"] for row in heard]), 4) if heard else None}
+    ranks, distances = [row["rank"] for row in results], [row["mcd"] for row in results if row["mcd"] is not None]
+    return {**rates, "rank1": ranks.count(1) / len(ranks), "mean_rank": round(sum(ranks) / len(ranks), 3),
+            "candidates": min(row["candidates"] for row in results),
+            "mcd": round(sum(distances) / len(distances), 3) if distances else None}
+
+
+def table(result: dict[str, Any]) -> str:
+    names = {"true": "(a) true recordings", "round_trip": "(b) codec round trip", "synthesis": "(c) synthesis"}
+    lines = [f"{'':22}{'texts':>6}{'CER':>9}"]
+    for kind, name in names.items():
+        cer = "-" if result[kind]["cer"] is None else f"{result[kind]['cer']:.4f}"
+        lines.append(f"{name:22}{result[kind]['texts']:>6}{cer:>9}")
+    lines.append(f"rank 1 in {result['rank1']:.3f} of the texts, mean rank {result['mean_rank']:.2f} of "
+                 f"{result['candidates']}, MCD {result['mcd'] or math.nan:.2f} dB")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = make_parser(__doc__, FIRST_COMMAND)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="best.pth, latest.pth or a model_step file")
+    parser.add_argument("--output-dir", type=Path, required=True, help="gets the synthesised texts, to listen to")
+    parser.add_argument("--data-dir", type=Path, default=Path("processed_data"),
+                        help="holds train_pairs.jsonl and val_pairs.jsonl (processed_data)")
+    parser.add_argument("--codec", type=Path, default=Path("processed_data/speech_codec.pt"),
+                        help="the one that the data was made with (processed_data/speech_codec.pt)")
+    parser.add_argument("--tokenizer", type=Path, help="the checkpoint's, unless it was moved")
+    parser.add_argument("--recordings", type=Path, help="recordings.jsonl, if the manifests do not name the recordings")
+    parser.add_argument("--recogniser", type=Path, default=Path("build/recogniser.pt"),
+                        help="trained when it is not there (build/recogniser.pt)")
+    parser.add_argument("--texts", type=int, default=100, help="validation texts to judge (100)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="all results, text by text")
+    add_sampling_arguments(parser)
+    args = parser.parse_args(argv)
+    if args.texts < 1:
+        raise ToolError(f"--texts {args.texts}: give 1 or more")
+    use_glibc_heap()
+    result = evaluate(args)
+    info(f"{args.checkpoint}, step {result['step']}; {result['texts_of_unseen_words']} of {len(result['rows'])} texts "
+         "have no word of the training texts")
+    print(table(result), flush=True)
+    if args.json:
+        with writing(args.json.parent):
+            write_text(args.json, json.dumps(result, ensure_ascii=False, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    run_program(main)
