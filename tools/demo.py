@@ -181,8 +181,8 @@ def speak(output: Path, checkpoint: Path) -> None:
     row = next(row for row in rows_of_new_words() if row["target_audio_path"])
     codec = SpeechCodec.load(DATA / "speech_codec.pt")
     spoken, prompt = DATA / row["target_audio_path"], DATA / row["prompt_audio_path"]
-    command = [sys.executable, "-m", "tools.synthesize", "--greedy", "--checkpoint", str(checkpoint), "--text", row["target_text"],
-               "--prompt", str(prompt), "--output", str(output / "sentence_by_the_model.wav")]
+    command = [sys.executable, "-m", "tools.synthesize", "--checkpoint", str(checkpoint), "--text", row["target_text"],
+               "--prompt", str(prompt), "--greedy", "--output", str(output / "sentence_by_the_model.wav")]
     subprocess.run(command, cwd=ROOT, check=True)
     true = load_recording(spoken, codec.config.sample_rate)
     statistics = codec.mel_statistics(load_recording(prompt, codec.config.sample_rate))
