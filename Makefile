@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: demo test style bench soak demo-data
+.PHONY: demo test test-browser style bench soak demo-data
 
 $(VENV)/.installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -14,8 +14,11 @@ $(VENV)/.installed: requirements.txt
 demo: $(VENV)/.installed  ## train, kill, resume, listen; writes demo_output/
 	$(RUN) -m tools.demo
 
-test: $(VENV)/.installed  ## all tests but the long soak
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 tests
+test: $(VENV)/.installed  ## all tests but the long soak and the browser
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 -m "not browser" tests
+
+test-browser: $(VENV)/.installed  ## the page in Debian's Chromium; needs it and a font with Ethiopic letters
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -m browser tests
 
 style: $(VENV)/.installed  ## lint and types
 	$(RUN) -m ruff check .

@@ -341,7 +341,7 @@ def test_a_batch_size_that_does_not_divide_the_global_batch_is_refused_on_resume
     args = [*data_args(tiny), "--output-dir", small_run, "--resume", "auto"]
     for flag in ("--batch-size", "--grad-accumulation"):
         message = mistake(*args, flag, "3")
-        assert_says(message, (f"{flag} 3 does not divide the checkpoint's global batch 8", "Type a divisor, or both"))
+        assert_says(message, (f"{flag} 3 does not divide the checkpoint's global batch 8", "Choose a divisor"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,791 @@
+"""What the Web UI's pages stand on: jobs that outlive everything, command lines, readers, the workspace's walls."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import tracemalloc
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, TOKENIZER, call_trainer, data_args, make_dataset, trainer
+
+from tools._common import Progress as ToolProgress
+from webui import commands, jobs, readers
+from webui.workspace import (
+    MESSAGES,
+    Refused,
+    Workspace,
+    is_loopback,
+    load_or_make_credentials,
+    load_or_make_secret,
+    load_settings,
+    save_settings,
+    take_upload,
+)
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="jobs are found through /proc")
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    return Workspace.open(tmp_path / "workspace")
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+SLEEPER = python("import time; print('started', flush=True); time.sleep(60)")
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 60) -> Any:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.02)
+    raise AssertionError("waited in vain")
+
+
+def ended(workspace: Workspace, job: jobs.Job) -> jobs.Job:
+    """The job once it is over."""
+    return wait_for(lambda: next((now for now in [jobs.load_job(workspace, job.id)] if not now.live), None))
+
+
+def process_of(job: jobs.Job) -> dict[str, Any]:
+    return json.loads((job.folder / "process.json").read_text())
+
+
+def refusal(call: Callable[..., Any], *args: Any) -> tuple[str, dict[str, Any]]:
+    with pytest.raises(Refused) as caught:
+        call(*args)
+    return caught.value.key, caught.value.values
+
+
+@pytest.fixture
+def sleeper(workspace: Workspace):
+    """A job that runs until somebody ends it."""
+    job = jobs.start_job(workspace, "speak", "a long one", SLEEPER, workspace.root / "out")
+    wait_for(lambda: "started" in jobs.read_tail(job.log))
+    yield job
+    if job.folder.exists():
+        jobs.kill_job(job)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Jobs
+
+
+def test_the_ui_process_imports_no_torch_no_trainer_and_no_gradio():
+    code = ("import sys, webui.commands, webui.jobs, webui.readers, webui.workspace\n"
+            "print({'torch', 'numpy', 'gradio', 'trainers', 'tools'} & set(sys.modules))")
+    assert subprocess.run(python(code), cwd=ROOT, capture_output=True, text=True).stdout == "set()\n"
+
+
+STARTER = f"""
+import pathlib, signal, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from webui import jobs
+from webui.workspace import Workspace
+for signum in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+    signal.signal(signum, signal.SIG_IGN)
+program = '''
+import pathlib, signal, sys, time
+print([signal.getsignal(s) != signal.SIG_IGN for s in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)], flush=True)
+while not pathlib.Path(sys.argv[1]).exists():
+    time.sleep(0.02)
+print("finished after all", flush=True)
+'''
+workspace = Workspace.open(sys.argv[1])
+job = jobs.start_job(workspace, "training", "t", [sys.executable, "-c", program, sys.argv[1] + "/go"])
+print(job.id, flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_job_outlives_the_server_that_started_it_and_its_whole_process_group(workspace: Workspace):
+    server = subprocess.Popen([*python(STARTER), str(workspace.root)], stdout=subprocess.PIPE, text=True,
+                              start_new_session=True)
+    assert server.stdout is not None
+    job_id = server.stdout.readline().strip()
+    os.killpg(server.pid, signal.SIGKILL)
+    server.communicate()
+    job = jobs.load_job(workspace, job_id)
+    assert job.state == "running" and [found.id for found in jobs.list_jobs(workspace)] == [job_id]
+    (workspace.root / "go").touch()
+    job = ended(workspace, job)
+    assert (job.state, job.status) == ("finished", 0)
+    # Stop signals that the server ignored (nohup, a background shell) still reach the program.
+    assert jobs.read_tail(job.log) == "[True, True, True]\nfinished after all"
+    process = process_of(job)
+    wait_for(lambda: jobs.start_time_of(process["supervisor_pid"]) is None)
+
+
+def test_a_killed_program_is_told_from_one_that_failed(workspace: Workspace, sleeper: jobs.Job):
+    os.kill(process_of(sleeper)["program_pid"], signal.SIGKILL)
+    job = ended(workspace, sleeper)
+    assert (job.state, job.message()) == ("killed", ("job_killed", {"signal": "SIGKILL"}))
+    code = "import sys; print('[Error] no such voice'); print('and more'); sys.exit(3)"
+    job = ended(workspace, jobs.start_job(workspace, "speak", "t", python(code)))
+    assert job.message() == ("job_failed", {"status": 3, "reason": "[Error] no such voice"})
+
+
+def test_a_stop_is_a_stop_whatever_the_exit_status(workspace: Workspace, sleeper: jobs.Job):
+    assert sleeper.message() == ("job_running", {"pid": sleeper.pid})
+    jobs.stop_job(sleeper)
+    job = ended(workspace, sleeper)
+    assert (job.state, job.message()) == ("stopped", ("job_stopped", {}))
+    jobs.stop_job(job)  # pressed again in another browser: nothing happens
+    jobs.kill_job(job)
+
+
+def test_a_program_that_does_not_react_to_stop_can_be_killed_with_its_children(workspace: Workspace):
+    code = ("import signal, subprocess, sys, time\n"
+            "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+            "print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']).pid, flush=True)\n"
+            "time.sleep(60)")
+    job = jobs.start_job(workspace, "training", "t", python(code))
+    child = int(wait_for(lambda: jobs.read_tail(job.log)))
+    jobs.stop_job(job)
+    job = jobs.load_job(workspace, job.id)
+    assert job.live and job.message()[0] == "job_stopping"
+    jobs.kill_job(job)
+    assert ended(workspace, job).message() == ("job_killed", {"signal": "SIGKILL"})
+    wait_for(lambda: jobs.start_time_of(child) is None)
+
+
+def test_without_its_supervisor_a_program_still_runs_can_be_stopped_and_its_end_is_found(workspace: Workspace,
+                                                                                         sleeper: jobs.Job):
+    supervisor = process_of(sleeper)["supervisor_pid"]
+    os.kill(supervisor, signal.SIGKILL)
+    wait_for(lambda: jobs.start_time_of(supervisor) is None)
+    assert jobs.load_job(workspace, sleeper.id).state == "running"
+    jobs.stop_job(sleeper)
+    job = ended(workspace, sleeper)
+    assert (job.state, job.status, job.message()) == ("killed", None, ("job_lost", {}))
+
+
+@pytest.mark.parametrize("reason,status,state", [("stopped", 143, "stopped"), ("finished", 0, "finished"),
+                                                 ("crash", 1, "failed")])
+def test_a_lost_training_job_ended_as_last_exit_says_even_after_a_later_run_replaced_it(
+        workspace: Workspace, sleeper: jobs.Job, reason: str, status: int, state: str):
+    process = process_of(sleeper)
+    for who in ("supervisor_pid", "program_pid"):
+        os.kill(process[who], signal.SIGKILL)
+        wait_for(lambda who=who: jobs.start_time_of(process[who]) is None)
+    last_exit = workspace.root / "out" / "last_exit.json"
+    last_exit.parent.mkdir()
+    last_exit.write_text(json.dumps({"reason": reason, "status": status, "step": 7}))
+    for _ in range(2):
+        job = jobs.load_job(workspace, sleeper.id)
+        assert (job.state, job.status, job.step) == (state, status, 7)
+        last_exit.unlink(missing_ok=True)  # as the next run does
+
+
+@pytest.mark.parametrize("change", [{"boot_id": "another"}, {"program_start": 1, "supervisor_start": 1}])
+def test_after_a_reboot_or_under_a_reused_process_id_a_job_is_not_taken_for_running(
+        workspace: Workspace, sleeper: jobs.Job, change: dict[str, Any]):
+    process = process_of(sleeper)
+    (sleeper.folder / "process.json").write_text(json.dumps({**process, **change}))
+    jobs.stop_job(sleeper)  # must not signal a stranger
+    assert jobs.load_job(workspace, sleeper.id).state == "killed"
+    assert jobs.start_time_of(process["program_pid"]) == process["program_start"]
+    os.killpg(process["program_pid"], signal.SIGKILL)
+
+
+@pytest.mark.parametrize("name", ["job", "process", "exit", "stop"])
+@pytest.mark.parametrize("content", ["", '{"pid": 1', "[]", "7"])
+def test_torn_files_of_a_job_harm_no_other_job(workspace: Workspace, name: str, content: str):
+    folder = workspace.private / "jobs" / "20260101-000000-000000-abcd"
+    folder.mkdir(parents=True)
+    parts = {"job": {"kind": "speak", "title": "t", "argv": [], "cwd": "/", "created": 0.0, "output_dir": None},
+             "process": {"program_pid": 1, "program_start": 1, "boot_id": "before"},
+             "exit": {"status": 0, "ended": 1.0, "last_exit": None}, "stop": {"asked": 1.0}}
+    for part, value in parts.items():
+        (folder / f"{part}.json").write_text(json.dumps(value))
+    (folder / f"{name}.json").write_text(content)
+    found = [job.state for job in jobs.list_jobs(workspace)]
+    assert found == {"job": [], "exit": ["killed"]}.get(name, ["finished"])
+
+
+def test_a_job_folder_deleted_by_hand_is_gone_and_its_supervisor_leaves(workspace: Workspace, sleeper: jobs.Job):
+    process = process_of(sleeper)
+    shutil.rmtree(sleeper.folder)
+    assert jobs.list_jobs(workspace) == []
+    assert refusal(jobs.load_job, workspace, sleeper.id)[0] == "no_such_job"
+    jobs.stop_job(sleeper)
+    os.kill(process["program_pid"], signal.SIGTERM)
+    wait_for(lambda: jobs.start_time_of(process["supervisor_pid"]) is None)
+
+
+@pytest.mark.parametrize("job_id", ["", "..", "../../etc", "20260101-000000-000000-abcd", None])
+def test_only_ids_of_jobs_open_a_folder(workspace: Workspace, job_id: Any):
+    assert refusal(jobs.load_job, workspace, job_id)[0] == "no_such_job"
+
+
+def test_a_second_start_in_the_same_directory_is_refused_with_the_name_of_the_holder(workspace: Workspace,
+                                                                                    sleeper: jobs.Job):
+    out = workspace.root / "out"
+    key, values = refusal(jobs.start_job, workspace, "training", "another", SLEEPER, out)
+    assert key == "directory_in_use"
+    assert (values["path"], values["title"], values["pid"]) == ("out", "a long one", sleeper.pid)
+    assert len(jobs.list_jobs(workspace)) == 1
+    jobs.kill_job(sleeper)
+    ended(workspace, sleeper)
+    assert ended(workspace, jobs.start_job(workspace, "speak", "t", python(""), out)).state == "finished"
+
+
+def test_of_many_starts_at_once_one_gets_the_directory(workspace: Workspace):
+    started: list[jobs.Job] = []
+
+    def start() -> None:
+        try:
+            started.append(jobs.start_job(workspace, "speak", "t", SLEEPER, workspace.root / "out"))
+        except Refused as refused:
+            assert refused.key == "directory_in_use"
+
+    threads = [threading.Thread(target=start) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (job,) = started
+    jobs.kill_job(job)
+
+
+def test_a_program_that_cannot_be_started_leaves_no_job(workspace: Workspace):
+    key, values = refusal(jobs.start_job, workspace, "speak", "t", ["/no/such/program"])
+    assert key == "start_failed" and "/no/such/program" in values["reason"]
+    assert jobs.list_jobs(workspace) == []
+
+
+def test_jobs_are_listed_newest_first_and_live_ones_never_drop_out(workspace: Workspace, sleeper: jobs.Job):
+    later = [jobs.start_job(workspace, "speak", "t", python("")) for _ in range(3)]
+    for job in later:
+        ended(workspace, job)
+    assert [job.id for job in jobs.list_jobs(workspace, limit=2)] == [later[2].id, later[1].id, sleeper.id]
+
+
+def test_a_child_that_logs_100_mb_does_not_stall_and_its_tail_is_read_in_little_memory(workspace: Workspace):
+    code = "import sys\nfor i in range(100): sys.stdout.buffer.write((b'%d ' % i + b'x' * 96 + b'\\n') * 10200)"
+    job = ended(workspace, jobs.start_job(workspace, "speak", "chatty", python(code)))
+    assert job.state == "finished" and job.log.stat().st_size > 100e6
+    tracemalloc.start()
+    tail = jobs.read_tail(job.log)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(tail.splitlines()) == 200 and set(tail.splitlines()) == {"99 " + "x" * 96}
+    assert peak < 2e6
+    job.log.unlink()
+
+
+def test_a_tail_is_plain_text(tmp_path: Path):
+    log = tmp_path / "log.txt"
+    assert jobs.read_tail(log) == ""
+    log.write_bytes(b"whole\r\n 10%\r 50%\r100%\n\x1b[31mred\x1b[0m\x07 \xff\xe1\x88\xb0\n 1%\r 2%\r")
+    assert jobs.read_tail(log) == "whole\n100%\nred \N{REPLACEMENT CHARACTER}\u1230\n 2%"
+    log.write_bytes(b"cut off here\n" + b"last\n" * 3)
+    assert jobs.read_tail(log, max_bytes=20) == "last\nlast\nlast"
+    assert jobs.read_tail(log, max_lines=2) == "last\nlast"
+    log.write_bytes(b" 1%\r" * 1_000_000)
+    assert jobs.read_tail(log) == " 1%"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A real training run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace with tiny data and an output directory of two checkpoints. Copy it before changing it."""
+    root = tmp_path_factory.mktemp("trained")
+    make_dataset(root / "data")
+    call_trainer(*data_args(root / "data"), "--output-dir", root / "out", "--max-steps", 10, "--save-interval", 5,
+                 "--log-interval", 1, "--batch-size", 8, "--grad-accumulation", 1)
+    shutil.copy(TOKENIZER, root / "t.model")
+    return root
+
+
+TRAINING = {"train_manifests": "data/train_pairs.jsonl", "val_manifests": "data/val_pairs.jsonl",
+            "tokenizer": "t.model", "output_dir": "out", "max_steps": 100_000,
+            "batch_size": 8.0, "grad_accumulation": 1, "log_interval": "1", "epochs": 100_000, "learning_rate": None,
+            "amp": ""}
+
+
+def step_of(job: jobs.Job) -> int:
+    progress = readers.progress_of(job.log)
+    return progress.done if progress else 0
+
+
+def test_stop_saves_says_at_which_step_and_the_same_form_with_resume_goes_on(trained: Path, tmp_path: Path):
+    shutil.copytree(trained, tmp_path / "w")
+    workspace = Workspace.open(tmp_path / "w")
+    form = {**TRAINING, "resume": True}
+    assert commands.problems("training", form, workspace) == {}
+    argv, out = commands.command_for("training", form, workspace), commands.output_of("training", form, workspace)
+    assert out is not None
+    job = jobs.start_job(workspace, "training", "tiny", argv, out)
+    wait_for(lambda: step_of(job) > 20 or not jobs.load_job(workspace, job.id).live)
+    assert step_of(job) > 20, jobs.read_tail(job.log)
+    assert str(job.pid) in str(jobs.lock_holder(out))
+    assert refusal(jobs.delete_checkpoint, workspace, "out/latest.pth")[0] == "directory_in_use"
+    jobs.stop_job(job)
+    job = ended(workspace, job)
+    step = trainer.read_checkpoint(out / "latest.pth")["step"]
+    assert step > 20 and job.message() == ("job_stopped_at_step", {"step": step}) and job.status == 143
+    assert "Successfully resumed" in jobs.read_tail(job.log, max_lines=10**6, max_bytes=10**8)
+    assert [point["step"] for point in readers.read_runs(out) if point["kind"] == "train"] == list(range(1, step + 1))
+    # The last run's file goes with the next start; what this job did is known from its own folder.
+    (out / "last_exit.json").unlink()
+    assert jobs.load_job(workspace, job.id).message() == ("job_stopped_at_step", {"step": step})
+
+
+def test_a_trainer_started_in_a_terminal_holds_its_directory(workspace: Workspace):
+    """lockf as the trainer does it, in another process."""
+    out = workspace.root / "out"
+    out.mkdir()
+    code = ("import fcntl, sys\nhandle = open(sys.argv[1], 'a+')\nfcntl.lockf(handle, fcntl.LOCK_EX)\n"
+            "handle.write('process 5 on host, since noon')\nhandle.flush()\nprint('held', flush=True)\n"
+            "sys.stdin.read()")
+    assert jobs.holder_of(workspace, out) is None
+    holder = subprocess.Popen([*python(code), str(out / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+    assert refusal(jobs.start_job, workspace, "training", "t", SLEEPER, out) == (
+        "directory_locked", {"path": "out", "holder": "process 5 on host, since noon"})
+    holder.communicate()
+    assert jobs.holder_of(workspace, out) is None
+
+
+def test_checkpoints_are_verified_once_in_the_background_and_a_damaged_one_is_named(trained: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    shutil.copytree(trained / "out", out)
+    table = readers.CheckpointTable()
+    assert table.look(tmp_path / "nothing") == readers.Inspection()
+    first = table.look(out)
+    assert first.checkpoints == [] and set(first.verifying) >= {"model_step10.pth", "model_step5.pth"}
+    known = table.wait(out, 60)
+    assert known.resume == str(out / "latest.pth") and known.verifying == []
+    assert all(entry["verified"] and entry["step"] in (5, 10) for entry in known.checkpoints)
+    assert table.look(out) == known and not table.running
+    for name in ("latest.pth", "model_step10.pth"):  # copies of the same content, or links to it
+        content = bytearray((out / name).read_bytes())
+        content[len(content) // 2] ^= 0xFF
+        (out / name).write_bytes(content)
+    assert "model_step5.pth" not in table.look(out).verifying
+    damaged = table.wait(out, 60)
+    assert damaged.resume == str(out / "model_step5.pth")
+    broken = [entry for entry in damaged.checkpoints if not entry["verified"]]
+    assert broken and all("model_step10" in entry["problem"] or "latest" in entry["problem"] for entry in broken)
+    entry = table.look_up(out / "model_step5.pth")
+    assert entry is not None and entry["step"] == 5
+
+
+def test_an_inspection_that_fails_says_why_and_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "latest.pth").write_bytes(b"x")
+    monkeypatch.setattr(readers, "ROOT", tmp_path)  # where there is no such tool
+    table = readers.CheckpointTable()
+    found = table.wait(tmp_path, 60)
+    assert found.verifying == [] and found.resume is None and table.running is None
+    (entry,) = found.checkpoints
+    assert not entry["verified"] and "inspect_checkpoint" in entry["problem"] and entry["bytes"] == 1
+
+
+def test_a_checkpoint_is_deleted_under_all_its_names_and_nothing_else_is(trained: Path, tmp_path: Path):
+    shutil.copytree(trained, tmp_path / "w", ignore=shutil.ignore_patterns("latest.pth"))
+    workspace = Workspace.open(tmp_path / "w")
+    out = workspace.root / "out"
+    os.link(out / "model_step10.pth", out / "latest.pth")
+    assert refusal(jobs.delete_checkpoint, workspace, "out/last_exit.json")[0] == "not_a_checkpoint"
+    assert refusal(jobs.delete_checkpoint, workspace, "../w2/latest.pth")[0] == "path_outside"
+    gone = jobs.delete_checkpoint(workspace, "out/model_step10.pth")
+    assert sorted(path.name for path in gone) == ["latest.pth", "model_step10.pth"]
+    assert commands.checkpoints_in(out) == ["best.pth", "model_step5.pth"]
+
+
+def test_tensorboard_listens_on_loopback_and_says_where(workspace: Workspace):
+    (workspace.root / "logs").mkdir()
+    argv = commands.command_for("tensorboard", {"logdir": "logs"}, workspace)
+    job = jobs.start_job(workspace, "tensorboard", "t", argv)
+    try:
+        url = wait_for(lambda: readers.tensorboard_url(job.log))
+        assert is_loopback(url.split("/")[2].split(":")[0])
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            assert b"TensorBoard" in answer.read()
+        jobs.stop_job(job)
+        assert ended(workspace, job).state in ("stopped", "finished")
+    finally:
+        jobs.kill_job(job)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command lines
+
+
+class Parsed(Exception):
+    """Carries what a program's own parser made of a command line."""
+
+
+def parsed_by_the_program(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Runs the real main() up to the moment when it has parsed its arguments."""
+    assert argv[:2] == [sys.executable, "-m"]
+    parse = argparse.ArgumentParser.parse_args
+
+    def stop_there(parser: argparse.ArgumentParser, args: Any = None) -> Any:
+        raise Parsed(vars(parse(parser, args)))
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop_there)
+    with pytest.raises(Parsed) as caught:
+        importlib.import_module(argv[2]).main(argv[3:])
+    monkeypatch.undo()
+    return caught.value.args[0]
+
+
+def filled(kind: str, workspace: Workspace) -> dict[str, Any]:
+    """A form with every field filled in, and its files in the workspace."""
+    (workspace.root / "folder").mkdir(exist_ok=True)
+    (workspace.root / "file").touch()
+    values = {"int": 100.0, "float": 0.5, "switch": True, "words": "am am+f2", "text": "--\u1230\u120b\u121d$(ls)",
+              "file": "file", "directory": "folder", "new_directory": "new",
+              "manifests": "file::am\n\n./file\n", "new_file": "new/output"}
+    form = {}
+    for field in commands.PROGRAMS[kind].fields:
+        value = field.choices[-1] if field.type == "choice" else values[field.type]
+        form[field.name] = f"{value}{field.suffixes[0]}" if field.suffixes else value
+    return form
+
+
+@pytest.mark.parametrize("kind", sorted(set(commands.PROGRAMS) - {"training", "tensorboard"}))
+def test_every_program_accepts_the_command_line_of_its_form(kind: str, workspace: Workspace,
+                                                            monkeypatch: pytest.MonkeyPatch):
+    form = filled(kind, workspace)
+    assert commands.problems(kind, form, workspace) == {}
+    parsed = parsed_by_the_program(commands.command_for(kind, form, workspace), monkeypatch)
+    root = workspace.root
+    expected = {"int": 100, "float": 0.5, "switch": True, "words": ["am", "am+f2"], "text": form.get("text"),
+                "file": root / "file", "directory": root / "folder", "new_directory": root / "new"}
+    for field in commands.PROGRAMS[kind].fields:
+        value = expected.get(field.type, form[field.name])
+        value = root / value if field.type == "new_file" else value
+        assert parsed["paths" if kind == "inspect" else field.name] == ([value] if kind == "inspect" else value)
+
+
+def test_the_trainer_accepts_the_command_line_of_the_training_form(workspace: Workspace):
+    form = {**filled("training", workspace), "resume": True}
+    argv = commands.command_for("training", form, workspace)
+    assert argv[:2] == [sys.executable, "trainers/train_gpt_v2.py"]
+    file = str(workspace.root / "file")
+    ints = {name: 100 for name in ("batch_size", "grad_accumulation", "epochs", "num_workers", "max_steps", "seed",
+                                   "warmup_steps", "save_interval", "val_interval", "log_interval", "keep_checkpoints")}
+    assert trainer.parse_args(argv[2:]) == {
+        "train_manifest": [f"{file}::am", file], "val_manifest": [f"{file}::am", file], "tokenizer": file,
+        "output_dir": str(workspace.root / "new"), "learning_rate": 0.5, "amp": "off", "config": file,
+        "base_checkpoint": file, "grad_checkpointing": True, "resume": file, **ints}
+
+
+@pytest.mark.parametrize("form,flags", [
+    ({"resume": True}, ["--resume", "auto"]),
+    ({"resume": True, "resume_path": " x/model_step5.pth "}, ["--resume", "x/model_step5.pth"]),
+    ({"resume": False, "resume_path": "x.pth"}, []),
+    ({"amp": True, "resume": True}, ["--amp", "--resume", "auto"]),
+    ({"amp": "auto"}, ["--amp"]), ({"amp": "bf16"}, ["--amp", "bf16"]), ({"amp": False}, []),
+    ({"learning_rate": 2e-5, "batch_size": 8.0, "epochs": "10"},
+     ["--learning-rate", "2e-05", "--batch-size", "8", "--epochs", "10"]),
+    ({"num_workers": 0}, ["--num-workers", "0"]),
+    *(({**dict.fromkeys(commands.field_names("training"), empty), "resume": False}, []) for empty in ("", " ", None)),
+    ({"train_manifests": [], "val_manifests": ["", " "]}, []),
+])
+def test_an_empty_field_emits_no_flag_and_resume_without_a_path_is_auto(form: dict[str, Any], flags: list[str]):
+    argv = commands.training_command(form)
+    assert argv[2:] == flags
+    trainer.parse_args(argv[2:])
+
+
+@pytest.mark.parametrize("name", sorted(commands.PRESETS))
+def test_presets_are_values_that_the_form_and_the_trainer_accept(name: str, workspace: Workspace):
+    form = commands.PRESETS[name]
+    assert set(form) <= set(commands.field_names("training"))
+    assert commands.problems("training", {**form, "output_dir": "out"}, workspace) == {}
+    settings = trainer.TrainConfig(**trainer.parse_args(commands.training_command(form)[2:]))
+    assert trainer.config_problems(settings) == []
+
+
+def test_the_form_and_the_trainer_agree_on_the_smallest_number_of_each_setting(workspace: Workspace):
+    for field in commands.PROGRAMS["training"].fields:
+        if field.type in ("int", "float"):
+            smallest = int(field.minimum)
+            accepted = trainer.TrainConfig(**{field.name: smallest})
+            assert trainer.config_problems(accepted) == [], field.name
+            assert trainer.config_problems(dataclasses.replace(accepted, **{field.name: smallest - 1})), field.name
+            form = {"output_dir": "out", field.name: smallest - 1}
+            assert commands.problems("training", form, workspace)[field.name][0] == "too_small"
+
+
+def test_the_preview_runs_in_a_shell_as_the_job_runs(workspace: Workspace):
+    text = "--it's $(touch /tmp/owned) `x`\n\u1230\u120b\u121d"
+    argv = commands.command("synthesize", {"checkpoint": f"{ROOT}/a b.pth", "text": text})
+    shown = commands.preview(argv)
+    assert shown.startswith(f"cd {ROOT} && python -m tools.synthesize --checkpoint 'a b.pth'")
+    echo = f'import os, sys; print(ascii((os.getcwd(), sys.argv[1:])))  # {ROOT}'
+    script = shown.replace("python -m tools.synthesize", f"{sys.executable} -c {commands.shlex.quote(echo)}")
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ascii((str(ROOT), ["--checkpoint", "a b.pth", f"--text={text}"]))
+
+
+@pytest.mark.parametrize("form,field,key", [
+    ({"output_dir": ""}, "output_dir", "required"),
+    ({"batch_size": "four"}, "batch_size", "not_a_number"),
+    ({"batch_size": "nan"}, "batch_size", "not_a_number"),
+    ({"batch_size": "1_0"}, "batch_size", "not_a_number"),
+    ({"batch_size": 1.5}, "batch_size", "not_whole"),
+    ({"epochs": 0}, "epochs", "too_small"),
+    ({"learning_rate": -1e-5}, "learning_rate", "too_small"),
+    ({"learning_rate": "inf"}, "learning_rate", "not_a_number"),
+    ({"amp": "int8"}, "amp", "not_a_choice"),
+    ({"tokenizer": "none.model"}, "tokenizer", "no_such_file"),
+    ({"tokenizer": "data"}, "tokenizer", "not_a_file"),
+    ({"train_manifests": "data/train_pairs.jsonl\nnone.jsonl::am"}, "train_manifests", "no_such_file"),
+    ({"output_dir": "t.model"}, "output_dir", "not_a_directory"),
+    ({"output_dir": "t.model/x"}, "output_dir", "not_writable"),
+    ({}, "output_dir", "holds_checkpoints"),
+    ({"resume": True, "resume_path": "out/model_step9.pth"}, "resume_path", "resume_missing"),
+    ({"resume_path": "out/model_step5.pth"}, "resume_path", "resume_unchecked"),
+    ({"resume": True, "resume_path": "elsewhere/latest.pth"}, "output_dir", "holds_other_checkpoints"),
+    ({"resume": True, "output_dir": "elsewhere_best"}, "output_dir", "only_best"),
+])
+def test_what_can_be_known_before_training_starts_is_said_at_its_field(trained: Path, form: dict[str, Any], field: str,
+                                                                       key: str):
+    for name in ("elsewhere/latest.pth", "elsewhere_best/best.pth"):
+        (trained / name).parent.mkdir(exist_ok=True)
+        (trained / name).touch()
+    found = commands.problems("training", {**TRAINING, **form}, Workspace(trained))
+    assert list(found) == [field] and found[field][0] == key
+    assert set(found[field][1]) == set(MESSAGES[key])
+
+
+@pytest.mark.parametrize("form", [{"resume": True}, {"resume": True, "resume_path": "out/model_step5.pth"},
+                                  {"output_dir": "fresh/new"}, {"output_dir": "fresh", "resume": True}])
+def test_a_form_without_mistakes_has_no_problems(trained: Path, form: dict[str, Any]):
+    assert commands.problems("training", {**TRAINING, **form}, Workspace(trained)) == {}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The walls of the workspace
+
+PATH_FIELDS = [(kind, field.name) for kind, program in sorted(commands.PROGRAMS.items()) for field in program.fields
+               if field.type in (*commands.PATHS, "manifests")]
+ESCAPES = {"..": "path_outside", "../workspace2/x": "path_outside", "/etc/passwd": "path_outside", "/": "path_outside",
+           "folder/../../x": "path_outside", "link_out/passwd": "path_outside", "link_file": "path_outside",
+           ".webui/auth.json": "path_hidden", "folder/../.webui": "path_hidden", "link_in/auth.json": "path_hidden",
+           ".git/config": "path_hidden", "a\0b": "path_impossible", "x" * 5000: "path_impossible",
+           "link_loop": "path_impossible"}
+
+
+@pytest.fixture
+def walled(workspace: Workspace) -> Workspace:
+    """A workspace with ways out of it."""
+    root = workspace.root
+    (root / "folder").mkdir()
+    (root.parent / "workspace2").mkdir()
+    load_or_make_credentials(workspace)
+    for link, target in (("link_out", "/etc"), ("link_file", "/etc/passwd"), ("link_in", ".webui"),
+                         ("link_loop", "link_loop")):
+        (root / link).symlink_to(target)
+    return workspace
+
+
+@pytest.mark.parametrize("kind,name", PATH_FIELDS)
+def test_no_field_leads_out_of_the_workspace(kind: str, name: str, walled: Workspace):
+    for path, key in ESCAPES.items():
+        form = {name: path, "resume": True}
+        assert commands.problems(kind, form, walled)[name][0] == key, path
+        assert refusal(commands.command_for, kind, form, walled)[0] == key, path
+        if commands.PROGRAMS[kind].output == name:
+            assert refusal(commands.output_of, kind, form, walled)[0] == key, path
+
+
+def test_settings_uploads_and_deletions_stay_inside_too(walled: Workspace, tmp_path: Path):
+    upload = tmp_path / "voice.wav"
+    upload.write_bytes(b"RIFF")
+    for path in ESCAPES:
+        for call in (lambda p: save_settings(walled, p, "training", {}), lambda p: walled.inside(p),
+                     lambda p: load_settings(walled, p, "training", []), lambda p: jobs.delete_checkpoint(walled, p),
+                     lambda p: take_upload(walled, upload, p, [".wav"], 1)):
+            assert refusal(call, path)[0].startswith("path_"), path
+    left = sorted(path.name for path in walled.root.iterdir())
+    assert left == [".webui", "folder", "link_file", "link_in", "link_loop", "link_out"]
+
+
+def test_an_output_file_of_another_kind_is_never_overwritten(workspace: Workspace):
+    (workspace.root / "train_gpt_v2.py").touch()
+    found = commands.problems("tokenizer", {"texts": "train_gpt_v2.py", "output": "train_gpt_v2.py"}, workspace)
+    assert found == {"output": ("wrong_suffix", {"path": "train_gpt_v2.py", "suffixes": ".model"})}
+
+
+def test_uploads_keep_their_name_are_limited_and_overwrite_nothing(workspace: Workspace, tmp_path: Path):
+    upload = tmp_path / "voice.WAV"
+    upload.write_bytes(b"x" * 2_000_000)
+    taken = take_upload(workspace, upload, "recordings/new", [".wav"], 2)
+    assert taken == workspace.root / "recordings/new/voice.WAV" and taken.stat().st_size == 2_000_000
+    assert refusal(take_upload, workspace, upload, "recordings/new", [".wav"], 2)[0] == "file_in_the_way"
+    assert refusal(take_upload, workspace, upload, "recordings", [".wav"], 1)[0] == "upload_too_large"
+    assert refusal(take_upload, workspace, upload, "recordings", [".flac"], 2)[0] == "upload_type"
+
+
+def test_password_and_secret_are_random_private_and_kept_for_the_next_start(workspace: Workspace, tmp_path: Path):
+    user, password = load_or_make_credentials(workspace)
+    secret = load_or_make_secret(workspace)
+    assert len(password) >= 20 and len(secret) >= 32
+    again = Workspace.open(workspace.root)
+    assert load_or_make_credentials(again) == (user, password) and load_or_make_secret(again) == secret
+    modes = {path.name: oct(path.stat().st_mode & 0o777)
+             for path in [workspace.private, *workspace.private.iterdir()]}
+    assert modes == {".webui": "0o700", "auth.json": "0o600", "secret.json": "0o600"}
+    other = Workspace.open(tmp_path / "other")
+    assert load_or_make_credentials(other)[1] != password and load_or_make_secret(other) != secret
+    (workspace.private / "auth.json").write_text('{"user": "')  # torn: a new one
+    assert load_or_make_credentials(workspace)[1] != password
+
+
+@pytest.mark.parametrize("host,loopback", [
+    (None, True), ("localhost", True), ("127.0.0.1", True), ("127.8.9.1", True), ("::1", True), ("[::1]", True),
+    ("0.0.0.0", False), ("::", False), ("", False), ("192.168.1.5", False), ("example.org", False),
+    ("localhost.evil", False)])
+def test_only_loopback_addresses_go_without_a_password(host: str | None, loopback: bool):
+    assert is_loopback(host) is loopback
+
+
+def test_a_form_comes_back_from_its_file_as_it_was_saved(workspace: Workspace):
+    form = {"output_dir": "\u1230\u120b\u121d", "batch_size": 8, "amp": True, "learning_rate": None}
+    path = save_settings(workspace, "settings/mine", "training", form)
+    assert path == workspace.root / "settings/mine.json"
+    assert load_settings(workspace, "settings/mine.json", "training", form) == form
+    assert load_settings(workspace, "settings/mine", "training", ["amp"]) == {"amp": True}
+    save_settings(workspace, "settings/mine", "training", {**form, "amp": False})
+    assert load_settings(workspace, "settings/mine", "training", ["amp"]) == {"amp": False}
+    assert refusal(load_settings, workspace, "settings/mine", "preprocess", form)[0] == "not_settings"
+    assert refusal(load_settings, workspace, "none", "training", form)[0] == "no_such_file"
+    (workspace.root / "last_exit.json").write_text('{"step": 1}')
+    assert refusal(save_settings, workspace, "last_exit.json", "training", form)[0] == "file_in_the_way"
+    assert refusal(load_settings, workspace, "last_exit.json", "training", form)[0] == "not_settings"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Readers
+
+
+def metrics_line(step: int, kind: str = "train", **values: float) -> bytes:
+    return json.dumps({"kind": kind, "epoch": 0, "step": step, "text_loss": 1 / step, **values}).encode() + b"\n"
+
+
+@pytest.fixture
+def metrics(tmp_path: Path) -> Path:
+    path = tmp_path / "out/logs/run_20260101_000000/metrics.jsonl"
+    path.parent.mkdir(parents=True)
+    return path
+
+
+def steps(reader: readers.MetricsReader) -> list[int]:
+    return [point["step"] for point in reader.points()]
+
+
+def test_metrics_are_read_on_and_a_torn_last_line_waits_for_its_rest(metrics: Path):
+    reader = readers.MetricsReader(metrics.parents[2])
+    assert steps(reader) == []
+    line = metrics_line(3)
+    with metrics.open("ab", buffering=0) as file:
+        file.write(metrics_line(1) + b"no JSON\n" + metrics_line(2, "val") + line[:9])
+        assert steps(reader) == [1, 2] == steps(reader)
+        file.write(line[9:])
+        assert steps(reader) == [1, 2, 3]
+        assert reader.points() == readers.read_runs(metrics.parents[2])
+    assert {point["run"] for point in reader.points()} == {"run_20260101_000000"}
+
+
+@pytest.mark.parametrize("rest", [[], [5], [5, 6, 7, 8, 9, 10, 11, 12]])
+@pytest.mark.parametrize("replaced", [True, False])
+def test_a_resume_that_cut_the_file_takes_its_points_back(metrics: Path, rest: list[int], replaced: bool):
+    """Also when the file has grown past its old length by the time somebody looks."""
+    reader = readers.MetricsReader(metrics.parents[2])
+    metrics.write_bytes(b"".join(metrics_line(step, lr=0.1) for step in range(1, 9)))
+    assert steps(reader) == list(range(1, 9))
+    content = b"".join([*(metrics_line(step, lr=0.1) for step in range(1, 5)), *(metrics_line(step) for step in rest)])
+    target = metrics.with_name("partial") if replaced else metrics
+    target.write_bytes(content)
+    target.replace(metrics)
+    assert steps(reader) == [1, 2, 3, 4, *rest] and reader.points() == readers.read_runs(metrics.parents[2])
+    shutil.rmtree(metrics.parents[1])
+    assert steps(reader) == []
+
+
+def test_a_long_history_is_read_in_bounded_portions_and_thinned_but_keeps_every_validation(
+        metrics: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(readers, "READ_AT_ONCE", 1000)
+    monkeypatch.setattr(readers, "MAX_TRAIN_POINTS", 100)
+    metrics.write_bytes(b"".join(metrics_line(step) + metrics_line(step, "val") * (step % 50 == 0)
+                                 for step in range(1, 1001)))
+    reader = readers.MetricsReader(metrics.parents[2])
+    assert 0 < len(reader.points()) < 20
+    points = readers.read_runs(metrics.parents[2])
+    assert [point["step"] for point in points if point["kind"] == "val"] == list(range(50, 1001, 50))
+    train = [point["step"] for point in points if point["kind"] == "train"]
+    assert train[0] == 1 and 990 <= train[-1] <= 1000 and 50 <= len(train) <= 201 and train == sorted(train)
+
+
+def test_a_sampled_curve_keeps_its_ends_and_its_spikes():
+    pairs = [(step, math.sin(step)) for step in range(10_000)]
+    pairs[1234] = (1234, 50.0)
+    pairs[5678] = (5678, -50.0)
+    sampled = readers.sample_points(pairs, 500)
+    assert len(sampled) <= 500 and sampled == sorted(sampled)
+    assert {pairs[0], pairs[-1], pairs[1234], pairs[5678]} <= set(sampled)
+    assert readers.sample_points(pairs[:500], 500) == pairs[:500]
+    points = [{"kind": "train", "step": i, "lr": value} for i, value in enumerate([1.0, math.nan, math.inf, None, 2])]
+    assert readers.curve(points, "train", "lr") == [(0, 1.0), (4, 2.0)] and readers.curve(points, "val", "lr") == []
+
+
+def test_progress_is_read_from_what_the_programs_print(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    progress = ToolProgress("reading recordings", 200)
+    progress.start, progress.due = progress.start - 10, 0.0
+    progress.update(50, "loss 0.1")
+    log = tmp_path / "log.txt"
+    assert readers.progress_of(log) is None
+    log.write_text(capsys.readouterr().out)
+    assert readers.progress_of(log) == readers.Progress("reading recordings", 50, 200, 30)
+    train = "[Train] epoch=0 step={} text_loss=1.0 mel_loss=1.0 mel_top1=0.1 lr=1e-3\n"
+    log.write_text(train.format(7))
+    assert readers.progress_of(log) == readers.Progress("training", 7, None, None)
+    log.write_text("[Progress] training: 7/40, 5 s, about 90 s left\n" + train.format(9))
+    assert readers.progress_of(log) == readers.Progress("training", 9, 40, 90)
+    log.write_text("[Progress] training: 1/40, 0 s\n[Progress] validation: 3/9\n")
+    assert readers.progress_of(log) == readers.Progress("validation", 3, 9, None)
+    log.write_text(log.read_text() + train.format(2))
+    assert readers.progress_of(log) == readers.Progress("training", 2, 40, None)
+
+
+def test_memory_of_machine_process_and_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    fake = tmp_path / "nvidia-smi"
+    fake.write_text("#!/bin/sh\nprintf 'NVIDIA A100, 1000, 81920, 97\\nNVIDIA GB10, [N/A], [N/A], 3\\n'\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    machine = readers.Machine()
+    memory = machine.memory(os.getpid())
+    assert 0 < memory["process"] < memory["total"] and 0 < memory["available"] <= memory["total"]
+    assert wait_for(lambda: machine.memory()["gpus"]) == [
+        {"name": "NVIDIA A100", "used": 1000 << 20, "total": 81920 << 20, "busy_percent": 97},
+        {"name": "NVIDIA GB10", "used": None, "total": None, "busy_percent": 3}]
+    assert machine.memory(2**22 + 1)["process"] is None

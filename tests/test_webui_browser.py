@@ -1,0 +1,655 @@
+"""The Web UI in a real browser: whatever is closed, reloaded or killed, a run goes on and the page finds it again.
+
+Pictures of all tabs go to build/screenshots/.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import stat
+import string
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+from conftest import ROOT, TOKENIZER, call_trainer, data_args, make_dataset
+
+from tools import speech_codec
+from webui import commands, jobs, pipeline
+from webui.texts import TEXTS
+from webui.workspace import MESSAGES, Workspace
+
+PICTURES = ROOT / "build" / "screenshots"
+TABS = ("Recordings", "Dataset", "Corpus", "Tokenizer", "Preprocess", "Training", "Checkpoints", "Listen")
+RATE = 22050
+PATIENCE = 60_000  # milliseconds; starting a program imports PyTorch, slowly on a busy machine
+pytestmark = [pytest.mark.browser,
+              pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="jobs are found through /proc")]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A workspace, servers, a browser
+
+
+class Server:
+    """webui_amharic.py as its users start it."""
+
+    def __init__(self, workspace: Path, *args: str, **environment: str) -> None:
+        self.workspace, self.args, self.environment = workspace, args, environment
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.start()
+
+    def start(self) -> None:
+        command = [sys.executable, str(ROOT / "webui_amharic.py"), "--workspace", str(self.workspace),
+                   "--server-port", str(self.port), *self.args]
+        self.process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                        env={**os.environ, **self.environment})
+        assert self.process.stdout is not None
+        self.printed = ""
+        for line in self.process.stdout:
+            self.printed += line
+            if line.startswith("[Info] Ready"):
+                return
+        raise AssertionError(f"the server ended:\n{self.printed}")
+
+    def end(self, signum: int = signal.SIGTERM) -> None:
+        self.process.send_signal(signum)
+        self.process.wait(timeout=30)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+    def get(self, path: str) -> tuple[int, bytes]:
+        try:
+            with urllib.request.urlopen(self.url + path, timeout=30) as answer:
+                return answer.status, answer.read()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read()
+
+    def memory(self) -> int:
+        """Resident bytes."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) * 1024  # type: ignore[index]
+
+
+def end_all_jobs(workspace: Path) -> None:
+    for job in jobs.list_jobs(Workspace.open(workspace)):
+        jobs.kill_job(job)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        message = "no Chromium; as root: apt-get install chromium fonts-noto-core"
+        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--headless", "--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+def tone(seed: int) -> np.ndarray:
+    """A made-up voice, two seconds, different for every seed."""
+    at = np.arange(2 * RATE) / RATE
+    rng = np.random.default_rng(seed)
+    pitch = 2 * np.pi * np.cumsum(120 * (1 + 0.3 * np.sin(2 * np.pi * rng.uniform(1, 4) * at))) / RATE
+    return (0.1 * sum(rng.uniform(0.1, 1) * np.sin(k * pitch) / k for k in range(1, 12))).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny data, eight recordings, a codec of 64 codes, and "voice", a run of four steps."""
+    root = tmp_path_factory.mktemp("workspace")
+    data = make_dataset(root / "data")
+    (root / "tokenizers").mkdir()
+    shutil.copy(TOKENIZER, root / "tokenizers")
+    (root / "recordings").mkdir()
+    rows = []
+    for index in range(8):
+        soundfile.write(root / "recordings" / f"r{index}.wav", tone(index), RATE, subtype="PCM_16")
+        rows.append({"id": f"r{index}", "speaker": "s", "text": "ሰላም ቤት" + " ውሃ" * index, "audio": f"r{index}.wav"})
+    dataset = root / "recordings" / "recordings.jsonl"
+    dataset.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    speech_codec.main(["train", "--recordings", str(dataset), "--output", str(root / "codec.pt"), "--steps", "3",
+                       "--num-codes", "64", "--pca-dim", "8", "--kmeans-iterations", "2", "--width", "16",
+                       "--batch-size", "4", "--segment", "8"])
+    call_trainer(*data_args(data), "--output-dir", root / "voice", "--max-steps", 4, "--save-interval", 2,
+                 "--log-interval", 1, "--val-interval", 2)
+    return root
+
+
+@pytest.fixture(scope="module")
+def server(workspace: Path) -> Iterator[Server]:
+    server = Server(workspace)
+    yield server
+    server.end()
+
+
+@pytest.fixture(autouse=True)
+def no_jobs_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    if "workspace" in request.fixturenames:
+        end_all_jobs(request.getfixturevalue("workspace"))
+
+
+class Visitor:
+    """Somebody at the page, with a browser profile of their own."""
+
+    def __init__(self, browser: Any, server: Server) -> None:
+        self.context = browser.new_context(viewport={"width": 1400, "height": 1000})
+        self.context.set_default_timeout(PATIENCE)
+        self.server, self.page, self.elsewhere = server, self.context.new_page(), []
+        self.page.on("request", self.note)
+        self.page.goto(server.url)
+        self.sees("#pipeline", "Recordings")
+
+    def note(self, request: Any) -> None:
+        if not request.url.startswith((self.server.url, "data:", "blob:")):
+            self.elsewhere.append(request.url)
+
+    def open(self, tab: str) -> None:
+        self.page.get_by_role("tab", name=re.compile(rf"\d {tab}")).first.click()
+
+    def box(self, element: str) -> Any:
+        return self.page.locator(f"#{element} textarea, #{element} input").first
+
+    def fill(self, kind: str, **values: object) -> None:
+        for name, value in values.items():
+            self.box(f"{kind}-{name}").fill(str(value))
+
+    def click(self, element: str) -> None:
+        self.page.locator(f"#{element}").click()
+
+    def sees(self, selector: str, text: str) -> str:
+        """Waits until the element says so; returns all that it says."""
+        place = self.page.locator(f"{selector}:visible").filter(has_text=re.compile(text, re.DOTALL))
+        place.first.wait_for(timeout=PATIENCE)
+        return place.first.inner_text()
+
+    def reads(self, element: str, pattern: str) -> str:
+        """Waits until the box holds it; returns its value."""
+        return until(lambda: re.search(pattern, value := self.box(element).input_value()) and value)
+
+    def command(self, kind: str, *parts: str) -> str:
+        """Waits until the command preview has all the parts."""
+        return until(lambda: all(part in (shown := self.box(f"{kind}-command").input_value()) for part in parts)
+                     and shown)
+
+    def problem(self, element: str) -> str:
+        """What is said beside a box that has a problem."""
+        return self.page.locator(f"#{element}.problem").first.inner_text()
+
+    def set_resume(self, wanted: bool) -> None:
+        self.page.get_by_role("checkbox", name="Resume from checkpoint").set_checked(wanted)
+
+    def more_settings(self) -> None:
+        for fold in self.page.get_by_role("button", name=re.compile("More settings|synthetic voice")).all():
+            if fold.is_visible() and "open" not in (fold.get_attribute("class") or "").split():
+                fold.click()
+
+    def points(self, element: str) -> int:
+        """Points of a plot's curves."""
+        return self.page.locator(f"#{element} svg .mark-symbol path").count()
+
+    def leave(self) -> None:
+        self.context.close()
+
+
+@pytest.fixture(scope="module")
+def visitor(browser: Any, server: Server) -> Iterator[Visitor]:
+    """One for most tests: loading the page anew costs seconds."""
+    visitor = Visitor(browser, server)
+    yield visitor
+    visitor.leave()
+
+
+@pytest.fixture
+def newcomer(browser: Any, server: Server) -> Iterator[Visitor]:
+    visitor = Visitor(browser, server)
+    yield visitor
+    visitor.leave()
+
+
+def until(condition: Callable[[], Any], seconds: float = PATIENCE / 1000) -> Any:
+    """Waits until the condition holds; returns its value."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.1)
+    return value
+
+
+def fill_training(visitor: Visitor, output_dir: str, **values: object) -> None:
+    """Tab 6 with the tiny data: a line every step, a checkpoint every ten, until it is stopped."""
+    visitor.open("Training")
+    visitor.fill("training", train_manifests="data/train_pairs.jsonl", val_manifests="data/val_pairs.jsonl",
+                 tokenizer="tokenizers/amharic_extended_bpe.model", output_dir=output_dir, epochs=1_000_000,
+                 batch_size=32, resume_path="")
+    visitor.set_resume(False)
+    visitor.more_settings()
+    visitor.fill("training", log_interval=1, save_interval=10, val_interval=5, **values)
+    visitor.command("training", f"{output_dir} ", "--val-interval 5")
+
+
+def logged(output_dir: Path) -> list[dict[str, Any]]:
+    lines = [line for path in output_dir.glob("logs/run_*/metrics.jsonl") for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in lines]
+
+
+def steps_logged(output_dir: Path, kind: str = "train") -> list[int]:
+    return [line["step"] for line in logged(output_dir) if line["kind"] == kind]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tab 6
+
+
+def test_a_newcomer_starts_stops_resumes_and_finishes_a_run(visitor: Visitor, workspace: Path):
+    fill_training(visitor, "walk")
+    visitor.sees("#training-resume-state", "A new run will be started")
+    visitor.page.get_by_role("button", name="Start Training").click()
+    visitor.reads("training-log", r"\[Train\] .*step=5 ")
+    visitor.sees("#training-status", r"running \(process \d+\)")
+    visitor.sees("#running", "Training walk step")
+    until(lambda: visitor.points("training-mel_loss") > 5)
+    visitor.sees("#training-memory", "this run")
+    visitor.click("training-stop")
+    step = int(re.search(r"stopped at step (\d+), can be resumed", visitor.sees(
+        "#training-status", "can be resumed"))[1])  # type: ignore[index]
+    assert json.loads((workspace / "walk" / "last_exit.json").read_text())["step"] == step
+
+    visitor.click("training-start")
+    visitor.sees("#training-output_dir.problem", "already holds checkpoints")
+    visitor.set_resume(True)
+    told = visitor.sees("#training-resume-state", "Will resume from walk/latest.pth")
+    assert f"step {step}, epoch" in told and "verified" in told and re.search(r"loss \d+\.\d{4}", told)
+    visitor.fill("training", max_steps=step + 12)
+    visitor.command("training", f"--max-steps {step + 12}", "--resume auto")
+    visitor.click("training-start")
+    visitor.sees("#training-status", f"finished at step {step + 12}")
+    assert f"Step: {step}\n" in visitor.reads("training-log", "Training complete")
+    steps = steps_logged(workspace / "walk")
+    assert steps == list(range(1, step + 13))
+    until(lambda: visitor.points("training-mel_loss") == len(steps) + len(steps_logged(workspace / "walk", "val")))
+
+
+def test_a_run_is_found_after_a_reload_in_another_browser_and_after_the_server_was_killed(
+        browser: Any, workspace: Path, server: Server):
+    first = Visitor(browser, server)
+    fill_training(first, "long")
+    first.click("training-start")
+    first.reads("training-log", r"step=3 ")
+    job = jobs.list_jobs(Workspace.open(workspace))[0]
+
+    first.page.reload()
+    first.sees("#training-status", f"running \\(process {job.pid}\\)")
+    assert first.box("training-output_dir").input_value() == "long"
+
+    second = Visitor(browser, server)
+    second.open("Training")
+    assert second.reads("training-output_dir", "long") and second.reads("training-epochs", "1000000")
+    second.sees("#training-status", f"running \\(process {job.pid}\\)")
+    second.click("training-start")
+    second.sees(".notice", "long is in use by “training long”.*process")
+    second.leave()
+
+    server.end(signal.SIGKILL)
+    before = steps_logged(workspace / "long")[-1]
+    until(lambda: steps_logged(workspace / "long")[-1] > before + 20)
+    server.start()
+    first.sees("#training-status", f"running \\(process {job.pid}\\)")  # the page comes back by itself
+    first.click("training-stop")
+    first.sees("#training-status", "stopped at step")
+    steps = steps_logged(workspace / "long")
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) > before + 20
+    log = [int(step) for step in re.findall(r"^\[Train\] .* step=(\d+) ", job.log.read_text(), re.MULTILINE)]
+    assert log == steps
+    shown = [int(step) for step in re.findall(r"\[Train\] .* step=(\d+) ", first.reads("training-log", "Saved"))]
+    assert shown == steps[-len(shown):] and len(shown) > 20
+    curve = len(steps) + len(steps_logged(workspace / "long", "val"))
+    if len(steps) <= 500:
+        until(lambda: first.points("training-mel_loss") == curve)
+    else:
+        until(lambda: 500 <= first.points("training-mel_loss") <= 1000)
+    first.leave()
+
+
+def test_a_damaged_checkpoint_is_named_with_what_to_do(visitor: Visitor, workspace: Path):
+    shutil.copytree(workspace / "voice", workspace / "damaged")
+    newest = workspace / "damaged" / "model_step4.pth"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    for name in ("model_step4.pth", "latest.pth"):
+        (workspace / "damaged" / name).unlink()
+        (workspace / "damaged" / name).write_bytes(content)
+    fill_training(visitor, "damaged")
+    visitor.set_resume(True)
+    told = visitor.sees("#training-resume-state", "Will resume from damaged/model_step2.pth: step 2")
+    assert re.search(r"Passed over, not usable: model_step4\.pth \(.*damaged", told)
+    visitor.fill("training", resume_path="damaged/model_step4.pth")
+    told = visitor.sees("#training-resume_path.problem", "cannot be used")
+    assert "Choose another checkpoint" in told and "damaged" in told
+    visitor.click("training-start")
+    visitor.sees(".notice", "Not started")
+    visitor.box("training-pick").click()
+    visitor.page.get_by_role("option", name=re.compile("model_step2.pth: step 2")).click()
+    visitor.command("training", "--resume", "damaged/model_step2.pth")
+    visitor.sees("#training-resume-state", "Will resume from damaged/model_step2.pth: step 2")
+    assert visitor.page.locator("#training-resume_path.problem").count() == 0
+
+
+def test_mistakes_are_said_beside_their_field_before_anything_starts(visitor: Visitor, workspace: Path):
+    fill_training(visitor, "fresh")
+    before = len(jobs.list_jobs(Workspace.open(workspace)))
+    visitor.fill("training", train_manifests="data/nothing.jsonl", batch_size="many", epochs="2.5")
+    visitor.sees("#training-train_manifests.problem", "data/nothing.jsonl: no such file")
+    visitor.sees("#training-batch_size.problem", "many is not a number")
+    visitor.sees("#training-epochs.problem", "2.5 is not a whole number")
+    visitor.set_resume(True)
+    visitor.fill("training", resume_path="voice/model_step9.pth")
+    visitor.sees("#training-resume_path.problem", "Resume checkpoint not found: voice/model_step9.pth.*model_step4.pth")
+    visitor.click("training-start")
+    visitor.sees(".notice", "Not started")
+    assert len(jobs.list_jobs(Workspace.open(workspace))) == before
+    visitor.fill("training", train_manifests="data/train_pairs.jsonl")
+    until(lambda: visitor.page.locator("#training-train_manifests.problem").count() == 0)
+
+
+def test_presets_and_a_settings_file_fill_the_form(visitor: Visitor, workspace: Path):
+    fill_training(visitor, "fresh")
+    visitor.box("training-preset").click()
+    visitor.page.get_by_role("option", name="GPU 16 GB").click()
+    visitor.command("training", "--batch-size 4", "--grad-accumulation 8", "--amp", "--grad-checkpointing")
+    visitor.fill("training", epochs=7)
+    visitor.box("training-file").fill("settings/mine")
+    visitor.click("training-save")
+    visitor.sees(".notice", "Saved as settings/mine.json")
+    visitor.fill("training", epochs=9, batch_size="")
+    visitor.command("training", "--epochs 9")
+    visitor.click("training-load")
+    assert "--batch-size 4" in visitor.command("training", "--epochs 7")
+    visitor.box("training-file").fill("data/config.yaml")
+    visitor.click("training-save")
+    visitor.sees(".notice", "data/config.yaml.json")
+    visitor.box("training-file").fill("../mine.json")
+    visitor.click("training-load")
+    visitor.sees(".notice", "outside the workspace")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The other tabs
+
+
+def test_a_tokenizer_is_trained_and_handed_on_to_the_next_steps(visitor: Visitor, workspace: Path):
+    visitor.open("Tokenizer")
+    assert visitor.reads("tokenizer-texts", "recordings/recordings.jsonl")
+    visitor.fill("tokenizer", output="tokenizers/new.model")
+    visitor.command("tokenizer", "tokenizers/new.model")
+    visitor.click("tokenizer-start")
+    visitor.sees("#tokenizer-status", "finished")
+    assert (workspace / "tokenizers" / "new.model").stat().st_size > 1000
+    visitor.open("Preprocess")
+    visitor.reads("preprocess-tokenizer", "tokenizers/new.model")
+    visitor.open("Training")
+    visitor.reads("training-tokenizer", "tokenizers/amharic_extended_bpe.model")  # typed before: stays
+    (workspace / "tokenizers" / "new.model").unlink()
+
+
+def test_a_checkpoint_is_chosen_in_the_table_and_speaks(visitor: Visitor, workspace: Path):
+    for path in (workspace / "voice").glob("*.pth"):
+        os.utime(path)  # the newest run is the first of the table
+    visitor.open("Checkpoints")
+    row = visitor.page.locator("#checkpoints-table [role=row]").filter(has_text=re.compile(r"voice.*model_step4\.pth"))
+    row.get_by_role("gridcell").first.click()
+    visitor.reads("checkpoints-chosen", "voice/model_step4.pth")
+    visitor.sees("#checkpoints-table [role=row]", "voice.*model_step4.pth.*verified")
+    visitor.click("checkpoints-use")
+    visitor.sees(".notice", "Tab 8 now speaks with voice/model_step4.pth")
+    visitor.open("Listen")
+    visitor.reads("synthesize-checkpoint", "voice/model_step4.pth")
+    visitor.more_settings()
+    visitor.fill("synthesize", text="ሰላም ቤት", prompt="recordings/r1.wav", output="listen/hello.wav", codec="codec.pt",
+                 tokenizer="tokenizers/amharic_extended_bpe.model")
+    visitor.command("synthesize", "codec.pt", "--text=", "tokenizers/")
+    visitor.click("synthesize-start")
+    visitor.sees("#listen-status", "finished")
+    picture = visitor.page.locator("#listen-picture img")
+    picture.wait_for()
+    until(lambda: picture.evaluate("image => image.naturalWidth") > 10)
+    assert visitor.page.locator("#listen-audio").get_by_role("button", name="Play").count() > 0
+    assert soundfile.info(workspace / "listen" / "hello.wav").frames > 1000
+
+
+def test_a_checkpoint_is_deleted_only_after_a_question(visitor: Visitor, workspace: Path):
+    shutil.copytree(workspace / "voice", workspace / "spare")
+    target = workspace / "spare" / "model_step2.pth"
+    visitor.open("Checkpoints")
+    visitor.box("checkpoints-chosen").fill("spare/model_step2.pth")
+    visitor.click("checkpoints-delete")
+    visitor.sees(".notice", "Delete spare/model_step2.pth for good")
+    visitor.click("checkpoints-cancel")
+    visitor.page.locator("#checkpoints-yes").wait_for(state="hidden")
+    assert target.exists()
+    visitor.click("checkpoints-delete")
+    visitor.click("checkpoints-yes")
+    visitor.sees(".notice", "Deleted: spare/model_step2.pth")
+    assert not target.exists() and (workspace / "spare" / "model_step4.pth").exists()
+
+
+def test_recordings_are_uploaded_listed_and_limited_to_sound_files(visitor: Visitor, workspace: Path, tmp_path: Path):
+    soundfile.write(tmp_path / "ሰላም.wav", tone(99), RATE)
+    visitor.open("Recordings")
+    visitor.fill("recordings", folder="uploads")
+    visitor.sees("#recordings-count", "No recordings")
+    visitor.page.locator("#recordings-upload input[type=file]").set_input_files(tmp_path / "ሰላም.wav")
+    visitor.sees(".notice", "1 files uploaded to uploads")
+    visitor.sees("#recordings-count", "1 recordings")
+    assert (workspace / "uploads" / "ሰላም.wav").read_bytes() == (tmp_path / "ሰላም.wav").read_bytes()
+    (tmp_path / "page.html").write_text("<script>alert(1)</script>")
+    visitor.page.locator("#recordings-upload input[type=file]").set_input_files(tmp_path / "page.html")
+    visitor.sees("body", "Invalid file type|can be uploaded")
+    assert [path.name for path in (workspace / "uploads").iterdir()] == ["ሰላም.wav"]
+
+
+def test_a_dataset_is_checked_line_by_line(visitor: Visitor, workspace: Path):
+    good = {"id": "1", "speaker": "s", "text": "ሰላም", "audio": "r0.wav"}
+    lines = [good, {**good, "audio": "nothing.wav"}, {"id": "3", "audio": "r1.wav"}, {**good, "audio": "/etc/passwd"}]
+    (workspace / "recordings" / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines) + "oh\n")
+    visitor.open("Dataset")
+    visitor.click("dataset-check")
+    visitor.sees(".notice", "8 recordings, 1 speakers.*Every line can be used")
+    visitor.box("dataset-path").fill("recordings/mixed.jsonl")
+    visitor.click("dataset-check")
+    told = visitor.sees(".notice", "line 2: no such recording: nothing.wav")
+    assert "line 3: without text" in told and "line 4: no such recording" in told and "line 5: not a JSON" in told
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What must not happen
+
+
+def test_a_child_that_logs_100_mb_swells_neither_page_nor_server(visitor: Visitor, workspace: Path, server: Server):
+    visitor.open("Corpus")
+    visitor.sees("#corpus-status", "Nothing has been started")
+    memory = server.memory()
+    code = "for i in range(10):\n for k in range(100_000): print(f'line {i}-{k} ' + 'x' * 90)\nprint('last line')"
+    job = jobs.start_job(Workspace.open(workspace), "corpus", "corpus chatty", [sys.executable, "-c", code])
+    visitor.sees("#corpus-status", "finished")
+    assert job.log.stat().st_size > 100_000_000
+    shown = visitor.reads("corpus-log", "last line$")
+    assert len(shown) <= 65_536 and len(shown.splitlines()) <= 200
+    assert server.memory() - memory < 100_000_000
+    shutil.rmtree(job.folder)
+
+
+PATH_TYPES = ("file", "directory", "manifests", "new_file", "new_directory")
+OUTSIDE = "../../outside.wav"
+
+
+def test_no_path_field_of_any_tab_leads_out_of_the_workspace(newcomer: Visitor, workspace: Path):
+    visitor = newcomer
+    before = len(jobs.list_jobs(Workspace.open(workspace)))
+    tried = 0
+    for step, tab in zip(pipeline.STEPS, TABS, strict=True):
+        visitor.open(tab)
+        visitor.more_settings()
+        visitor.more_settings()  # one that was folded up in another
+        for kind in (kind for kind, own in pipeline.STEP_OF.items() if own == step):
+            names = [field.name for field in commands.PROGRAMS[kind].fields if field.type in PATH_TYPES]
+            names = [name for name in names if visitor.page.locator(f"#{kind}-{name}").count()]
+            for name in names:
+                visitor.fill(kind, **{name: OUTSIDE})
+            for name in names:
+                visitor.sees(f"#{kind}-{name}.problem", "outside the workspace")
+            visitor.click(f"{kind}-start")
+            visitor.sees(".notice", "Not started")
+            tried += len(names)
+    assert tried >= 20 and len(jobs.list_jobs(Workspace.open(workspace))) == before
+
+
+def test_no_other_box_and_no_route_leads_out_of_the_workspace(visitor: Visitor, workspace: Path, server: Server):
+    visitor.open("Recordings")
+    visitor.fill("recordings", folder="/etc")
+    visitor.sees("#recordings-folder.problem", "outside the workspace")
+    visitor.fill("recordings", folder=".webui/jobs")
+    visitor.sees("#recordings-folder.problem", "hidden")
+    visitor.open("Dataset")
+    visitor.box("dataset-path").fill("/etc/passwd")
+    visitor.click("dataset-check")
+    visitor.sees("#dataset-path.problem", "outside the workspace")
+    visitor.open("Checkpoints")
+    visitor.box("checkpoints-chosen").fill("/etc/passwd")
+    for button in ("use", "delete"):
+        visitor.click(f"checkpoints-{button}")
+        visitor.sees("#checkpoints-chosen.problem", "outside the workspace")
+    secret = next((workspace / ".webui").glob("*.json"))
+    for path in (Path("/etc/passwd"), secret, ROOT / "README.md", workspace / "data" / "train_pairs.jsonl"):
+        status, content = server.get(f"/gradio_api/file={path}")
+        assert status in (403, 404) and path.read_bytes()[:20] not in content, path
+
+
+def log_in(browser: Any, server: Server, user: str, password: str, seen: str) -> Any:
+    """Tries to, and waits for what is then to be seen."""
+    page = browser.new_page()
+    page.goto(server.url)
+    page.get_by_label("username").fill(user)
+    page.get_by_label("password").fill(password)
+    page.get_by_role("button", name="Login").click()
+    page.locator(seen).first.wait_for(timeout=PATIENCE)
+    return page
+
+
+def test_a_public_page_asks_for_a_password_that_it_made_printed_and_kept(browser: Any, tmp_path: Path):
+    """And where no share link can be made, it serves and names the tunnel."""
+    printed = []
+    for args in (["--server-name", "0.0.0.0"], ["--share"]):
+        server = Server(tmp_path, *args, GRADIO_SHARE_SERVER_ADDRESS="127.0.0.1:9")
+        try:
+            printed.append(re.search(r"User: (\S+) +Password: (\S+)", server.printed)[1, 2])  # type: ignore[index]
+            assert server.get("/config")[0] == 401 and server.get("/gradio_api/info")[0] == 401
+            if "--share" in args:
+                assert f"ssh -L {server.port}:127.0.0.1:{server.port}" in server.printed
+                log_in(browser, server, *printed[0], "text=/No share link could be made.*ssh -L/").close()
+                log_in(browser, server, printed[0][0], "wrong", "text=/incorrect/i").close()
+        finally:
+            server.end()
+    assert printed[0] == printed[1] and len(printed[0][1]) >= 20
+    assert stat.S_IMODE((tmp_path / ".webui" / "auth.json").stat().st_mode) == 0o600
+
+
+def test_the_ui_process_imports_neither_torch_nor_the_trainer(tmp_path: Path):
+    code = ("import sys; from webui.layout import create_page; from webui.workspace import Workspace\n"
+            f"import webui_amharic; create_page(Workspace.open({str(tmp_path)!r}))\n"
+            "print([name for name in sys.modules if name.split('.')[0] in ('torch', 'trainers')])")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, timeout=120)
+    assert done.stdout.strip().splitlines()[-1] == "[]", done.stdout + done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Languages and looks
+
+
+def visible_texts(visitor: Visitor) -> set[str]:
+    """Lines, and placeholders of empty boxes, that somebody can read now."""
+    found = visitor.page.evaluate("""() => {
+        const empty = [...document.querySelectorAll("textarea, input")].filter(box => box.offsetParent && !box.value);
+        return [...document.body.innerText.split("\\n"), ...empty.map(box => box.placeholder)];
+    }""")
+    return {line.strip() for line in found if line.strip()}
+
+
+def test_the_language_switch_changes_every_text_and_nothing_comes_from_elsewhere(newcomer: Visitor, workspace: Path):
+    visitor = newcomer
+    english = {en for en, am in TEXTS.values() if en != am and "{" not in en}
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    visitor.open("Training")
+    visitor.fill("training", output_dir="walk", epochs=5)
+    for number, tab in enumerate(TABS, 1):
+        visitor.open(tab)
+        time.sleep(1.5)
+        assert visible_texts(visitor) & english, "the comparison below would prove nothing"
+        visitor.page.screenshot(path=PICTURES / f"{number}_{tab.lower()}.png", full_page=True)
+    visitor.page.locator("#language").get_by_text("አማርኛ").click()
+    visitor.sees("#heading", "የአማርኛ")
+    for number, step in enumerate(pipeline.STEPS, 1):
+        visitor.page.get_by_role("tab", name=TEXTS[f"tab.{step}"][1]).first.click()
+        until(lambda: not visible_texts(visitor) & english, seconds=10) if visible_texts(visitor) & english else None
+        if step == "training":
+            assert visitor.box("training-epochs").input_value() == "5"
+            visitor.page.screenshot(path=PICTURES / f"{number}_{step}_amharic.png", full_page=True)
+    visitor.page.reload()
+    visitor.sees("#heading", "የአማርኛ")
+    assert visitor.elsewhere == []
+
+
+def placeholders(text: str) -> set[str]:
+    return {name for _, name, _, _ in string.Formatter().parse(text) if name}
+
+
+def test_every_text_is_there_in_both_languages_with_the_same_values():
+    for key, (english, amharic) in TEXTS.items():
+        assert english.strip() and amharic.strip(), key
+        assert placeholders(english) == placeholders(amharic), key
+        if english != amharic:
+            assert re.search("[\u1200-\u137f]", amharic), key
+    assert {key: placeholders(TEXTS[key][0]) for key in MESSAGES}.items() <= {
+        key: set(values) for key, values in MESSAGES.items()}.items() or all(
+        placeholders(TEXTS[key][0]) <= set(values) for key, values in MESSAGES.items())
+
+
+@pytest.mark.parametrize("kind", [kind for kind in commands.PROGRAMS if kind in pipeline.STEP_OF])
+def test_a_form_is_read_back_from_its_command_line(kind: str, tmp_path: Path):
+    examples = {"text": "-ሰላም = ዓለም", "words": "am am+f2", "int": "3", "float": "0.5", "switch": True,
+                "manifests": "a/b.jsonl\nc.jsonl::am"}
+    form = {field.name: field.choices[0] if field.choices else examples.get(field.type, f"in/{field.name}")
+            for field in commands.PROGRAMS[kind].fields}
+    if kind == "training":
+        form["resume"] = True
+    workspace = Workspace.open(tmp_path)
+    assert pipeline.form_of(kind, commands.command_for(kind, form, workspace), workspace) == form
+
+
+def test_steps_are_done_by_what_they_made_and_the_next_is_after_the_furthest():
+    steps = pipeline.states({"tokenizer": "t.model", "train_manifest": "d/train_pairs.jsonl"}, [])
+    assert [step for step, state in steps.items() if state == "done"] == ["tokenizer", "preprocess"]
+    assert pipeline.next_step(steps) == "training"
+    assert pipeline.next_step(dict.fromkeys(pipeline.STEPS, "open")) == "recordings"
+    assert pipeline.next_step(dict.fromkeys(pipeline.STEPS, "done")) == "listen"

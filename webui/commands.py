@@ -1,0 +1,379 @@
+"""Forms to command lines: which fields each program's form has, the argv they make, and what is wrong with them.
+
+A form is a dict of field name -> str | bool | int | float | list[str] | None as the page's inputs hold it. An empty
+field emits no flag, so that the program chooses.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from webui.workspace import ROOT, Refused, Workspace
+
+Form = dict[str, Any]
+Problem = tuple[str, dict[str, Any]]  # a key of MESSAGES and its values
+MAX_TEXT = 2000  # characters of a text to speak
+NAME = re.compile(r"[^-\s]\S*")  # not to be taken for a flag
+LANGUAGE_SUFFIX = re.compile(r"::[A-Za-z][A-Za-z-]*$")
+PATHS = ("file", "directory", "new_file", "new_directory")
+
+
+@dataclass(frozen=True)
+class Field:
+    """One input of a form.
+
+    type: "text", "words" (blank-separated names), "int", "float", "choice", "switch" (True emits the flag alone),
+    "file" and "directory" (must exist), "manifests" (existing files, one a line, each with an optional ::lang),
+    "new_file" and "new_directory" (are written; may exist).
+    """
+
+    name: str
+    flag: str
+    type: str
+    required: bool = False
+    minimum: float = -math.inf
+    maximum: float = math.inf
+    choices: tuple[str, ...] = ()
+    suffixes: tuple[str, ...] = ()  # of a new_file: so that a slip of the hand overwrites no file of another kind
+
+
+@dataclass(frozen=True)
+class Program:
+    argv: tuple[str, ...]
+    fields: tuple[Field, ...]
+    output: str | None = None  # the field whose directory or file the job holds while it runs
+
+
+def whole(name: str, flag: str, minimum: float = 0) -> Field:
+    return Field(name, flag, "int", minimum=minimum)
+
+
+SEED = whole("seed", "--seed")
+PROGRAMS: dict[str, Program] = {
+    "speak": Program(("-m", "tools.speak"), (
+        Field("texts", "--texts", "file", required=True),
+        Field("output_dir", "--output-dir", "new_directory", required=True),
+        Field("voices", "--voices", "words"),
+        whole("words_per_minute", "--words-per-minute", 80),
+        Field("every_voice", "--every-voice", "switch"),
+        whole("limit", "--limit"),
+        whole("workers", "--workers", 1)), "output_dir"),
+    "corpus": Program(("-m", "tools.amharic_text", "build"), (
+        Field("sources", "--sources", "directory"),
+        Field("output_dir", "--output-dir", "new_directory", required=True),
+        whole("sequences", "--sequences"),
+        whole("validation_texts", "--validation-texts"),
+        whole("held_out_words", "--held-out-words"),
+        SEED), "output_dir"),
+    "tokenizer": Program(("-m", "tools.train_tokenizer"), (
+        Field("texts", "--texts", "file", required=True),
+        Field("output", "--output", "new_file", required=True, suffixes=(".model",)),
+        Field("model_type", "--model-type", "choice", choices=("char", "bpe", "unigram")),
+        whole("vocab_size", "--vocab-size", 1)), "output"),
+    "codec": Program(("-m", "tools.speech_codec", "train"), (
+        Field("recordings", "--recordings", "file", required=True),
+        Field("output", "--output", "new_file", required=True, suffixes=(".pt",)),
+        whole("steps", "--steps", 1),
+        Field("max_hours", "--max-hours", "float", minimum=0.01),
+        whole("num_codes", "--num-codes", 2),
+        whole("pca_dim", "--pca-dim", 1),
+        whole("kmeans_iterations", "--kmeans-iterations", 1),
+        whole("width", "--width", 1),
+        whole("batch_size", "--batch-size", 1),
+        whole("segment", "--segment", 1),
+        SEED), "output"),
+    "encode": Program(("-m", "tools.speech_codec", "encode"), (
+        Field("codec", "--codec", "file", required=True),
+        Field("input", "--input", "file", required=True),
+        Field("output", "--output", "new_file", required=True, suffixes=(".npy",))), "output"),
+    "preprocess": Program(("-m", "tools.preprocess"), (
+        Field("recordings", "--recordings", "file", required=True),
+        Field("codec", "--codec", "file", required=True),
+        Field("tokenizer", "--tokenizer", "file", required=True),
+        Field("output_dir", "--output-dir", "new_directory", required=True),
+        Field("audio_dir", "--audio-dir", "directory"),
+        Field("config", "--config", "file"),
+        whole("model_dim", "--model-dim"),
+        whole("prompts_per_speaker", "--prompts-per-speaker"),
+        Field("val_share", "--val-share", "float", minimum=0.0001, maximum=0.9999),
+        Field("val_speakers", "--val-speakers", "words"),
+        whole("jobs", "--jobs"),
+        SEED), "output_dir"),
+    "pairs": Program(("-m", "tools.build_pairs"), (
+        Field("data_dir", "--data-dir", "directory", required=True),
+        whole("pairs_per_target", "--pairs-per-target", 1),
+        whole("max_text_tokens", "--max-text-tokens"),
+        whole("max_codes", "--max-codes"),
+        Field("min_prompt_seconds", "--min-prompt-seconds", "float", minimum=0),
+        Field("max_prompt_seconds", "--max-prompt-seconds", "float", minimum=0),
+        SEED), "data_dir"),
+    "training": Program(("trainers/train_gpt_v2.py",), (
+        Field("train_manifests", "--train-manifest", "manifests"),
+        Field("val_manifests", "--val-manifest", "manifests"),
+        Field("tokenizer", "--tokenizer", "file"),
+        Field("output_dir", "--output-dir", "new_directory", required=True),
+        Field("learning_rate", "--learning-rate", "float", minimum=0),
+        whole("batch_size", "--batch-size"),
+        whole("grad_accumulation", "--grad-accumulation"),
+        whole("epochs", "--epochs", 1),
+        whole("num_workers", "--num-workers"),
+        Field("amp", "--amp", "choice", choices=("auto", "bf16", "fp16", "off")),
+        Field("config", "--config", "file"),
+        Field("base_checkpoint", "--base-checkpoint", "file"),
+        whole("max_steps", "--max-steps"),
+        whole("warmup_steps", "--warmup-steps"),
+        whole("save_interval", "--save-interval"),
+        whole("val_interval", "--val-interval"),
+        whole("log_interval", "--log-interval", 1),
+        whole("keep_checkpoints", "--keep-checkpoints"),
+        SEED,
+        Field("grad_checkpointing", "--grad-checkpointing", "switch"),
+        Field("resume_path", "--resume", "file")), "output_dir"),
+    "inspect": Program(("-m", "tools.inspect_checkpoint"), (
+        Field("path", "", "directory", required=True),)),
+    "synthesize": Program(("-m", "tools.synthesize"), (
+        Field("checkpoint", "--checkpoint", "file", required=True),
+        Field("text", "--text", "text", required=True),
+        Field("prompt", "--prompt", "file", required=True),
+        Field("output", "--output", "new_file", required=True, suffixes=(".wav",)),
+        Field("codec", "--codec", "file"),
+        Field("tokenizer", "--tokenizer", "file"),
+        Field("temperature", "--temperature", "float", minimum=0.01),
+        whole("top_k", "--top-k"),
+        Field("top_p", "--top-p", "float", minimum=0.01, maximum=1),
+        Field("repetition_penalty", "--repetition-penalty", "float", minimum=0.01),
+        Field("greedy", "--greedy", "switch"),
+        SEED), "output"),
+    "tensorboard": Program(("-m", "tensorboard.main", "--host", "127.0.0.1", "--port", "0"), (
+        Field("logdir", "--logdir", "directory", required=True),)),
+}
+# Form values for Tab 6. The first is what `make demo` trains with; the others are knowledge.md's.
+PRESETS: dict[str, Form] = {
+    "demo": {"batch_size": 24, "grad_accumulation": 1, "learning_rate": 0.0015, "max_steps": 500, "log_interval": 10,
+             "save_interval": 50, "val_interval": 50},
+    "a100_80gb": {"batch_size": 32, "grad_accumulation": 1, "num_workers": 12, "amp": "auto"},
+    "gpu_24gb": {"batch_size": 8, "grad_accumulation": 4, "amp": "auto"},
+    "gpu_16gb": {"batch_size": 4, "grad_accumulation": 8, "amp": "auto", "grad_checkpointing": True},
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command lines
+
+
+def field_names(kind: str) -> list[str]:
+    """The names of a form's fields; "training" has resume (bool) and resume_path (str) among them."""
+    return [field.name for field in PROGRAMS[kind].fields] + ["resume"] * (kind == "training")
+
+
+def command(kind: str, form: Form) -> list[str]:
+    """The argv list for a form whose paths are taken as they are. Pure."""
+    return training_command(form) if kind == "training" else command_of(PROGRAMS[kind], form)
+
+
+def training_command(form: Form) -> list[str]:
+    """The trainer's argv; "Resume from checkpoint" with an empty path is --resume auto. Pure.
+
+    amp may be a checkbox: True is the hardware's best type, as --amp alone.
+    """
+    path = typed(form.get("resume_path"))
+    form = {**form, "resume_path": (path or "auto") if form.get("resume") else "",
+            "amp": "auto" if form.get("amp") is True else form.get("amp")}
+    return command_of(PROGRAMS["training"], form)
+
+
+def command_of(program: Program, form: Form) -> list[str]:
+    argv = [sys.executable, *program.argv]
+    for field in program.fields:
+        argv += arguments(field, form.get(field.name))
+    return argv
+
+
+def arguments(field: Field, value: Any) -> list[str]:
+    """The part of a command line that one field adds."""
+    if field.type == "switch":
+        return [field.flag] if value is True else []
+    if field.type == "manifests":
+        return [part for line in lines_of(value) for part in (field.flag, line)]
+    text = typed(value)
+    if not text:
+        return []
+    if field.type == "words":
+        return [field.flag, *text.split()]
+    if field.type == "text":
+        return [f"{field.flag}={text}"]  # may begin with a dash
+    if field.name == "amp" and text == "auto":
+        return [field.flag]
+    return [field.flag, text] if field.flag else [text]
+
+
+def typed(value: Any) -> str:
+    """An input's value as a user would type it; "" for an empty one. A number box hands over 8 as 8.0."""
+    if value is None or value is False:
+        return ""
+    if isinstance(value, float):
+        return str(int(value)) if value.is_integer() and abs(value) < 1e15 else repr(value)
+    return str(value).strip()
+
+
+def lines_of(value: Any) -> list[str]:
+    """The filled lines of a text box, or of a list."""
+    lines = value if isinstance(value, (list, tuple)) else str(value or "").splitlines()
+    return [str(line).strip() for line in lines if str(line).strip()]
+
+
+def preview(argv: Sequence[str]) -> str:
+    """The command for people to copy, from any directory; never executed by us."""
+    # The cd makes the paths below it relative, as the handbook writes them.
+    shown = ["python", *(part.removeprefix(f"{ROOT}{os.sep}") for part in argv[1:])]
+    return f"cd {shlex.quote(str(ROOT))} && {shlex.join(shown)}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Paths
+
+
+def resolve(kind: str, form: Form, workspace: Workspace) -> Form:
+    """The same form with absolute paths inside the workspace. Raises: Refused for the first one that is not."""
+    resolved = dict(form)
+    for field in PROGRAMS[kind].fields:
+        value = form.get(field.name)
+        if field.type == "manifests":
+            resolved[field.name] = [absolute_manifest(line, workspace) for line in lines_of(value)]
+        elif field.type in PATHS and typed(value):
+            resolved[field.name] = str(workspace.inside(typed(value)))
+    return resolved
+
+
+def split_language(line: str) -> tuple[str, str]:
+    """'a.jsonl::am' -> ('a.jsonl', '::am'), as the trainer reads it."""
+    suffix = LANGUAGE_SUFFIX.search(line)
+    return (line[: suffix.start()], suffix.group()) if suffix else (line, "")
+
+
+def absolute_manifest(line: str, workspace: Workspace) -> str:
+    path, language = split_language(line)
+    return f"{workspace.inside(path)}{language}"
+
+
+def command_for(kind: str, form: Form, workspace: Workspace) -> list[str]:
+    """What Start runs: command(kind, resolve(...)). Raises: Refused."""
+    return command(kind, resolve(kind, form, workspace))
+
+
+def output_of(kind: str, form: Form, workspace: Workspace) -> Path | None:
+    """The path for start_job's output_dir. Raises: Refused."""
+    name = PROGRAMS[kind].output
+    return workspace.inside(typed(form.get(name))) if name else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Problems
+
+
+def problems(kind: str, form: Form, workspace: Workspace) -> dict[str, Problem]:
+    """Everything that can be known before starting: {field name: (key of MESSAGES, values)}; {} when all is well."""
+    found: dict[str, Problem] = {}
+    for field in PROGRAMS[kind].fields:
+        try:
+            check_field(field, form.get(field.name), workspace)
+        except Refused as refused:
+            found[field.name] = refused.key, refused.values
+    if kind == "training" and not found:
+        try:
+            check_output_dir(form, workspace)
+        except Refused as refused:
+            field_name = "resume_path" if refused.key.startswith("resume") else "output_dir"
+            found[field_name] = refused.key, refused.values
+    return found
+
+
+def check_field(field: Field, value: Any, workspace: Workspace) -> None:
+    """Raises: Refused."""
+    filled = bool(lines_of(value)) if field.type == "manifests" else bool(typed(value))
+    if not filled:
+        if field.required:
+            raise Refused("required")
+    elif field.type == "manifests":
+        for line in lines_of(value):
+            check_path(field, split_language(line)[0], workspace)
+    elif field.type in PATHS:
+        check_path(field, typed(value), workspace)
+    elif field.type in ("int", "float"):
+        check_number(field, typed(value))
+    elif field.type == "choice" and value is not True and typed(value) not in field.choices:
+        raise Refused("not_a_choice", value=typed(value), choices=", ".join(field.choices))
+    elif field.type == "words" and not all(map(NAME.fullmatch, typed(value).split())):
+        raise Refused("not_a_name", value=typed(value))
+    elif field.type == "text" and len(typed(value)) > MAX_TEXT:
+        raise Refused("text_too_long", maximum=MAX_TEXT)
+
+
+def check_number(field: Field, text: str) -> None:
+    """Raises: Refused."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number) or "_" in text:
+        raise Refused("not_a_number", value=text)
+    if field.type == "int" and not re.fullmatch(r"[+-]?[0-9]+", text):
+        raise Refused("not_whole", value=text)
+    if number < field.minimum:
+        raise Refused("too_small", value=text, minimum=field.minimum)
+    if number > field.maximum:
+        raise Refused("too_large", value=text, maximum=field.maximum)
+
+
+def check_path(field: Field, text: str, workspace: Workspace) -> None:
+    """Raises: Refused."""
+    path = workspace.inside(text)
+    if field.suffixes and path.suffix not in field.suffixes:
+        raise Refused("wrong_suffix", path=text, suffixes=" ".join(field.suffixes))
+    if field.type in ("directory", "new_directory") and path.exists() and not path.is_dir():
+        raise Refused("not_a_directory", path=text)
+    if field.type in ("manifests", "file", "new_file") and path.is_dir():
+        raise Refused("not_a_file", path=text)
+    if field.type == "directory" and not path.exists():
+        raise Refused("no_such_directory", path=text)
+    if field.type in ("manifests", "file") and not path.exists():
+        if field.flag == "--resume":
+            raise Refused("resume_missing", path=text, present=", ".join(checkpoints_in(path.parent)) or "-")
+        raise Refused("no_such_file", path=text)
+    if field.type in ("new_directory", "new_file"):
+        existing = next(parent for parent in (path, *path.parents) if parent.exists())
+        if not os.access(existing, os.W_OK) or (existing != path and not existing.is_dir()):
+            raise Refused("not_writable", path=workspace.show(existing))
+
+
+def checkpoints_in(directory: Path) -> list[str]:
+    """Names that a training run may have left: latest.pth, best.pth, model_step files, the newest of them first."""
+    steps = {path.name: int(path.stem[10:]) for path in directory.glob("model_step*.pth") if path.stem[10:].isdecimal()}
+    links = [name for name in ("latest.pth", "best.pth") if (directory / name).exists()]
+    return [*links, *sorted(steps, key=lambda name: -steps[name])]
+
+
+def check_output_dir(form: Form, workspace: Workspace) -> None:
+    """What the trainer would refuse about checkpoints that are there, or are not. Raises: Refused."""
+    output_dir = workspace.inside(typed(form.get("output_dir")))
+    resume_path = typed(form.get("resume_path"))
+    if resume_path and not form.get("resume"):
+        raise Refused("resume_unchecked", path=resume_path)
+    present = checkpoints_in(output_dir)
+    if not present:
+        return
+    where: dict[str, Any] = {"path": workspace.show(output_dir), "example": present[0]}
+    if not form.get("resume"):
+        raise Refused("holds_checkpoints", **where)
+    if not resume_path and present == ["best.pth"]:
+        raise Refused("only_best", **where)
+    if resume_path and workspace.inside(resume_path).parent != output_dir:
+        raise Refused("holds_other_checkpoints", **where)

@@ -1,0 +1,61 @@
+"""What is in a recordings.jsonl, and which of its lines cannot be used."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from webui.workspace import Refused, Workspace
+
+SHOWN_ROWS, SHOWN_FAULTS = 50, 20
+REQUIRED = ("id", "text", "audio")
+EXAMPLE = """{"id": "a1", "speaker": "almaz", "text": "ሰላም ለዓለም።", "audio": "a1.wav"}
+{"id": "a2", "speaker": "almaz", "text": "እንኳን ደህና መጡ።", "audio": "a2.wav", "split": "val"}
+"""
+
+
+@dataclass
+class Dataset:
+    rows: int = 0
+    speakers: set[str] = field(default_factory=set)
+    validation: int = 0
+    first: list[list[str]] = field(default_factory=list)
+    """id, speaker, text and audio of the first rows."""
+    faults: list[tuple[int, str, dict[str, Any]]] = field(default_factory=list)
+    """Line number, key of TEXTS and its values."""
+
+
+def read_dataset(path: Path, workspace: Workspace) -> Dataset:
+    """Raises: OSError."""
+    found = Dataset()
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            found.faults.append((number, "dataset.not_json", {}))
+            continue
+        found.rows += 1
+        found.speakers.add(str(row.get("speaker", "")))
+        found.validation += row.get("split") == "val"
+        if len(found.first) < SHOWN_ROWS:
+            found.first.append([str(row.get(name, "")) for name in ("id", "speaker", "text", "audio")])
+        missing = [name for name in REQUIRED if not row.get(name)]
+        if missing:
+            found.faults.append((number, "dataset.missing", {"names": ", ".join(missing)}))
+        elif not is_recording(path.parent / str(row["audio"]), workspace):
+            found.faults.append((number, "dataset.no_audio", {"path": str(row["audio"])}))
+    return found
+
+
+def is_recording(path: Path, workspace: Workspace) -> bool:
+    """Says nothing about files outside the workspace."""
+    try:
+        return workspace.inside(str(path)).is_file()
+    except Refused:
+        return False

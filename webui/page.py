@@ -1,0 +1,269 @@
+"""The page: labels in two languages, and what follows the workspace by one timer.
+
+The server keeps no state of its own but caches: what runs is read from the workspace, what a user typed is in that
+user's browser. Handlers answer at once (queue=False) and never wait for a program.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import pandas as pd
+
+from webui import pipeline
+from webui.jobs import Job, list_jobs
+from webui.readers import CheckpointTable, Machine, MetricsReader, Progress, progress_of
+from webui.texts import LANGUAGES, TEXTS, say
+from webui.workspace import Refused, Workspace, load_or_make_secret
+
+QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+SECONDS = 2  # between two looks at what runs
+# A log box stays at its end, unless its reader has scrolled up.
+FOLLOW_LOGS = """() => document.querySelectorAll(".log textarea").forEach(box => {
+    if (box.atEnd === undefined) {
+        box.atEnd = true;
+        box.addEventListener("scroll", () => { box.atEnd = box.scrollTop + box.clientHeight > box.scrollHeight - 30; });
+    }
+    if (box.atEnd) box.scrollTop = box.scrollHeight;
+})"""
+MARKDOWN = re.compile(r"([\\`*_\[\]<>~|$&#])")
+Look = Callable[..., Sequence[Any]]
+
+
+def plain(value: Any) -> Any:
+    """A value that Markdown shows as it is."""
+    return MARKDOWN.sub(r"\\\1", value) if isinstance(value, str) else value
+
+
+def tell(language: str, key: str, **values: Any) -> str:
+    """The text of a key for a component that reads Markdown; the values are shown as they are."""
+    return say(key, language, **{name: plain(value) for name, value in values.items()})
+
+
+def refusal(refused: Refused, language: str) -> str:
+    return f"✗ {tell(language, refused.key, **refused.values)}"
+
+
+def duration(seconds: float) -> str:
+    """3700 -> "1:01:40"."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
+@dataclass(frozen=True)
+class Marked:
+    """A file for an output component; the mark changes with the file's content."""
+
+    value: str
+    mark: Any
+
+
+def digest(value: Any) -> str:
+    """Equal for values that look the same on the page."""
+    if isinstance(value, dict):
+        value = {name: digest(part) for name, part in value.items()}
+    text = value.to_json() if isinstance(value, pd.DataFrame) else repr(value)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass
+class Watcher:
+    """Components that follow what happens in the workspace, while their tab is open."""
+
+    tab: str | None  # None: always
+    inputs: list[Any]
+    outputs: list[Any]
+    look: Look  # (jobs, language, *inputs) -> a value for each output
+
+
+class Page:
+    """What the tabs of one page share. Built once; every browser gets the same components."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self.workspace = workspace
+        self.secret = load_or_make_secret(workspace)
+        self.checkpoints, self.machine = CheckpointTable(), Machine()
+        self.metrics: dict[Path, MetricsReader] = {}
+        self.banner: dict[str, str] = {}  # language -> what went wrong at the start
+        self.labels: list[tuple[Any, Callable[[str], dict[str, Any]]]] = []
+        self.notices: list[Any] = []
+        self.watchers: list[Watcher] = []
+        self.forms: dict[str, Any] = {}
+        self.tabs: dict[str, gr.Tab] = {}
+        self.refresh_after: list[Any] = []  # events with a handler of their own
+        self.refresh_on: list[Any] = []  # triggers without one
+        self.view = gr.BrowserState({}, storage_key="amharic-voice-view", secret=self.secret)
+        # Outside the tabs: what lies in a closed tab is neither loaded nor saved.
+        self.drafts = {kind: gr.BrowserState({}, storage_key=f"amharic-voice-{kind}", secret=self.secret)
+                       for kind in pipeline.STEP_OF}
+        self.active, self.seen = gr.State(pipeline.STEPS[0]), gr.State({})
+        self.language: Any = None
+        self.clock: Any = None  # changes when something was done; empty until the page has been opened
+
+    # Labels
+
+    def labelled(self, component: Any, choices: Sequence[tuple[str, str]] = (), **keys: str) -> Any:
+        """Registers the texts of a component (attribute -> key) for the language switch; choices are (key, value)."""
+
+        def texts(language: str) -> dict[str, Any]:
+            named = [(say(key, language) if key in TEXTS else key, value) for key, value in choices]
+            return {**{name: say(key, language) for name, key in keys.items()}, **({"choices": named} if named else {})}
+
+        self.labels.append((component, texts))
+        return component
+
+    def add(self, make: Callable[..., Any], key: str, info: bool = True, choices: Sequence[tuple[str, str]] = (),
+            **options: Any) -> Any:
+        """A component with the label KEY and, where there are such texts, KEY.info and KEY.placeholder."""
+        keys = {"label": key, "info": f"{key}.info", "placeholder": f"{key}.placeholder"}
+        keys = {attribute: text for attribute, text in keys.items() if text in TEXTS and (info or attribute != "info")}
+        if choices:
+            options["choices"] = [(say(text, "en") if text in TEXTS else text, value) for text, value in choices]
+        component = make(**{name: say(text, "en") for name, text in keys.items()}, **options)
+        return self.labelled(component, choices, **keys)
+
+    def button(self, key: str, **options: Any) -> Any:
+        return self.labelled(gr.Button(say(key, "en"), **options), value=key)
+
+    def prose(self, key: str, **options: Any) -> Any:
+        return self.labelled(gr.Markdown(say(key, "en"), **options), value=key)
+
+    def notice(self) -> Any:
+        """A line for what came of a click."""
+        self.notices.append(gr.Markdown(elem_classes=["notice"]))
+        return self.notices[-1]
+
+    def tab(self, name: str) -> Any:
+        self.tabs[name] = self.labelled(gr.Tab(say(f"tab.{name}", "en"), id=name), label=f"tab.{name}")
+        return self.tabs[name]
+
+    def accordion(self, key: str, open: bool = False) -> Any:
+        return self.labelled(gr.Accordion(say(key, "en"), open=open), label=key)
+
+    def switch_language(self, view: dict[str, Any], language: str) -> list[Any]:
+        updates = [gr.update(**texts(language)) for _, texts in self.labels]
+        return [*updates, *[""] * len(self.notices), {**view, "language": language}]
+
+    # The workspace
+
+    def jobs(self) -> list[Job]:
+        return list_jobs(self.workspace)
+
+    def locate(self, language: str, typed: str, must_exist: bool = False) -> tuple[Path | None, dict[str, Any]]:
+        """The path in a box that belongs to no form, and the update of that box: what is wrong with it, or nothing."""
+        try:
+            return self.workspace.inside(typed, must_exist), gr.update(info="", elem_classes=[])
+        except Refused as refused:
+            return None, gr.update(info=say(refused.key, language, **refused.values), elem_classes=["problem"])
+
+    def file_shown(self, path: Path) -> Marked | None:
+        """For output components: they would serve any file of the working directory, so only these pass."""
+        try:
+            path = self.workspace.inside(str(path), must_exist=True)
+            return Marked(str(path), (str(path), path.stat().st_mtime_ns))
+        except (Refused, OSError):
+            return None
+
+    # What follows the workspace
+
+    def watch(self, tab: str | None, inputs: Sequence[Any], outputs: Sequence[Any], look: Look) -> None:
+        self.watchers.append(Watcher(tab, list(inputs), list(outputs), look))
+
+    def reader(self, output_dir: Path) -> MetricsReader:
+        """The shared reader of a run's metrics; a new one for every folder that somebody is just typing."""
+        if not (output_dir / "logs").is_dir():
+            return MetricsReader(output_dir)
+        return self.metrics.setdefault(output_dir, MetricsReader(output_dir))
+
+    def tick(self, seen: dict[str, str], active: str, language: str, *values: Any) -> list[Any]:
+        """One value for each watcher's outputs; gr.skip() for what its browser shows already."""
+        jobs, given, results, seen = self.jobs(), list(values), [], dict(seen)
+        for number, watcher in enumerate(self.watchers):
+            own, given = given[:len(watcher.inputs)], given[len(watcher.inputs):]
+            if watcher.tab not in (None, active):
+                results += [gr.skip()] * len(watcher.outputs)
+                continue
+            for place, value in enumerate(watcher.look(jobs, language, *own)):
+                mark = digest(value)
+                value = value.value if isinstance(value, Marked) else value
+                results.append(gr.skip() if seen.get(f"{number}.{place}") == mark else value)
+                seen[f"{number}.{place}"] = mark
+        return [*results, seen]
+
+    # The page as a whole
+
+    def create_header(self) -> None:
+        with gr.Row(elem_id="header"):
+            self.prose("heading", elem_id="heading")
+            self.language = gr.Radio([("English", "en"), ("አማርኛ", "am")], value="en", show_label=False,
+                                     container=False, elem_id="language", min_width=220, scale=0)
+        self.clock = gr.Textbox(visible="hidden", elem_id="clock")
+        banner, way, running = gr.Markdown(), gr.HTML(elem_id="pipeline", padding=False), gr.Markdown(elem_id="running")
+        self.watch(None, [], [banner, way, running], self.look_at_header)
+
+    def look_at_header(self, jobs: Sequence[Job], language: str) -> list[str]:
+        steps = pipeline.states(pipeline.files_made(self.workspace, jobs), jobs)
+        parts = [f'<span class="step {state}" title="{html.escape(say(f"pipeline_{state}", language))}">'
+                 f"{html.escape(say(f'tab.{step}', language))}</span>" for step, state in steps.items()]
+        following = say("pipeline_next", language, tab=say(f"tab.{pipeline.next_step(steps)}", language))
+        way = f'{" → ".join(parts)} <span class="next">{html.escape(following)}</span>'
+        live = [f"**{self.name(job, language)}** {plain(self.brief(job, language))}" for job in jobs if job.live]
+        running = f"{say('runs_now', language)} {' · '.join(live)}" if live else say("nothing_runs", language)
+        return [self.banner.get(language, ""), way, running]
+
+    def name(self, job: Job, language: str) -> str:
+        """The kind of a job in words, and what it writes."""
+        where = self.workspace.show(job.output_dir) if job.output_dir else job.title.partition(" ")[2]
+        return f"{say(f'kind.{job.kind}', language)} {plain(where)}"
+
+    def brief(self, job: Job, language: str) -> str:
+        progress = progress_of(job.log)
+        return progress_text(progress, language) if progress else ""
+
+    def connect(self, demo: gr.Blocks, tabs: Any) -> None:
+        """The events of the whole page, once all tabs are there."""
+        for form in self.forms.values():
+            form.connect(demo)
+        labels = [component for component, _ in self.labels]
+        refresh = [self.language.change(self.switch_language, [self.view, self.language],
+                                        [*labels, *self.notices, self.view], **QUIET),
+                   demo.load(self.open, [self.view], [self.language, tabs, self.active], **QUIET)]
+        for name, tab in self.tabs.items():
+            refresh.append(tab.select(self.turn_to(name), [self.clock, self.view], [self.active, self.view], **QUIET))
+        for event in (*refresh, *self.refresh_after):
+            event.then(None, None, [self.clock], js="() => String(Date.now())", **QUIET)
+        timer = gr.Timer(SECONDS)
+        timer.tick(None, js=FOLLOW_LOGS, **QUIET)
+        # One event for all, never two at once: an older answer cannot overtake a newer one.
+        gr.on([timer.tick, self.clock.change, *self.refresh_on], self.tick,
+              [self.seen, self.active, self.language, *[part for watcher in self.watchers for part in watcher.inputs]],
+              [*[part for watcher in self.watchers for part in watcher.outputs], self.seen],
+              trigger_mode="always_last", **QUIET)
+
+    def turn_to(self, tab: str) -> Callable[[str, dict[str, Any]], list[Any]]:
+        """A handler that notes the open tab, for the next visit too; but not the tab that a new page begins with."""
+        return lambda opened, view: [tab, {**view, "tab": tab} if opened else gr.skip()]
+
+    def open(self, view: dict[str, Any]) -> list[Any]:
+        """Language and tab as this browser left them."""
+        language = view.get("language") if view.get("language") in LANGUAGES else LANGUAGES[0]
+        tab = view.get("tab")
+        return [language, *([gr.Tabs(selected=tab), tab] if tab in pipeline.STEPS[1:] else [gr.skip(), gr.skip()])]
+
+
+def progress_text(progress: Progress, language: str) -> str:
+    """ "step 5 of 20 · about 0:01:10 left" """
+    if progress.name == "training":
+        text = say("step_of" if progress.total else "step_only", language, done=progress.done, total=progress.total)
+    else:
+        text = say("progress_of", language, done=progress.done, total=progress.total)
+    if progress.seconds_left is not None:
+        text += " · " + say("seconds_left", language, time=duration(progress.seconds_left))
+    return text

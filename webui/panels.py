@@ -1,0 +1,88 @@
+"""What shows a job or a run: state, progress, Stop, log, curves."""
+
+from __future__ import annotations
+
+import html
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import pandas as pd
+
+from webui.jobs import Job, load_job, read_tail, stop_job
+from webui.page import QUIET, Page, progress_text, tell
+from webui.readers import Progress, progress_of
+from webui.texts import say
+from webui.workspace import Refused
+
+COLOURS = ("#2563eb", "#ea580c", "#16a34a", "#9333ea", "#db2777", "#0891b2", "#ca8a04", "#475569")
+
+
+def curves(rows: Sequence[tuple[int, float, str]], series: Sequence[str]) -> dict[str, Any]:
+    """An update of a LinePlot: rows of (step, value, name). A new series is drawn only when the colours change too."""
+    present = {name for *_, name in rows}
+    colours = {name: colour for name, colour in zip(series, COLOURS, strict=False) if name in present}
+    return gr.update(value=pd.DataFrame(rows, columns=["step", "value", "series"]) if rows else None,
+                     color_map=colours)
+
+
+def legend(series: Sequence[str]) -> str:
+    """HTML: the plot's own legend does not fit below a low plot."""
+    return " ".join(f'<span class="key"><span style="color: {colour}">■</span> {html.escape(name)}</span>'
+                    for name, colour in zip(series, COLOURS, strict=False))
+
+
+def create_plot(page: Page, key: str, **options: Any) -> Any:
+    plot = gr.LinePlot(x="step", y="value", color="series", label=say(key, "en"), x_title=" ", y_title=" ",
+                       colors_in_legend=[], **options)
+    return page.labelled(plot, label=key)
+
+
+def progress_bar(progress: Progress | None, language: str) -> str:
+    """HTML of our own numbers and texts only."""
+    if progress is None:
+        return ""
+    bar = f'<progress value="{progress.done}" max="{progress.total}"></progress>' if progress.total else ""
+    return f'<div class="bar">{bar}<span>{html.escape(progress_text(progress, language))}</span></div>'
+
+
+def newest(jobs: Sequence[Job], kinds: Sequence[str], output_dir: Path | None = None) -> Job | None:
+    """Of these kinds (and in this output directory) the newest job that runs, else the newest. Pure."""
+    own = [job for job in jobs if job.kind in kinds and (output_dir is None or job.output_dir == output_dir)]
+    return next((job for job in own if job.live), own[0] if own else None)
+
+
+def create_job_panel(page: Page, tab: str, kinds: Sequence[str], output_dir: Any = None,
+                     above_log: Callable[[], None] = lambda: None) -> None:
+    """State, progress, Stop and log of the newest job of these kinds, in the folder that the box names, if given."""
+    status = gr.Markdown(elem_id=f"{tab}-status", elem_classes=["status"])
+    bar = gr.HTML(elem_id=f"{tab}-progress", padding=False)
+    stop = page.button("stop", variant="stop", interactive=False, elem_id=f"{tab}-stop")
+    above_log()
+    log = page.add(gr.Textbox, "log", lines=12, max_lines=12, interactive=False, elem_id=f"{tab}-log",
+                   elem_classes=["log"], buttons=["copy"])
+    shown = gr.State("")
+
+    def look(jobs: Sequence[Job], language: str, *typed: str) -> list[Any]:
+        try:
+            job = newest(jobs, kinds, page.workspace.inside(typed[0]) if typed else None)
+        except Refused:
+            job = None
+        if job is None:
+            return ["", say("no_job_yet", language), "", gr.update(interactive=False), ""]
+        key, values = job.message()
+        state = f"**{page.name(job, language)}**: {tell(language, key, **values)}"
+        progress = progress_bar(progress_of(job.log), language) if job.live else ""
+        return [job.id, state, progress, gr.update(interactive=job.live), read_tail(job.log)]
+
+    def stop_shown(job_id: str) -> None:
+        try:
+            stop_job(load_job(page.workspace, job_id))
+        except Refused:  # it is gone, as was wanted
+            return
+        time.sleep(0.2)  # so that the look after this one often finds it stopped
+
+    page.watch(tab, [output_dir] if output_dir else [], [shown, status, bar, stop, log], look)
+    page.refresh_after.append(stop.click(stop_shown, [shown], None, **QUIET))

@@ -1,0 +1,278 @@
+"""Tab 6: the trainer's form, what will be resumed, and the live run of the output directory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import gradio as gr
+
+from webui.commands import PRESETS, Form, Problem, command_for, typed
+from webui.forms import FormSection
+from webui.jobs import Job, holder_of, start_job, stop_job
+from webui.page import QUIET, Page, plain, refusal, tell
+from webui.panels import create_job_panel, create_plot, curves, legend, newest
+from webui.readers import Inspection, curve, tensorboard_url
+from webui.texts import say
+from webui.workspace import Refused, load_settings, save_settings
+
+CURVES = {"mel_loss": ("train", "val"), "text_loss": ("train", "val"), "lr": ("train",),
+          "tokens_per_second": ("train",)}
+PLOTS = {"mel_loss": "training.mel_loss", "text_loss": "training.text_loss", "lr": "training.lr_curve",
+         "tokens_per_second": "training.speed_curve"}
+PRESET_FIELDS = sorted({name for preset in PRESETS.values() for name in preset})
+
+
+class TrainingForm(FormSection):
+    """The trainer's form; a checkpoint that is known to be damaged is a problem of the field that leads to it."""
+
+    def problems(self, form: Form) -> dict[str, Problem]:
+        found, workspace = super().problems(form), self.page.workspace
+        if found.get("output_dir", ("",))[0] in ("holds_checkpoints", "holds_other_checkpoints", "only_best") and (
+                holder_of(workspace, workspace.inside(typed(form["output_dir"])))):
+            del found["output_dir"]  # they are being written just now; Start names the holder
+        if found or not form.get("resume"):
+            return found
+        if typed(form.get("resume_path")):
+            path = workspace.inside(typed(form["resume_path"]))
+            entry = self.page.checkpoints.look_up(path)
+            if entry and not entry["verified"]:
+                return {"resume_path": ("resume_broken", {"path": workspace.show(path), "reason": reason_of(entry)})}
+            return {}
+        output_dir = workspace.inside(typed(form["output_dir"]))
+        seen = self.page.checkpoints.look(output_dir)
+        if seen.checkpoints and not seen.resume and not seen.verifying:
+            reason = "; ".join(reason_of(entry) for entry in seen.checkpoints if not entry["verified"])
+            return {"output_dir": ("none_valid", {"path": workspace.show(output_dir), "reason": reason})}
+        return {}
+
+
+def reason_of(entry: dict[str, Any]) -> str:
+    """Why a checkpoint cannot be used, without the folder it lies in."""
+    return str(entry["problem"]).replace(f"{Path(entry['path']).parent}/", "").rstrip(".")
+
+
+def create_training_tab(page: Page) -> None:
+    with page.tab("training"), gr.Row():
+        with gr.Column(scale=5, min_width=420):
+            form = TrainingForm(page, "training", "training")
+            preset = page.add(gr.Dropdown, "training.preset", value="", interactive=True, elem_id="training-preset",
+                              choices=[("preset.none", ""), *((f"preset.{name}", name) for name in PRESETS)])
+            with gr.Group():
+                form.row("train_manifests", "val_manifests")
+                form.row("tokenizer")
+                form.row("output_dir")
+            with gr.Group():
+                form.row("learning_rate", "epochs")
+                form.row("batch_size", "grad_accumulation")
+                form.row("num_workers", "amp")
+            with page.accordion("more_settings"), gr.Group():
+                form.row("max_steps", "warmup_steps", "seed")
+                form.row("save_interval", "val_interval")
+                form.row("log_interval", "keep_checkpoints")
+                form.row("config", "base_checkpoint")
+                form.row("grad_checkpointing")
+            pick, told = create_resume_section(page, form)
+            form.command_and_start("training.start")
+            connect_resume(page, form, pick, told)
+            create_settings_file(page, form)
+            page.prose("training.tips", elem_classes=["tips"])
+        with gr.Column(scale=6, min_width=480, elem_classes=["live"]):
+            output_dir = form.inputs["output_dir"]
+            create_job_panel(page, "training", ["training"], output_dir, lambda: create_live_section(page, output_dir))
+    preset.input(lambda name: form.change(preset_values(form, name)), [preset], [*form.inputs.values()], **QUIET)
+
+
+def create_resume_section(page: Page, form: TrainingForm) -> tuple[Any, Any]:
+    """The seed's two controls, the list of valid checkpoints, and what a start would go on from."""
+    with gr.Group():
+        form.input("resume")
+        form.input("resume_path")
+        pick = page.add(gr.Dropdown, "training.pick", interactive=True, elem_id="training-pick", value="",
+                        choices=[("training.pick_auto", "")])
+    return pick, gr.Markdown(elem_id="training-resume-state", elem_classes=["status"])
+
+
+def connect_resume(page: Page, form: TrainingForm, pick: Any, told: Any) -> None:
+    def look(jobs: Sequence[Job], language: str, output_dir: str, resume: bool, resume_path: str) -> list[Any]:
+        try:
+            folder = page.workspace.inside(output_dir)
+        except Refused:
+            return [gr.skip(), ""]
+        job = newest(jobs, ["training"], folder)
+        if job and job.live:  # verifying its checkpoints now would only slow it down
+            return [gr.skip(), say("resume.running", language)]
+        found = page.checkpoints.look(folder)
+        choices = [(say("training.pick_auto", language), ""),
+                   *((pick_label(entry, language), f"{page.workspace.show(folder)}/{entry['names'][0]}")
+                     for entry in found.checkpoints if entry["verified"])]
+        return [gr.update(choices=choices), resume_text(page, folder, found, resume, resume_path, language)]
+
+    def choose(path: str) -> list[Any]:
+        return form.change({"resume": True, "resume_path": path or ""})
+
+    inputs = [form.inputs[name] for name in ("output_dir", "resume", "resume_path")]
+    page.refresh_on += [component.change for component in inputs]
+    page.watch("training", inputs, [pick, told], look)
+    form.check_on.append(told.change)  # a verification has ended
+    pick.input(choose, [pick], [*form.inputs.values()], **QUIET)
+
+
+def loss_of(entry: dict[str, Any]) -> str:
+    return f"{entry['last_val']['loss']:.4f}" if entry["last_val"] else "-"
+
+
+def pick_label(entry: dict[str, Any], language: str) -> str:
+    return say("training.pick_option", language, name=" = ".join(entry["names"]), step=entry["step"],
+               epoch=entry["epoch"], loss=loss_of(entry))
+
+
+def resume_text(page: Page, folder: Path, found: Inspection, resume: bool, resume_path: str, language: str) -> str:
+    """What a start would go on from, or why it could not; what is wrong with a path is said beside its box."""
+    if not resume:
+        return say("resume.off", language)
+    if resume_path.strip():
+        try:
+            path = page.workspace.inside(resume_path, must_exist=True)
+        except Refused:
+            return ""
+        entry = page.checkpoints.look_up(path)
+    elif found.verifying:
+        path, entry = folder, None
+    elif found.resume is None:
+        return "" if found.checkpoints else tell(language, "resume.nothing", path=page.workspace.show(folder))
+    else:
+        path = Path(found.resume)
+        entry = next(entry for entry in found.checkpoints if path.name in entry["names"])
+    if entry is None:
+        return "… " + tell(language, "resume.verifying", names=", ".join(found.verifying) or path.name)
+    if not entry["verified"]:
+        return ""
+    lines = [] if resume_path.strip() else [
+        tell(language, "resume.skipped", path=other["names"][0], reason=reason_of(other))
+        for other in found.checkpoints if not other["verified"]]
+    return "\n\n".join([*lines, tell(language, "resume.will", path=page.workspace.show(path), step=entry["step"],
+                                     epoch=entry["epoch"], loss=loss_of(entry))])
+
+
+def preset_values(form: TrainingForm, name: str) -> Form:
+    """Values for the fields that presets know; those that this one leaves out are emptied."""
+    values = form.cleaned(PRESETS.get(name, {}))
+    return {field: values[field] for field in PRESET_FIELDS}
+
+
+def create_settings_file(page: Page, form: TrainingForm) -> None:
+    """Saving the form as a JSON file of the workspace, and loading one."""
+    with gr.Row(elem_classes=["line"]):
+        path = page.add(gr.Textbox, "training.file", value="training_settings.json", max_lines=1, scale=3,
+                        elem_id="training-file")
+        save = page.button("training.save", scale=2, min_width=120, elem_id="training-save")
+        load = page.button("training.load", scale=2, min_width=120, elem_id="training-load")
+    notice = page.notice()
+
+    def write(name: str, language: str, *given: Any) -> str:
+        try:
+            saved = save_settings(page.workspace, name, form.kind, form.values(given))
+        except Refused as refused:
+            return refusal(refused, language)
+        return "✓ " + tell(language, "training.saved", path=page.workspace.show(saved))
+
+    def read(name: str, language: str) -> list[Any]:
+        try:
+            values = load_settings(page.workspace, name, form.kind, list(form.inputs))
+        except Refused as refused:
+            return [*form.change({}), refusal(refused, language)]
+        return [*form.change(form.cleaned(values)), "✓ " + tell(language, "training.loaded", path=name)]
+
+    save.click(write, [path, page.language, *form.inputs.values()], [notice], **QUIET)
+    load.click(read, [path, page.language], [*form.inputs.values(), notice], **QUIET)
+
+
+def create_live_section(page: Page, output_dir: Any) -> None:
+    """Curves, memory and TensorBoard of the run in the output directory."""
+    plots, key = [], gr.HTML(elem_classes=["keys"], padding=False)
+    for names in (("mel_loss", "text_loss"), ("lr", "tokens_per_second")):
+        with gr.Row():
+            for name in names:
+                plots.append(create_plot(page, PLOTS[name], height=220, min_width=220, elem_id=f"training-{name}"))
+    machine = gr.Markdown(elem_id="training-memory")
+    create_tensorboard(page, output_dir)
+
+    def look(jobs: Sequence[Job], language: str, typed_dir: str) -> list[Any]:
+        try:
+            folder = page.workspace.inside(typed_dir)
+        except Refused:
+            folder = page.workspace.private  # where no run is
+        points, job = page.reader(folder).points(), newest(jobs, ["training"], folder)
+        series = [say(f"series.{kind}", language) for kind in ("train", "val")]
+        drawn = [curves([(step, value, say(f"series.{kind}", language)) for kind in kinds
+                         for step, value in curve(points, kind, name)], series) for name, kinds in CURVES.items()]
+        memory = page.machine.memory(job.pid if job and job.live else None)
+        return [legend(series), *drawn, memory_text(memory, language)]
+
+    page.watch("training", [output_dir], [key, *plots, machine], look)
+
+
+def memory_text(memory: dict[str, Any], language: str) -> str:
+    used = memory["total"] - memory["available"]
+    parts = [say("training.memory", language, used=gigabytes(used), total=gigabytes(memory["total"]))]
+    if memory["process"]:
+        parts.append(say("training.memory_process", language, used=gigabytes(memory["process"])))
+    parts += [say("training.memory_gpu", language, name=plain(gpu["name"]), used=gigabytes(gpu["used"]),
+                  total=gigabytes(gpu["total"]), busy=gpu["busy_percent"]) for gpu in memory["gpus"]]
+    return " · ".join(parts if memory["gpus"] else [*parts, say("training.no_gpu", language)])
+
+
+def gigabytes(size: int | None) -> str:
+    return "?" if size is None else f"{size / 1e9:.1f}"
+
+
+def create_tensorboard(page: Page, output_dir: Any) -> None:
+    """TensorBoard as a job of its own, on this machine's loopback address."""
+    with gr.Row(equal_height=True):
+        start = page.button("training.tensorboard", scale=1, elem_id="training-tensorboard")
+        stop = page.button("training.tensorboard_stop", scale=1, visible=False, elem_id="training-tensorboard-stop")
+    link = gr.Markdown(elem_id="training-tensorboard-link")
+    notice = page.notice()
+
+    def running(jobs: Sequence[Job], typed_dir: str) -> Job | None:
+        folder = page.workspace.inside(typed_dir)
+        return next((job for job in jobs if job.kind == "tensorboard" and job.live and str(folder) in job.argv), None)
+
+    def begin(typed_dir: str, language: str) -> str:
+        try:
+            folder = page.workspace.inside(typed_dir)
+            if not (folder / "logs").is_dir():
+                return say("training.tensorboard_no_logs", language)
+            if running(page.jobs(), typed_dir) is None:
+                start_job(page.workspace, "tensorboard", f"tensorboard {page.workspace.show(folder)}",
+                          command_for("tensorboard", {"logdir": str(folder)}, page.workspace))
+        except Refused as refused:
+            return refusal(refused, language)
+        return ""
+
+    def end(typed_dir: str) -> None:
+        job = running(page.jobs(), typed_dir)
+        if job:
+            stop_job(job)
+
+    def look(jobs: Sequence[Job], language: str, typed_dir: str) -> list[Any]:
+        try:
+            job = running(jobs, typed_dir)
+        except Refused:
+            job = None
+        if job is None:
+            return [gr.update(visible=True), gr.update(visible=False), ""]
+        url = tensorboard_url(job.log)
+        if url is None:
+            return [gr.update(visible=False), gr.update(visible=True), say("training.tensorboard_starts", language)]
+        port = urlsplit(url).port
+        text = say("training.tensorboard_at", language, url=url,
+                   tunnel=f"`ssh -L {port}:127.0.0.1:{port} USER@HOST`")
+        return [gr.update(visible=False), gr.update(visible=True), text]
+
+    page.watch("training", [output_dir], [start, stop, link], look)
+    page.refresh_after += [start.click(begin, [output_dir, page.language], [notice], **QUIET),
+                           stop.click(end, [output_dir], None, **QUIET)]
