@@ -40,6 +40,9 @@ F13  every checkpoint is complete
 F14  no step crosses an epoch
      test_resume_exactly.py::test_every_epoch_sees_every_sample_once_and_no_step_crosses_an_epoch
      test_sample_order.py::test_no_step_crosses_an_epoch_and_its_last_step_takes_what_is_left
+F15  a child of the page that logs 100 MB never stalls
+     test_webui_backend.py::test_a_child_that_logs_100_mb_does_not_stall_and_its_tail_is_read_in_little_memory
+     test_webui_browser.py::test_a_child_that_logs_100_mb_swells_neither_page_nor_server
 F16  a sample's loss is that of the sample alone, whatever its neighbours
      test_model.py::test_a_samples_losses_equal_the_plain_description_whatever_its_batch_neighbours
 F17  frozen embedding rows stay as they are
@@ -75,6 +78,13 @@ C7   NaN after tokens were added (transformers#14416)
 C8   a SIGTERM handler that only the step boundary looked at (goodfire-ai/spd#677)
      test_soak.py::test_kills_signals_and_damage_leave_no_trace
      test_signals.py::test_a_signal_during_data_preparation_is_noticed_there
+C9   progress is lost when the page is reloaded (text-generation-webui#3360)
+     test_webui_browser.py::test_a_run_is_found_after_a_reload_in_another_browser_and_after_the_server_was_killed
+C10  a Stop button that sticks, a Resume button that vanishes (kohya_ss#2749, unsloth#8150)
+     test_webui_backend.py::test_a_program_that_does_not_react_to_stop_can_be_killed_with_its_children
+     test_webui_browser.py::test_a_newcomer_starts_stops_resumes_and_finishes_a_run
+C11  share links without authentication (stable-diffusion-webui#2571)
+     test_webui_browser.py::test_a_public_page_asks_for_a_password_that_it_made_printed_and_kept
 
 Found by the soak:
 

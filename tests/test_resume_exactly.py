@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, data_args, load_checkpoint, metrics_of, resumable_state, run_trainer
+from conftest import ROOT, data_args, load_checkpoint, metrics_of, resumable_state, run_trainer, trainer
 
 FACTORS = {
     "moment": ("mid_epoch", "epoch_end", "after_save", "validation"),
@@ -120,3 +120,17 @@ def test_a_planned_stop_at_max_steps_goes_on_when_the_limit_is_raised(tiny, tmp_
     assert "[Info] lr at step 15: " in resumed.stdout
     again = run_trainer(*args, "--resume", "auto", "--max-steps", 40)
     assert "Training is complete" in again.stdout and "[Train]" not in again.stdout
+
+
+def test_a_changed_global_batch_goes_on_at_the_very_next_sample(tiny, tmp_path):
+    def args(batch_size: int, accumulation: int) -> list[str]:
+        return [*run_args(tiny, tmp_path / "out", accumulation, 0, "fp32"), "--batch-size", str(batch_size), "--resume",
+                "auto"]
+
+    samples = tmp_path / "samples"
+    assert run_stopping(samples, args(4, 2), "after_save", 3, "SIGTERM") == 143
+    assert run_stopping(samples, args(4, 3)) == 0
+    order = trainer.epoch_sample_order(41, 1234, 0).tolist()
+    steps = samples_by_step(samples)
+    assert [steps[step] for step in range(1, 6)] == [order[:8], order[8:16], order[16:24], order[24:36], order[36:]]
+    assert [len(steps[step]) for step in range(6, 10)] == [12, 12, 12, 5] and max(steps) == 9
