@@ -248,8 +248,8 @@ class Page:
               trigger_mode="always_last", **QUIET)
 
     def turn_to(self, tab: str) -> Callable[[str, dict[str, Any]], list[Any]]:
-        """A handler that notes the open tab, for the next visit too; but not the tab that a new page begins with."""
-        return lambda opened, view: [tab, {**view, "tab": tab} if opened else gr.skip()]
+        """A handler that notes the open tab, for the next visit too; but not the tab that every page begins with."""
+        return lambda opened, view: [tab, {**view, "tab": tab} if opened or tab != pipeline.STEPS[0] else gr.skip()]
 
     def open(self, view: dict[str, Any]) -> list[Any]:
         """Language and tab as this browser left them."""

@@ -86,3 +86,8 @@ def create_job_panel(page: Page, tab: str, kinds: Sequence[str], output_dir: Any
 
     page.watch(tab, [output_dir] if output_dir else [], [shown, status, bar, stop, log], look)
     page.refresh_after.append(stop.click(stop_shown, [shown], None, **QUIET))
+
+
+def reason_of(entry: dict[str, Any]) -> str:
+    """Why a checkpoint cannot be used, without the folder it lies in."""
+    return str(entry["problem"]).replace(f"{Path(entry['path']).parent}/", "").rstrip(".")

@@ -14,7 +14,7 @@ from webui.dataset import EXAMPLE, SHOWN_FAULTS, read_dataset
 from webui.forms import FormSection
 from webui.jobs import Job, delete_checkpoint
 from webui.page import QUIET, Page, plain, refusal, tell
-from webui.panels import create_job_panel, create_plot, curves, legend, newest
+from webui.panels import create_job_panel, create_plot, curves, legend, newest, reason_of
 from webui.readers import curve
 from webui.texts import say
 from webui.workspace import Refused, take_upload
@@ -181,6 +181,7 @@ def create_checkpoints_tab(page: Page) -> tuple[Any, Any, Any]:
     with page.tab("checkpoints"):
         state = gr.Markdown(elem_id="checkpoints-state")
         table = page.add(gr.Dataframe, "checkpoints.table", interactive=False, max_height=420, wrap=True,
+                         column_widths=["12%", "24%", "7%", "7%", "10%", "10%", "8%", "22%"],
                          elem_id="checkpoints-table")
         with gr.Row(elem_classes=["line"]):
             chosen = page.add(gr.Textbox, "checkpoints.chosen", max_lines=1, scale=4, elem_id="checkpoints-chosen")
@@ -222,7 +223,7 @@ def checkpoint_row(run: str, entry: dict[str, Any], language: str) -> list[str]:
     """A line of the table: run, names, step, epoch, validation loss, best loss, size, verified or what is wrong."""
     size = f"{megabytes(entry['bytes'])} MB" if entry.get("bytes") is not None else ""
     if not entry["verified"]:
-        return [run, " = ".join(entry["names"]), "", "", "", "", size, f"✗ {entry['problem']}"]
+        return [run, " = ".join(entry["names"]), "", "", "", "", size, f"✗ {reason_of(entry)}"]
     losses = [f"{value['loss']:.4f}" if value else "" for value in (entry["last_val"], entry["best"])]
     return [run, " = ".join(entry["names"]), str(entry["step"]), str(entry["epoch"]), *losses, size,
             f"✓ {say('state.verified', language)}"]
@@ -293,9 +294,10 @@ def create_listen_tab(page: Page) -> None:
                             [["codec", "tokenizer"], ["temperature", "top_k", "top_p"], ["seed", "greedy"]],
                             start="listen.start")
             with gr.Column(elem_classes=["live"]):
-                audio = page.add(gr.Audio, "listen.audio", interactive=False, type="filepath", elem_id="listen-audio")
+                audio = page.add(gr.Audio, "listen.audio", interactive=False, type="filepath", buttons=["download"],
+                                 elem_id="listen-audio")
                 picture = page.add(gr.Image, "listen.picture", interactive=False, type="filepath", format="png",
-                                   elem_id="listen-picture")
+                                   buttons=["download", "fullscreen"], elem_id="listen-picture")
                 create_job_panel(page, "listen", ["synthesize"])
 
     def look(jobs: Sequence[Job], language: str) -> list[Any]:

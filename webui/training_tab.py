@@ -13,7 +13,7 @@ from webui.commands import PRESETS, Form, Problem, command_for, typed
 from webui.forms import FormSection
 from webui.jobs import Job, holder_of, start_job, stop_job
 from webui.page import QUIET, Page, plain, refusal, tell
-from webui.panels import create_job_panel, create_plot, curves, legend, newest
+from webui.panels import create_job_panel, create_plot, curves, legend, newest, reason_of
 from webui.readers import Inspection, curve, tensorboard_url
 from webui.texts import say
 from webui.workspace import Refused, load_settings, save_settings
@@ -47,11 +47,6 @@ class TrainingForm(FormSection):
             reason = "; ".join(reason_of(entry) for entry in seen.checkpoints if not entry["verified"])
             return {"output_dir": ("none_valid", {"path": workspace.show(output_dir), "reason": reason})}
         return {}
-
-
-def reason_of(entry: dict[str, Any]) -> str:
-    """Why a checkpoint cannot be used, without the folder it lies in."""
-    return str(entry["problem"]).replace(f"{Path(entry['path']).parent}/", "").rstrip(".")
 
 
 def create_training_tab(page: Page) -> None:
@@ -206,11 +201,11 @@ def create_live_section(page: Page, output_dir: Any) -> None:
         except Refused:
             folder = page.workspace.private  # where no run is
         points, job = page.reader(folder).points(), newest(jobs, ["training"], folder)
-        series = [say(f"series.{kind}", language) for kind in ("train", "val")]
-        drawn = [curves([(step, value, say(f"series.{kind}", language)) for kind in kinds
-                         for step, value in curve(points, kind, name)], series) for name, kinds in CURVES.items()]
+        series = {kind: say(f"series.{kind}", language) for kind in ("train", "val")}
+        drawn = [curves([(step, value, kind) for kind in kinds for step, value in curve(points, kind, name)],
+                        list(series)) for name, kinds in CURVES.items()]
         memory = page.machine.memory(job.pid if job and job.live else None)
-        return [legend(series), *drawn, memory_text(memory, language)]
+        return [legend(list(series.values())), *drawn, memory_text(memory, language)]
 
     page.watch("training", [output_dir], [key, *plots, machine], look)
 
