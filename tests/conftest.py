@@ -142,7 +142,7 @@ def metrics_of(output_dir: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k not in clock} for line in lines]
 
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOP_SIGNALS = trainer.STOP_SIGNALS
 
 
 def call_trainer(*args: object, status: int = 0) -> str:

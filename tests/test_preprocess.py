@@ -26,6 +26,7 @@ from test_signals import children_of, is_alive, needs_proc
 
 from tools import build_pairs, preprocess, train_tokenizer
 from tools._common import ToolError
+from tools.amharic_text import letters_of
 from tools.speech_codec import SpeechCodec, load_recording
 
 CODEC = ROOT / "processed_data" / "speech_codec.pt"
@@ -590,7 +591,7 @@ def test_missing_and_unfit_inputs_are_named(clips: Path, tmp_path: Path, flags: 
 
 
 def split_of(rows: Sequence[dict[str, Any]], speakers: Sequence[str] = (), share: float = 0.1) -> list[str]:
-    keys = [preprocess.sentence_key(row["text"]) for row in rows]
+    keys = [letters_of(row["text"]) for row in rows]
     return preprocess.split_rows(rows, keys, speakers, share, 1234)
 
 

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import pytest
-from conftest import ROOT, STOP_SIGNALS, call_trainer, data_args, load_checkpoint, trainer
+from conftest import ROOT, call_trainer, data_args, load_checkpoint, trainer
+from test_signals import default_signals, read_until
 
 SCRIPTS = ROOT / "scripts"
 LOOP = SCRIPTS / "train_until_done.sh"
@@ -76,12 +77,6 @@ sys.exit(do["status"])
 """
 
 
-def default_signals() -> None:
-    """In the child: as started from a user's shell, whatever this process ignores."""
-    for signum in STOP_SIGNALS:
-        signal.signal(signum, signal.SIG_DFL)
-
-
 def environment(**changes: str) -> dict[str, str]:
     """This Python first in PATH, no pause before restarts."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -134,17 +129,6 @@ def run_script(script: Path, *args: object, status: int, **options: Any) -> str:
         output = process.communicate(timeout=180)[0]
     assert process.returncode == status, f"exit {process.returncode}\n{output}"
     return output
-
-
-def read_until(process: subprocess.Popen[str], pattern: str) -> str:
-    """Reads up to the first line in which the pattern is found."""
-    assert process.stdout is not None
-    read = ""
-    for line in process.stdout:
-        read += line
-        if re.search(pattern, line):
-            return read
-    raise AssertionError(f"it ended before it printed {pattern!r}:\n{read}")
 
 
 def step_of(output_dir: Path) -> int:

@@ -40,6 +40,27 @@ from webui.workspace import (
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="jobs are found through /proc")
 
 
+def field_names(kind: str) -> list[str]:
+    """The names of a form's fields; "training" has resume (bool) and resume_path (str) among them."""
+    return [field.name for field in commands.PROGRAMS[kind].fields] + ["resume"] * (kind == "training")
+
+
+def read_runs(output_dir: Path) -> list[readers.Point]:
+    """All points of all runs in an output directory, oldest first, at once."""
+    reader = readers.MetricsReader(output_dir)
+    points, before = reader.points(), -1
+    while sum(file.offset for file in reader.files.values()) > before:
+        before = sum(file.offset for file in reader.files.values())
+        points = reader.points()
+    return points
+
+
+def verified(table: readers.CheckpointTable, directory: Path) -> readers.Inspection:
+    """What the table says once nothing is being verified any more."""
+    wait_for(lambda: not table.look(directory).verifying)
+    return table.look(directory)
+
+
 @pytest.fixture
 def workspace(tmp_path: Path) -> Workspace:
     return Workspace.open(tmp_path / "workspace")
@@ -349,7 +370,7 @@ def test_stop_saves_says_at_which_step_and_the_same_form_with_resume_goes_on(tra
     step = trainer.read_checkpoint(out / "latest.pth")["step"]
     assert step > 20 and job.message() == ("job_stopped_at_step", {"step": step}) and job.status == 143
     assert "Successfully resumed" in jobs.read_tail(job.log, max_lines=10**6, max_bytes=10**8)
-    assert [point["step"] for point in readers.read_runs(out) if point["kind"] == "train"] == list(range(1, step + 1))
+    assert [point["step"] for point in read_runs(out) if point["kind"] == "train"] == list(range(1, step + 1))
     # The last run's file goes with the next start; what this job did is known from its own folder.
     (out / "last_exit.json").unlink()
     assert jobs.load_job(workspace, job.id).message() == ("job_stopped_at_step", {"step": step})
@@ -378,7 +399,7 @@ def test_checkpoints_are_verified_once_in_the_background_and_a_damaged_one_is_na
     assert table.look(tmp_path / "nothing") == readers.Inspection()
     first = table.look(out)
     assert first.checkpoints == [] and set(first.verifying) >= {"model_step10.pth", "model_step5.pth"}
-    known = table.wait(out, 60)
+    known = verified(table, out)
     assert known.resume == str(out / "latest.pth") and known.verifying == []
     assert all(entry["verified"] and entry["step"] in (5, 10) for entry in known.checkpoints)
     assert table.look(out) == known and not table.running
@@ -387,7 +408,7 @@ def test_checkpoints_are_verified_once_in_the_background_and_a_damaged_one_is_na
         content[len(content) // 2] ^= 0xFF
         (out / name).write_bytes(content)
     assert "model_step5.pth" not in table.look(out).verifying
-    damaged = table.wait(out, 60)
+    damaged = verified(table, out)
     assert damaged.resume == str(out / "model_step5.pth")
     broken = [entry for entry in damaged.checkpoints if not entry["verified"]]
     assert broken and all("model_step10" in entry["problem"] or "latest" in entry["problem"] for entry in broken)
@@ -399,7 +420,7 @@ def test_an_inspection_that_fails_says_why_and_is_not_repeated(tmp_path: Path, m
     (tmp_path / "latest.pth").write_bytes(b"x")
     monkeypatch.setattr(readers, "ROOT", tmp_path)  # where there is no such tool
     table = readers.CheckpointTable()
-    found = table.wait(tmp_path, 60)
+    found = verified(table, tmp_path)
     assert found.verifying == [] and found.resume is None and table.running is None
     (entry,) = found.checkpoints
     assert not entry["verified"] and "inspect_checkpoint" in entry["problem"] and entry["bytes"] == 1
@@ -506,7 +527,7 @@ def test_the_trainer_accepts_the_command_line_of_the_training_form(workspace: Wo
     ({"learning_rate": 2e-5, "batch_size": 8.0, "epochs": "10"},
      ["--learning-rate", "2e-05", "--batch-size", "8", "--epochs", "10"]),
     ({"num_workers": 0}, ["--num-workers", "0"]),
-    *(({**dict.fromkeys(commands.field_names("training"), empty), "resume": False}, []) for empty in ("", " ", None)),
+    *(({**dict.fromkeys(field_names("training"), empty), "resume": False}, []) for empty in ("", " ", None)),
     ({"train_manifests": [], "val_manifests": ["", " "]}, []),
 ])
 def test_an_empty_field_emits_no_flag_and_resume_without_a_path_is_auto(form: dict[str, Any], flags: list[str]):
@@ -518,7 +539,7 @@ def test_an_empty_field_emits_no_flag_and_resume_without_a_path_is_auto(form: di
 @pytest.mark.parametrize("name", sorted(commands.PRESETS))
 def test_presets_are_values_that_the_form_and_the_trainer_accept(name: str, workspace: Workspace):
     form = commands.PRESETS[name]
-    assert set(form) <= set(commands.field_names("training"))
+    assert set(form) <= set(field_names("training"))
     assert commands.problems("training", {**form, "output_dir": "out"}, workspace) == {}
     settings = trainer.TrainConfig(**trainer.parse_args(commands.training_command(form)[2:]))
     assert trainer.config_problems(settings) == []
@@ -712,7 +733,7 @@ def test_metrics_are_read_on_and_a_torn_last_line_waits_for_its_rest(metrics: Pa
         assert steps(reader) == [1, 2] == steps(reader)
         file.write(line[9:])
         assert steps(reader) == [1, 2, 3]
-        assert reader.points() == readers.read_runs(metrics.parents[2])
+        assert reader.points() == read_runs(metrics.parents[2])
     assert {point["run"] for point in reader.points()} == {"run_20260101_000000"}
 
 
@@ -727,7 +748,7 @@ def test_a_resume_that_cut_the_file_takes_its_points_back(metrics: Path, rest: l
     target = metrics.with_name("partial") if replaced else metrics
     target.write_bytes(content)
     target.replace(metrics)
-    assert steps(reader) == [1, 2, 3, 4, *rest] and reader.points() == readers.read_runs(metrics.parents[2])
+    assert steps(reader) == [1, 2, 3, 4, *rest] and reader.points() == read_runs(metrics.parents[2])
     shutil.rmtree(metrics.parents[1])
     assert steps(reader) == []
 
@@ -740,7 +761,7 @@ def test_a_long_history_is_read_in_bounded_portions_and_thinned_but_keeps_every_
                                  for step in range(1, 1001)))
     reader = readers.MetricsReader(metrics.parents[2])
     assert 0 < len(reader.points()) < 20
-    points = readers.read_runs(metrics.parents[2])
+    points = read_runs(metrics.parents[2])
     assert [point["step"] for point in points if point["kind"] == "val"] == list(range(50, 1001, 50))
     train = [point["step"] for point in points if point["kind"] == "train"]
     assert train[0] == 1 and 990 <= train[-1] <= 1000 and 50 <= len(train) <= 201 and train == sorted(train)

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from tools._common import Progress, ToolError, atomic_path, info, sha256_of, warn, writing_to
 from tools.speech_codec import SpeechCodec, load_recording, unreadable
+from trainers.train_gpt_v2 import available_cores
 
 SOUND_SUFFIXES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64"}
 LONGEST_FILE = 600  # seconds; beyond, a file is not even read
@@ -269,11 +270,6 @@ class FeatureCache:
 def chunk_size(pending: int, jobs: int) -> int:
     """Recordings per chunk: small enough to deal the work evenly, and to lose little to a kill."""
     return max(4, min(LARGEST_CHUNK, pending // (8 * jobs)))
-
-
-def available_cores() -> int:
-    """Those that this process may use: a SLURM job has fewer than the machine."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def fill_cache(cache: FeatureCache, clips: Sequence[Clip], audio_dir: Path, jobs: int) -> dict[Clip, tuple[str, str]]:

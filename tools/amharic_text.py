@@ -111,6 +111,11 @@ def fold_homophones(text: str) -> str:
     return text.translate(ONE_SPELLING).translate(FIRST_ORDERS)
 
 
+def letters_of(text: str) -> str:
+    """What of a text can be heard: letters, one spelling per sound, no spaces, no punctuation."""
+    return fold_homophones("".join(c for c in normalise(text) if c not in PUNCTUATION and c != " "))
+
+
 def is_speakable(text: str) -> bool:
     """True when every character is a space or an Ethiopic letter that the demo's voice knows."""
     return bool(text) and all(c == " " or ("\u1200" <= c <= "\u135a" and c not in UNSPOKEN_LETTERS) for c in text)

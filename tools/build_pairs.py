@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from tools._common import Progress, ToolError, info, make_parser, read_jsonl, run_program, warn, write_jsonl, writing_to
-from tools.preprocess import sentence_key
+from tools.amharic_text import letters_of
 
 FIRST_COMMAND = "python -m tools.build_pairs --data-dir build/arrays"
 UTTERANCE_KEYS = ["id", "speaker", "split", "text", "duration", "text_ids_start", "text_len", "codes_start", "code_len"]
@@ -68,7 +68,7 @@ def with_keys(utterances: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows, each with its sentence in a form to compare."""
     progress, rows = Progress("sentences", len(utterances)), []
     for done, row in enumerate(utterances, 1):
-        rows.append(row if "key" in row else row | {"key": sentence_key(row["text"])})
+        rows.append(row if "key" in row else row | {"key": letters_of(row["text"])})
         progress.update(done)
     return rows
 

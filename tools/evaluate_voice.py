@@ -48,10 +48,11 @@ from tools._common import (
     run_program,
     sha256_of,
     write_text,
+    writing_to,
 )
-from tools.amharic_text import PUNCTUATION, fold_homophones, normalise
+from tools.amharic_text import PUNCTUATION, letters_of
 from tools.speech_codec import SpeechCodec, cosine_basis, load_recording
-from tools.synthesize import Synthesizer, add_sampling_arguments, sampling_of, speak_into, writing
+from tools.synthesize import Synthesizer, add_sampling_arguments, sampling_of, speak_into
 from trainers.train_gpt_v2 import use_glibc_heap
 
 FIRST_COMMAND = ("python -m tools.evaluate_voice --checkpoint demo_output/training/best.pth "
@@ -64,11 +65,6 @@ CEPSTRA = 13
 
 
 # Letters
-
-
-def letters_of(text: str) -> str:
-    """What of a text can be heard: letters, one for each sound."""
-    return fold_homophones("".join(c for c in normalise(text) if c not in PUNCTUATION and c != " "))
 
 
 def edit_distance(heard: str, said: str) -> int:
@@ -179,7 +175,7 @@ def save_recogniser(path: Path, state: dict[str, Any]) -> None:
     """Raises: ToolError when the disk refuses."""
     buffer = io.BytesIO()
     torch.save({key: value for key, value in state.items() if key != "optimizer" or not state["complete"]}, buffer)
-    with writing(path.parent), atomic_path(path) as temporary:
+    with writing_to(path.parent), atomic_path(path) as temporary:
         temporary.write_bytes(buffer.getbuffer())
 
 
@@ -475,7 +471,7 @@ def main(argv: Sequence[str] | None = None) -> None:
          "have no word of the training texts")
     print(table(result), flush=True)
     if args.json:
-        with writing(args.json.parent):
+        with writing_to(args.json.parent):
             write_text(args.json, json.dumps(result, ensure_ascii=False, indent=1) + "\n")
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -17,11 +16,6 @@ from tools._common import ToolError, atomic_path, info, make_parser, run_program
 from trainers.train_gpt_v2 import CARRIED_PREFIXES, ResumeError, read_checkpoint
 
 FIRST_COMMAND = "python -m tools.export_checkpoint training_output/best.pth --output gpt_amharic.pth"
-
-
-def exported(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """What IndexTTS2 reads of a verified checkpoint."""
-    return {"model": dict(checkpoint["model"])}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -33,16 +27,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         checkpoint = read_checkpoint(args.checkpoint)
     except ResumeError as error:
         raise ToolError(str(error)) from error
+    tensors = checkpoint["model"]
     if args.output.exists() and args.output.samefile(args.checkpoint):
         raise ToolError(f"--output {args.output}: that is the checkpoint itself. Choose another name")
     try:
         with writing_to(args.output), atomic_path(args.output) as temporary, temporary.open("wb") as handle:
-            torch.save(exported(checkpoint), handle)
+            torch.save({"model": tensors}, handle)
     except RuntimeError as error:  # PyTorch's own for a full disk
         raise ToolError(f"{args.output}: could not be written ({error}). Free some disk space") from error
-    names = checkpoint["model"]
-    info(f"{args.output}: step {checkpoint['step']}, {len(names)} tensors, {args.output.stat().st_size / 1e6:.1f} MB")
-    if not any(name.startswith(CARRIED_PREFIXES) for name in names):
+    info(f"{args.output}: step {checkpoint['step']}, {len(tensors)} tensors, {args.output.stat().st_size / 1e6:.1f} MB")
+    if not any(name.startswith(CARRIED_PREFIXES) for name in tensors):
         info("No conditioning modules in it: the run started from scratch, so IndexTTS2 cannot use this file")
 
 

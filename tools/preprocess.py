@@ -74,7 +74,7 @@ from tools._features import (
     find_clip,
     load_features,
 )
-from tools.amharic_text import PUNCTUATION, fold_homophones, normalise
+from tools.amharic_text import letters_of, normalise
 from tools.train_tokenizer import load_tokenizer
 from trainers.train_gpt_v2 import ModelConfig, UserError, lock_output_dir, model_config_from, use_glibc_heap
 
@@ -103,11 +103,6 @@ def text_ids_of(text: str, tokenizer: sentencepiece.SentencePieceProcessor, plac
         raise ToolError(f"{place}: the tokenizer has no piece for {' '.join(unknown)!r}. Spell it in "
                         "Ethiopic letters, or train the tokenizer on these transcripts")
     return ids
-
-
-def sentence_key(text: str) -> str:
-    """Equal for transcripts that sound alike: one spelling per sound, no spaces, no punctuation."""
-    return "".join(c for c in fold_homophones(normalise(text)) if c not in PUNCTUATION and c != " ")
 
 
 def share_of(name: str) -> float:
@@ -249,7 +244,7 @@ def plan_items(rows: Sequence[dict[str, Any]], recordings: Path, model: ModelCon
         progress.update(number)
     if not items:
         raise ToolError(f"{recordings}: no row can be used. {say_skipped(skipped)[0]}")
-    keys = [sentence_key(item.text) for item in items]
+    keys = [letters_of(item.text) for item in items]
     splits = split_rows([item.row for item in items], keys, args.val_speakers, args.val_share, args.seed)
     for item, split in zip(items, splits, strict=True):
         item.split = split

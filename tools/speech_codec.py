@@ -331,8 +331,10 @@ def load_recording(path: Path, sample_rate: int) -> Tensor:
 
 def write_wav(path: Path, waveform: Tensor, sample_rate: int) -> None:
     """Mono 16-bit WAV of a waveform within -1 to 1."""
+    buffer = io.BytesIO()  # so that a full disk is an OSError, as everywhere, and none of libsndfile's own
+    soundfile.write(buffer, waveform.numpy(), sample_rate, subtype="PCM_16", format="WAV")
     with atomic_path(path) as temporary:
-        soundfile.write(temporary, waveform.numpy(), sample_rate, subtype="PCM_16")
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def load_mels(codec: SpeechCodec, paths: Sequence[Path]) -> list[Tensor]:

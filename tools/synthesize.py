@@ -13,8 +13,6 @@ like depends on checkpoint, text, prompt, settings and seed, never on the lines 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import errno
 import hashlib
 import json
 import math
@@ -28,7 +26,6 @@ from typing import Any
 
 import numpy as np
 import sentencepiece
-import soundfile
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
@@ -316,16 +313,6 @@ class Synthesizer:
 # Files
 
 
-@contextlib.contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """writing_to, for sound files too: libsndfile's errors are of a kind of their own."""
-    with writing_to(folder):
-        try:
-            yield
-        except soundfile.LibsndfileError as error:
-            raise OSError(errno.EIO, str(error).rstrip("."), str(folder)) from error
-
-
 def mel_image(mels: Sequence[tuple[str, Tensor]]) -> Image.Image:
     """Log-mels [frames, n_mels] under each other, low frequencies at the bottom, each with its title."""
     loudest = max(float(mel.max()) for _, mel in mels)
@@ -356,7 +343,7 @@ def speed(waveform_seconds: float, seconds: float) -> str:
 def write_sound(synthesizer: Synthesizer, waveform: Tensor, path: Path) -> Path:
     """The WAV and, beside it, the picture, whose path is returned. Raises: ToolError."""
     picture = path.with_suffix(".png")
-    with writing(path.parent):
+    with writing_to(path.parent):
         mel_picture([("synthesis", synthesizer.codec.log_mel(waveform))], picture)
         write_wav(path, waveform, synthesizer.codec.config.sample_rate)
     return picture
@@ -431,7 +418,7 @@ def speak_into(folder: Path, synthesizer: Synthesizer, lines: dict[str, Line], s
         rows[name] = {"name": name, "text": lines[name].text, "codes": len(spoken.codes), "stopped": spoken.stopped,
                       "seconds": round(seconds, 3), "made_with": wanted[name]}
         if done % LINES_AT_ONCE == 0 or done == len(missing):
-            with writing(folder):
+            with writing_to(folder):
                 write_jsonl(listing, [rows[name] for name in lines if name in rows])
         progress.update(done)
     if missing:
@@ -499,7 +486,7 @@ def speak_checkpoint(synthesizer: Synthesizer, lines: Sequence[Line], folder: Pa
     sounds = [waveform for _, waveform in synthesizer.speak(lines, sampling)]
     seconds = time.perf_counter() - started
     threading.excepthook = ignore_os_errors  # the writer's thread; flush reports what it met
-    with writing(folder):
+    with writing_to(folder):
         # What was shown for this step and later ones is out of date: the run has gone back.
         writer = SummaryWriter(str(folder), purge_step=step)
         for number, (line, waveform) in enumerate(zip(lines, sounds, strict=True), 1):

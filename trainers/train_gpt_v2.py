@@ -98,10 +98,6 @@ class ResumeError(UserError):
     """A checkpoint that cannot be resumed from."""
 
 
-class LostContact(UserError):
-    """Another process of a torchrun is gone."""
-
-
 class SaidByRank0(Exception):
     """This rank of a torchrun ends because of a fault that rank 0 reports."""
 
@@ -214,6 +210,11 @@ def config_problems(config: TrainConfig) -> list[str]:
     if config.accept_changed_data and not config.resume:
         problems.append("--accept-changed-data goes with --resume")
     return problems
+
+
+def available_cores() -> int:
+    """Those that this process may use: a SLURM job has fewer than the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def auto_hardware(device_type: str, memory_gib: float, cpu_count: int) -> tuple[int, int]:
@@ -2430,8 +2431,7 @@ def resolve_config(typed: dict[str, Any], checkpoint: dict[str, Any] | None, dev
         raise UserError("; ".join(problems))
     is_cuda = device.type == "cuda"
     memory = torch.cuda.get_device_properties(device).total_memory / 2**30 if is_cuda else 0.0
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    hardware_batch_size, workers = auto_hardware(device.type, memory, max(1, cpus // world.local_size))
+    hardware_batch_size, workers = auto_hardware(device.type, memory, max(1, available_cores() // world.local_size))
     here = environment(device, world.size)
     same_device = bool(checkpoint) and checkpoint["environment"]["device"] == here["device"]  # type: ignore[index]
     split = (saved["batch_size"], saved["grad_accumulation"],
@@ -2745,8 +2745,7 @@ def prepare(typed: dict[str, Any], found: Found | None, output_dir: Path, stop: 
               train_data, val_data, TrainState(base_vocab=base_vocab), console, stop, workers, world,
               nonfinite=torch.zeros(3, device=device))
     for data in datasets:
-        for line in data.note_bad_rows(data.bad_rows_at_start):
-            console.say(f"[Warn] {line}")
+        say_bad_rows(run, data, data.bad_rows_at_start)
     if found and config.eval_only:
         restore_weights_only(run, found)
     elif found:
@@ -2868,7 +2867,7 @@ class Ending:
 
 @contextlib.contextmanager
 def recorded(ending: Ending, stop: StopSignal) -> Iterator[None]:
-    """Writes last_exit.json. Raises: UserError, Stopped, LostContact, or whatever a bug raises."""
+    """Writes last_exit.json. Raises: UserError, Stopped, SaidByRank0, or whatever a bug raises."""
     try:
         yield
         ending.write("finished", 0)
@@ -2894,8 +2893,8 @@ def recorded(ending: Ending, stop: StopSignal) -> Iterator[None]:
         if ending.world.rank > 0:
             raise SaidByRank0 from error
         ending.write("crash", 1)
-        raise LostContact(f"another process of this run is gone ({first_line(error)}). The same command with --resume "
-                          "auto goes on from the newest checkpoint") from error
+        raise UserError(f"another process of this run is gone ({first_line(error)}). The same command with --resume "
+                        "auto goes on from the newest checkpoint") from error
     except BaseException:
         ending.write("crash", 1)
         raise

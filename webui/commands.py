@@ -169,11 +169,6 @@ PRESETS: dict[str, Form] = {
 # Command lines
 
 
-def field_names(kind: str) -> list[str]:
-    """The names of a form's fields; "training" has resume (bool) and resume_path (str) among them."""
-    return [field.name for field in PROGRAMS[kind].fields] + ["resume"] * (kind == "training")
-
-
 def command(kind: str, form: Form) -> list[str]:
     """The argv list for a form whose paths are taken as they are. Pure."""
     return training_command(form) if kind == "training" else command_of(PROGRAMS[kind], form)

@@ -103,16 +103,6 @@ class MetricsReader:
             return [point for file in self.files.values() for point in file.points]
 
 
-def read_runs(output_dir: Path) -> list[Point]:
-    """All points of all runs in an output directory, oldest first, at once."""
-    reader = MetricsReader(output_dir)
-    points, before = reader.points(), -1
-    while sum(file.offset for file in reader.files.values()) > before:
-        before = sum(file.offset for file in reader.files.values())
-        points = reader.points()
-    return points
-
-
 def curve(points: Sequence[Point], kind: str, name: str, limit: int = 500) -> list[tuple[int, float]]:
     """(step, value) of one metric, finite values only, sampled to at most `limit`."""
     values = [(point["step"], point.get(name)) for point in points if point["kind"] == kind]
@@ -290,15 +280,6 @@ class CheckpointTable:
         """The entry of one file, by any of its names; None while it is being verified, or when it is not there."""
         found = self.look_at(path.parent, sorted({*checkpoint_names(path.parent), path}))
         return next((entry for entry in found.checkpoints if path.name in entry["names"]), None)
-
-    def wait(self, directory: Path, seconds: float) -> Inspection:
-        """look() until nothing is being verified any more, or time is up."""
-        deadline = time.monotonic() + seconds
-        found = self.look(directory)
-        while found.verifying and time.monotonic() < deadline:
-            time.sleep(0.1)
-            found = self.look(directory)
-        return found
 
     def look_at(self, directory: Path, paths: Sequence[Path]) -> Inspection:
         with self.lock:
