@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import playwright.sync_api
 import pytest
 import soundfile
 from conftest import ROOT, TOKENIZER, call_trainer, data_args, make_dataset
@@ -98,10 +99,8 @@ def browser() -> Iterator[Any]:
     if chromium is None:
         message = "no Chromium; as root: apt-get install chromium fonts-noto-core"
         pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--headless", "--no-sandbox"])
+    with playwright.sync_api.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, args=["--headless", "--no-sandbox"])
         yield browser
         browser.close()
 
@@ -181,7 +180,12 @@ class Visitor:
     def sees(self, selector: str, text: str) -> str:
         """Waits until the element says so; returns all that it says."""
         place = self.page.locator(f"{selector}:visible").filter(has_text=re.compile(text, re.DOTALL))
-        place.first.wait_for(timeout=PATIENCE)
+        try:
+            place.first.wait_for(timeout=PATIENCE)
+        except playwright.sync_api.TimeoutError as error:
+            self.page.screenshot(path=PICTURES / "failed.png")
+            said = self.page.locator(selector).all_inner_texts()
+            raise AssertionError(f"{self.page.url}: {selector} never said {text!r}, but {said}") from error
         return place.first.inner_text()
 
     def reads(self, element: str, pattern: str) -> str:
@@ -201,13 +205,17 @@ class Visitor:
         self.page.get_by_role("checkbox", name="Resume from checkpoint").set_checked(wanted)
 
     def more_settings(self) -> None:
-        for fold in self.page.get_by_role("button", name=re.compile("More settings|synthetic voice")).all():
+        for fold in self.page.get_by_role("button", name=re.compile("More settings|synthetic voice|Export")).all():
             if fold.is_visible() and "open" not in (fold.get_attribute("class") or "").split():
                 fold.click()
 
     def points(self, element: str) -> int:
         """Points of a plot's curves."""
         return self.page.locator(f"#{element} svg .mark-symbol path").count()
+
+    def lines(self, element: str) -> int:
+        """Curves of a plot that can be seen: of a colour, with points."""
+        return self.page.locator(f"#{element} svg .mark-line path[stroke^='#'][d*='L']").count()
 
     def leave(self) -> None:
         self.context.close()
@@ -245,7 +253,7 @@ def fill_training(visitor: Visitor, output_dir: str, **values: object) -> None:
                  batch_size=32, resume_path="")
     visitor.set_resume(False)
     visitor.more_settings()
-    visitor.fill("training", log_interval=1, save_interval=10, val_interval=5, **values)
+    visitor.fill("training", log_interval=1, save_interval=10, val_interval=5, **{"max_steps": "", **values})
     visitor.command("training", f"{output_dir} ", "--val-interval 5")
 
 
@@ -269,7 +277,7 @@ def test_a_newcomer_starts_stops_resumes_and_finishes_a_run(visitor: Visitor, wo
     visitor.reads("training-log", r"\[Train\] .*step=5 ")
     visitor.sees("#training-status", r"running \(process \d+\)")
     visitor.sees("#running", "Training walk step")
-    until(lambda: visitor.points("training-mel_loss") > 5)
+    until(lambda: visitor.points("training-mel_loss") > 5 and visitor.lines("training-mel_loss") == 2)
     visitor.sees("#training-memory", "this run")
     visitor.click("training-stop")
     step = int(re.search(r"stopped at step (\d+), can be resumed", visitor.sees(
@@ -438,6 +446,32 @@ def test_a_checkpoint_is_chosen_in_the_table_and_speaks(visitor: Visitor, worksp
     until(lambda: picture.evaluate("image => image.naturalWidth") > 10)
     assert visitor.page.locator("#listen-audio").get_by_role("button", name="Play").count() > 0
     assert soundfile.info(workspace / "listen" / "hello.wav").frames > 1000
+
+
+def test_a_checkpoint_is_exported_and_no_file_is_overwritten(visitor: Visitor, workspace: Path):
+    visitor.open("Checkpoints")
+    visitor.more_settings()
+    visitor.fill("export", checkpoint="voice/best.pth", output="voice/latest.pth")
+    visitor.sees("#export-output.problem", "voice/latest.pth exists already")
+    visitor.fill("export", output="exported/gpt.pth")
+    visitor.command("export", "tools.export_checkpoint", "exported/gpt.pth")
+    visitor.click("export-start")
+    visitor.sees("#checkpoints-status", "Export exported/gpt.pth: finished")
+    assert 0 < (workspace / "exported" / "gpt.pth").stat().st_size < (workspace / "voice" / "best.pth").stat().st_size
+
+
+def test_runs_are_compared_in_one_plot(visitor: Visitor, workspace: Path):
+    for name in ("other", "third"):
+        shutil.copytree(workspace / "voice" / "logs", workspace / "runs" / name / "logs")
+    visitor.open("Checkpoints")
+    chosen = visitor.page.locator("#checkpoints-runs input")
+    for number, name in enumerate(("runs/other", "voice", "runs/third"), 1):
+        chosen.fill(name)
+        chosen.press("Enter")
+        until(lambda number=number: (visitor.points("checkpoints-plot"), visitor.lines("checkpoints-plot")) == (
+            2 * number, number))
+    assert [key.strip(" ■") for key in visitor.page.locator(".keys .key:visible").all_inner_texts()] == [
+        "runs/other", "voice", "runs/third"]
 
 
 def test_a_checkpoint_is_deleted_only_after_a_question(visitor: Visitor, workspace: Path):
@@ -616,6 +650,7 @@ def test_the_language_switch_changes_every_text_and_nothing_comes_from_elsewhere
         until(lambda: not visible_texts(visitor) & english, seconds=10) if visible_texts(visitor) & english else None
         if step == "training":
             assert visitor.box("training-epochs").input_value() == "5"
+            until(lambda: visitor.lines("training-mel_loss") == 2 and visitor.lines("training-lr") == 1)
             visitor.page.screenshot(path=PICTURES / f"{number}_{step}_amharic.png", full_page=True)
     visitor.page.reload()
     visitor.sees("#heading", "የአማርኛ")

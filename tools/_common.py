@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 
 class ToolError(Exception):
@@ -30,10 +30,21 @@ def run_program(main: Callable[[Sequence[str] | None], None]) -> None:
         raise SystemExit(130) from None
 
 
-def make_parser(doc: str | None, first_command: str) -> argparse.ArgumentParser:
+class OneLineParser(argparse.ArgumentParser):
+    """Takes flags by their whole name only; a mistake is a ToolError."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise ToolError(f"{message}. `{self.prog} --help` lists the flags")
+
+
+def make_parser(doc: str | None, first_command: str) -> OneLineParser:
     """A parser whose help opens with the module's docstring and ends with a first command to try."""
-    epilog = f"first command:\n  {first_command}"
-    return argparse.ArgumentParser(description=doc, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
+    module = first_command.rpartition("python -m ")[2].split()[0]
+    return OneLineParser(prog=f"python -m {module}", description=doc, epilog=f"first command:\n  {first_command}",
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def info(message: str) -> None:

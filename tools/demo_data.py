@@ -63,11 +63,11 @@ def choose_held_out_recordings(utterances: Sequence[dict[str, Any]], count: int)
     return [validation[i * len(validation) // count] for i in range(min(count, len(validation)))]
 
 
-def ship_recordings(rows: Sequence[dict[str, Any]], recordings: Path, output: Path) -> set[str]:
+def ship_recordings(rows: Sequence[dict[str, Any]], arrays: Path, output: Path) -> set[str]:
     """Writes these rows' recordings as FLAC, names the copies in the rows' "audio", returns those names."""
     names = set()
     for row in rows:
-        waveform, sample_rate = soundfile.read(recordings / row["audio"], dtype="int16")
+        waveform, sample_rate = soundfile.read(arrays / row["audio"], dtype="int16")
         row["audio"] = f"audio/{row['id']}.flac"
         with atomic_path(output / row["audio"]) as temporary:
             soundfile.write(temporary, waveform, sample_rate, format="FLAC", subtype="PCM_16")
@@ -109,7 +109,7 @@ def ship(args: argparse.Namespace) -> None:
     utterances = read_jsonl(arrays / "utterances.jsonl", UTTERANCE_KEYS, "Run `make demo-data` again")
     shipped = [row for row in utterances if "condition_start" in row]
     shipped += choose_held_out_recordings(utterances, HELD_OUT_RECORDINGS)
-    names = ship_recordings(shipped, args.work_dir / "recordings", output)
+    names = ship_recordings(shipped, arrays, output)
     for stale in set((output / "audio").glob("*.flac")) - {output / name for name in names}:
         stale.unlink()
     for split in ("train", "val"):

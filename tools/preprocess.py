@@ -5,7 +5,8 @@ Writes into --output-dir:
 
   codes.npy, text_ids.npy     int32, all utterances end to end
   condition.npy, emo_vec.npy  float32 [32 * prompts, D] and [prompts, D], for the prompt recordings only
-  utterances.jsonl            one row per utterance: its split, where its numbers start and how many they are
+  utterances.jsonl            one row per utterance: its split, its audio (relative to the output folder), where its
+                              numbers start and how many they are
   config.yaml                 the model to train (gpt:) and what the data was made with (dataset:)
   skipped.jsonl               the rows that were left out, each with its reason
   chunks/                     what has been computed; deleting it costs time only
@@ -477,7 +478,10 @@ def choose_and_publish(plan: Plan, part: Part, args: argparse.Namespace) -> None
         config = dataset_config(plan, args.tokenizer, part.utterances)
         write_text(staging / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=120))
         write_jsonl(staging / "skipped.jsonl", sorted(part.skipped, key=lambda row: row["row"]))
-        write_jsonl(staging / "utterances.jsonl", part.utterances)
+        output_dir = os.path.realpath(args.output_dir)  # pairs name recordings as seen from the folder they are in
+        write_jsonl(staging / "utterances.jsonl", ({**row, "audio": os.path.relpath(plan.audio_dir / row["audio"],
+                                                                                    output_dir)}
+                                                   for row in part.utterances))
 
 
 def run_single(plan: Plan, args: argparse.Namespace) -> Part:

@@ -139,6 +139,9 @@ PROGRAMS: dict[str, Program] = {
         Field("resume_path", "--resume", "file")), "output_dir"),
     "inspect": Program(("-m", "tools.inspect_checkpoint"), (
         Field("path", "", "directory", required=True),)),
+    "export": Program(("-m", "tools.export_checkpoint"), (
+        Field("checkpoint", "", "file", required=True),
+        Field("output", "--output", "new_file", required=True, suffixes=(".pth",))), "output"),
     "synthesize": Program(("-m", "tools.synthesize"), (
         Field("checkpoint", "--checkpoint", "file", required=True),
         Field("text", "--text", "text", required=True),

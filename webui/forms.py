@@ -59,13 +59,15 @@ class FormSection:
         self.page.refresh_after.append(start.click(self.start, [self.page.language, *inputs], [*inputs, notice],
                                                    **QUIET))
 
+    @property
+    def opened_into(self) -> list[Any]:
+        """What open() gives values for."""
+        return [self.filled, self.untouched, *self.inputs.values()]
+
     def connect(self, demo: gr.Blocks) -> None:
         page, inputs = self.page, list(self.inputs.values())
-        tab = page.tabs[self.tab]
-        draft = page.drafts[self.kind]
-        demo.load(self.open, [draft], [self.filled, self.untouched, *inputs], **QUIET)
-        tab.select(self.fill_empty, [page.clock, self.filled, self.untouched, *inputs],
-                   [self.filled, self.untouched, *inputs], **QUIET)
+        tab, draft = page.tabs[self.tab], page.drafts[self.kind]
+        tab.select(self.fill_empty, [page.clock, *self.opened_into], self.opened_into, **QUIET)
         # One event for every reason to check, so that an older answer cannot overtake a newer one.
         gr.on([*[part.change for part in inputs], page.language.change, tab.select, demo.load, *self.check_on],
               self.check, [page.clock, self.untouched, page.language, *inputs], [draft, *inputs, self.preview],

@@ -33,6 +33,15 @@ FOLLOW_LOGS = """() => document.querySelectorAll(".log textarea").forEach(box =>
     }
     if (box.atEnd) box.scrollTop = box.scrollHeight;
 })"""
+# gr.Tabs(selected=...) is lost on a page that is still being built: waits until the tab is open, and clicks it if need be.
+SHOW_TAB = """async (view) => {
+    const button = () => document.getElementById(`tab-${view.tab}-button`);
+    for (let i = 1; i <= 50 && view.tab && button()?.ariaSelected !== "true"; i++) {
+        if (i % 10 === 0) button()?.click();
+        await new Promise(resolve => setTimeout(resolve, 100));
+    }
+    return String(Date.now());
+}"""
 MARKDOWN = re.compile(r"([\\`*_\[\]<>~|$&#])")
 Look = Callable[..., Sequence[Any]]
 
@@ -141,7 +150,8 @@ class Page:
         return self.notices[-1]
 
     def tab(self, name: str) -> Any:
-        self.tabs[name] = self.labelled(gr.Tab(say(f"tab.{name}", "en"), id=name), label=f"tab.{name}")
+        self.tabs[name] = self.labelled(gr.Tab(say(f"tab.{name}", "en"), id=name, elem_id=f"tab-{name}"),
+                                        label=f"tab.{name}")
         return self.tabs[name]
 
     def accordion(self, key: str, open: bool = False) -> Any:
@@ -232,13 +242,17 @@ class Page:
         for form in self.forms.values():
             form.connect(demo)
         labels = [component for component, _ in self.labels]
+        forms = list(self.forms.values())
+        # One event opens everything, and the clock starts only then: no draft is overwritten by a half-open page.
+        demo.load(self.open, [self.view, *(self.drafts[form.kind] for form in forms)],
+                  [self.language, tabs, self.active, *(part for form in forms for part in form.opened_into)],
+                  **QUIET).then(None, [self.view], [self.clock], js=SHOW_TAB, **QUIET)
         refresh = [self.language.change(self.switch_language, [self.view, self.language],
-                                        [*labels, *self.notices, self.view], **QUIET),
-                   demo.load(self.open, [self.view], [self.language, tabs, self.active], **QUIET)]
+                                        [*labels, *self.notices, self.view], **QUIET)]
         for name, tab in self.tabs.items():
             refresh.append(tab.select(self.turn_to(name), [self.clock, self.view], [self.active, self.view], **QUIET))
         for event in (*refresh, *self.refresh_after):
-            event.then(None, None, [self.clock], js="() => String(Date.now())", **QUIET)
+            event.then(None, [self.clock], [self.clock], js="(clock) => clock && String(Date.now())", **QUIET)
         timer = gr.Timer(SECONDS)
         timer.tick(None, js=FOLLOW_LOGS, **QUIET)
         # One event for all, never two at once: an older answer cannot overtake a newer one.
@@ -249,13 +263,21 @@ class Page:
 
     def turn_to(self, tab: str) -> Callable[[str, dict[str, Any]], list[Any]]:
         """A handler that notes the open tab, for the next visit too; but not the tab that every page begins with."""
-        return lambda opened, view: [tab, {**view, "tab": tab} if opened or tab != pipeline.STEPS[0] else gr.skip()]
 
-    def open(self, view: dict[str, Any]) -> list[Any]:
-        """Language and tab as this browser left them."""
+        def turn(opened: str, view: dict[str, Any]) -> list[Any]:
+            if not opened and tab == pipeline.STEPS[0]:  # nobody has turned to it; open() may know of another
+                return [gr.skip(), gr.skip()]
+            return [tab, {**view, "tab": tab}]
+
+        return turn
+
+    def open(self, view: dict[str, Any], *drafts: dict[str, Any]) -> list[Any]:
+        """Language, tab and forms as this browser left them."""
         language = view.get("language") if view.get("language") in LANGUAGES else LANGUAGES[0]
         tab = view.get("tab")
-        return [language, *([gr.Tabs(selected=tab), tab] if tab in pipeline.STEPS[1:] else [gr.skip(), gr.skip()])]
+        turned = [gr.Tabs(selected=tab), tab] if tab in pipeline.STEPS[1:] else [gr.skip(), gr.skip()]
+        filled = [form.open(draft) for form, draft in zip(self.forms.values(), drafts, strict=True)]
+        return [language, *turned, *(value for values in filled for value in values)]
 
 
 def progress_text(progress: Progress, language: str) -> str:

@@ -20,12 +20,15 @@ from webui.workspace import Refused
 COLOURS = ("#2563eb", "#ea580c", "#16a34a", "#9333ea", "#db2777", "#0891b2", "#ca8a04", "#475569")
 
 
-def curves(rows: Sequence[tuple[int, float, str]], series: Sequence[str]) -> dict[str, Any]:
-    """An update of a LinePlot: rows of (step, value, name). A new series is drawn only when the colours change too."""
-    present = {name for *_, name in rows}
-    colours = {name: colour for name, colour in zip(series, COLOURS, strict=False) if name in present}
-    return gr.update(value=pd.DataFrame(rows, columns=["step", "value", "series"]) if rows else None,
-                     color_map=colours)
+def curves(rows: Sequence[tuple[int, float, str]], series: Sequence[str]) -> pd.DataFrame | None:
+    """The value of a plot: rows of (step, value, name).
+
+    A name without rows gets an empty one: a LinePlot knows only the names that it was first drawn with.
+    """
+    if not rows:
+        return None
+    missing = sorted({*series} - {name for *_, name in rows})
+    return pd.DataFrame([*rows, *((rows[0][0], None, name) for name in missing)], columns=["step", "value", "series"])
 
 
 def legend(series: Sequence[str]) -> str:
@@ -34,9 +37,9 @@ def legend(series: Sequence[str]) -> str:
                     for name, colour in zip(series, COLOURS, strict=False))
 
 
-def create_plot(page: Page, key: str, **options: Any) -> Any:
+def create_plot(page: Page, key: str, series: Sequence[str], **options: Any) -> Any:
     plot = gr.LinePlot(x="step", y="value", color="series", label=say(key, "en"), x_title=" ", y_title=" ",
-                       colors_in_legend=[], **options)
+                       colors_in_legend=[], color_map=dict(zip(series, COLOURS, strict=False)), **options)
     return page.labelled(plot, label=key)
 
 

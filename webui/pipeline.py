@@ -14,7 +14,8 @@ from webui.workspace import Refused, Workspace
 
 STEPS = ("recordings", "dataset", "corpus", "tokenizer", "preprocess", "training", "checkpoints", "listen")
 STEP_OF = {"speak": "recordings", "corpus": "corpus", "tokenizer": "tokenizer", "codec": "preprocess",
-           "preprocess": "preprocess", "pairs": "preprocess", "training": "training", "synthesize": "listen"}
+           "preprocess": "preprocess", "pairs": "preprocess", "training": "training", "export": "checkpoints",
+           "synthesize": "listen"}
 AUDIO = (".wav", ".flac", ".ogg", ".mp3")
 RECORDINGS = "recordings"  # where uploads go
 
@@ -33,6 +34,7 @@ HANDED_ON = {
     ("training", "train_manifests"): ("train_manifest",),
     ("training", "val_manifests"): ("val_manifest",),
     ("training", "tokenizer"): ("tokenizer",),
+    ("export", "checkpoint"): ("checkpoint",),
     ("synthesize", "checkpoint"): ("checkpoint",),
     ("synthesize", "prompt"): ("recording",),
     ("synthesize", "codec"): ("codec",),
@@ -44,6 +46,8 @@ NEW_FILES = {
     ("codec", "output"): "my_data/speech_codec.pt",
     ("preprocess", "output_dir"): "my_data",
     ("training", "output_dir"): "training_output",
+    ("export", "output"): "exported/gpt_{number}.pth",
+    ("synthesize", "output"): "listen/{number}.wav",
 }
 
 
@@ -135,10 +139,10 @@ def suggestions(kind: str, workspace: Workspace, made: dict[str, str]) -> Form:
     """Values for fields that are empty."""
     form: Form = {name: made[file] for (program, name), files in HANDED_ON.items() if program == kind
                   for file in reversed(files) if file in made}
-    form |= {name: path for (program, name), path in NEW_FILES.items() if program == kind}
-    if kind == "synthesize":
-        numbers = (f"listen/{number:03}.wav" for number in itertools.count(1))
-        form["output"] = next(path for path in numbers if not (workspace.root / path).exists())
+    for (program, name), path in NEW_FILES.items():
+        if program == kind:
+            numbered = (path.format(number=f"{number:03}") for number in itertools.count(1))
+            form[name] = next(new for new in numbered if new == path or not (workspace.root / new).exists())
     return form
 
 
@@ -161,12 +165,16 @@ def form_of(kind: str, argv: Sequence[str], workspace: Workspace) -> Form:
     form: Form = {}
     if tuple(argv[1:1 + len(program.argv)]) != program.argv:  # not made here
         return form
+    field = fields.get("")  # an argument without a flag
+    form |= {field.name: ""} if field else {}
     for argument in argv[1 + len(program.argv):]:
         flag, equals, value = argument.partition("=")
         if flag in fields and (equals or argument in fields):
             field = fields[flag]
             earlier = [*form[field.name].splitlines()] if field.type == "manifests" and field.name in form else []
             form[field.name] = True if field.type == "switch" else value
+        elif field is None:
+            continue
         elif field.type == "manifests":
             form[field.name] = "\n".join([*earlier, workspace.show(argument)])
         else:

@@ -10,6 +10,7 @@ import gradio as gr
 
 from tools.amharic_text import normalise
 from webui import pipeline
+from webui.commands import Form, Problem
 from webui.dataset import EXAMPLE, SHOWN_FAULTS, read_dataset
 from webui.forms import FormSection
 from webui.jobs import Job, delete_checkpoint
@@ -21,8 +22,19 @@ from webui.workspace import Refused, take_upload
 
 MAX_UPLOAD_MB = 200
 SHOWN_FILES = 200
+COMPARED = [str(number) for number in range(1, 9)]  # runs in one plot, by number
 METRICS = {"val_mel": ("val", "mel_loss"), "val_text": ("val", "text_loss"), "train_mel": ("train", "mel_loss"),
            "train_text": ("train", "text_loss")}
+
+
+class ExportForm(FormSection):
+    """An export never overwrites a file: it might be a checkpoint."""
+
+    def problems(self, form: Form) -> dict[str, Problem]:
+        found = super().problems(form)
+        if "output" not in found and self.page.workspace.inside(str(form["output"])).exists():
+            found["output"] = "file_in_the_way", {"path": form["output"]}
+        return found
 
 
 def megabytes(size: float) -> str:
@@ -193,7 +205,13 @@ def create_checkpoints_tab(page: Page) -> tuple[Any, Any, Any]:
                 yes = page.button("checkpoints.yes", variant="stop", elem_id="checkpoints-yes")
                 cancel = page.button("checkpoints.cancel", elem_id="checkpoints-cancel")
         notice = page.notice()
-        page.prose("checkpoints.export", elem_classes=["missing"])
+        with page.accordion("checkpoints.export"), gr.Row():
+            with gr.Column():
+                form = ExportForm(page, "export", "checkpoints")
+                form.row("checkpoint", "output")
+                form.command_and_start("start")
+            with gr.Column(elem_classes=["live"]):
+                create_job_panel(page, "checkpoints", ["export"])
         create_comparison(page)
     connect_deletion(page, chosen, (delete, yes, cancel), (confirmation, question, notice))
 
@@ -210,11 +228,11 @@ def create_checkpoints_tab(page: Page) -> tuple[Any, Any, Any]:
                    for name in ("run", "file", "step", "epoch", "loss", "best", "size", "state")]
         return [text, {"headers": headers, "data": rows}]
 
-    def choose(event: gr.SelectData) -> str:
+    def choose(event: gr.SelectData) -> list[str]:
         run, names, *_ = event.row_value
-        return f"{run}/{names.split(' = ')[0]}"
+        return [f"{run}/{names.split(' = ')[0]}"] * 2
 
-    table.select(choose, None, [chosen], **QUIET)
+    table.select(choose, None, [chosen, form.inputs["checkpoint"]], **QUIET)
     page.watch("checkpoints", [], [state, table], look)
     return chosen, use, notice
 
@@ -272,15 +290,15 @@ def create_comparison(page: Page) -> None:
         metric = page.add(gr.Dropdown, "checkpoints.metric", choices=[(f"metric.{name}", name) for name in METRICS],
                           value="val_mel", interactive=True, elem_id="checkpoints-metric")
     key = gr.HTML(elem_classes=["keys"], padding=False)
-    plot = create_plot(page, "checkpoints.curves", height=320, elem_id="checkpoints-plot")
+    plot = create_plot(page, "checkpoints.curves", COMPARED, height=320, elem_id="checkpoints-plot")
 
     def look(jobs: Sequence[Job], language: str, chosen: list[str], name: str) -> list[Any]:
         present = {page.workspace.show(run): run for run in pipeline.find_runs(page.workspace, jobs)}
-        compared = [run for run in chosen or present if run in present][:8]
+        compared = [run for run in chosen or present if run in present][:len(COMPARED)]
         limit = max(50, 1000 // max(1, len(compared)))  # more points than a thousand make the plot drag
-        rows = [(step, value, run) for run in compared
+        rows = [(step, value, number) for run, number in zip(compared, COMPARED, strict=False)
                 for step, value in curve(page.reader(present[run]).points(), *METRICS[name], limit=min(500, limit))]
-        return [gr.update(choices=list(present)), legend(compared), curves(rows, compared)]
+        return [gr.update(choices=list(present)), legend(compared), curves(rows, COMPARED)]
 
     page.watch("checkpoints", [runs, metric], [runs, key, plot], look)
 

@@ -51,6 +51,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "kind.preprocess": ("Preprocess", "ቅድመ ዝግጅት"),
     "kind.pairs": ("Pairs", "ጥንዶች"),
     "kind.training": ("Training", "ሥልጠና"),
+    "kind.export": ("Export", "ማውጣት"),
     "kind.synthesize": ("Listen", "ማዳመጫ"),
     "kind.tensorboard": same("TensorBoard"),
 
@@ -336,11 +337,9 @@ TEXTS: dict[str, tuple[str, str]] = {
     "checkpoints.yes": ("Yes, delete it", "አዎ፣ ይሰረዝ"),
     "checkpoints.cancel": ("Cancel", "ተወው"),
     "checkpoints.deleted": ("Deleted: {names}.", "ተሰርዟል፦ {names}።"),
-    "checkpoints.export": (
-        "**For IndexTTS2**, in a terminal: `python -m tools.export_checkpoint FILE --output gpt_amharic.pth` writes "
-        "the weights alone. Tab 8 speaks from any checkpoint as it is.",
-        "**ለ IndexTTS2**፣ በተርሚናል፦ `python -m tools.export_checkpoint FILE --output gpt_amharic.pth` ክብደቶቹን ብቻ "
-        "ይጽፋል። ትር 8 ከማንኛውም ቼክፖይንት እንዳለ ይናገራል።"),
+    "checkpoints.export": ("Export the weights alone, for IndexTTS2", "ክብደቶቹን ብቻ ለ IndexTTS2 አውጣ"),
+    "export.checkpoint": ("Checkpoint", "ቼክፖይንት"),
+    "export.output": ("File to write", "የሚጻፈው ፋይል"),
 
     # 8 Listen
     "listen.intro": ("The model speaks a text in the voice of a short recording.", "ሞዴሉ ጽሑፍን በአጭር ቅጂ ውስጥ ባለው ድምፅ "

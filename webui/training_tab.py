@@ -18,6 +18,7 @@ from webui.readers import Inspection, curve, tensorboard_url
 from webui.texts import say
 from webui.workspace import Refused, load_settings, save_settings
 
+SERIES = ("train", "val")
 CURVES = {"mel_loss": ("train", "val"), "text_loss": ("train", "val"), "lr": ("train",),
           "tokens_per_second": ("train",)}
 PLOTS = {"mel_loss": "training.mel_loss", "text_loss": "training.text_loss", "lr": "training.lr_curve",
@@ -191,7 +192,8 @@ def create_live_section(page: Page, output_dir: Any) -> None:
     for names in (("mel_loss", "text_loss"), ("lr", "tokens_per_second")):
         with gr.Row():
             for name in names:
-                plots.append(create_plot(page, PLOTS[name], height=220, min_width=220, elem_id=f"training-{name}"))
+                plots.append(create_plot(page, PLOTS[name], SERIES, height=220, min_width=220,
+                                         elem_id=f"training-{name}"))
     machine = gr.Markdown(elem_id="training-memory")
     create_tensorboard(page, output_dir)
 
@@ -201,11 +203,10 @@ def create_live_section(page: Page, output_dir: Any) -> None:
         except Refused:
             folder = page.workspace.private  # where no run is
         points, job = page.reader(folder).points(), newest(jobs, ["training"], folder)
-        series = {kind: say(f"series.{kind}", language) for kind in ("train", "val")}
-        drawn = [curves([(step, value, kind) for kind in kinds for step, value in curve(points, kind, name)],
-                        list(series)) for name, kinds in CURVES.items()]
+        drawn = [curves([(step, value, kind) for kind in kinds for step, value in curve(points, kind, name)], SERIES)
+                 for name, kinds in CURVES.items()]
         memory = page.machine.memory(job.pid if job and job.live else None)
-        return [legend(list(series.values())), *drawn, memory_text(memory, language)]
+        return [legend([say(f"series.{kind}", language) for kind in SERIES]), *drawn, memory_text(memory, language)]
 
     page.watch("training", [output_dir], [key, *plots, machine], look)
 
