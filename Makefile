@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: demo test test-browser style bench soak demo-data
+.PHONY: demo test style bench soak demo-data
 
 $(VENV)/.installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -14,11 +14,9 @@ $(VENV)/.installed: requirements.txt
 demo: $(VENV)/.installed  ## train, kill, resume, listen; writes demo_output/
 	$(RUN) -m tools.demo
 
-test: $(VENV)/.installed  ## all tests but the long soak and the browser
+test: $(VENV)/.installed  ## all tests but the long soak; those of the page need Debian's Chromium, else they are skipped
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 -m "not browser" tests
-
-test-browser: $(VENV)/.installed  ## the page in Debian's Chromium; needs it and a font with Ethiopic letters
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -m browser tests
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -rs -m browser tests
 
 style: $(VENV)/.installed  ## lint and types
 	$(RUN) -m ruff check .

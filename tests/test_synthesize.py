@@ -182,6 +182,29 @@ def test_the_seed_chooses_the_take(model):
     assert takes[0] == takes[1] != takes[2]
 
 
+def test_of_several_takes_the_likeliest_that_ended_itself_is_kept(model):
+    sampling = Sampling(temperature=1.5, top_p=1.0, max_length=12, seed=5)
+    takes = [generate_codes(model, LINES, dataclasses.replace(sampling, seed=seed)) for seed in (5, 6, 7)]
+    kept = synthesize.likeliest_takes(model, LINES, dataclasses.replace(sampling, takes=3))
+    for line, *choices in zip(kept, *takes, strict=True):
+        ended = [take for take in choices if take.stopped] or choices
+        assert line == max(ended, key=lambda take: take.log_probability / (len(take.codes) + take.stopped))
+    assert all(kept != take for take in takes)
+
+
+def test_the_log_probability_of_a_line_is_the_models_own_of_its_codes_and_its_end(model):
+    single, stop = trainer.UnifiedVoiceGPT(model.config), model.config.stop_mel_token
+    single.load_state_dict(model.state_dict())
+    for line, spoken in zip(LINES, generate_codes(model, LINES, Sampling(temperature=1.5, top_p=1.0)), strict=True):
+        with torch.no_grad():
+            logits = single(trainer.collate_packed([sample_of(line, spoken.codes)], model.config))[1]
+        choices = [*range(model.config.code_count), stop]
+        logits = torch.full_like(logits, -torch.inf).index_copy(1, torch.tensor(choices), logits[:, choices])
+        said = torch.tensor([*spoken.codes, stop][: len(spoken.codes) + spoken.stopped])
+        expected = logits.log_softmax(1)[torch.arange(len(said)), said].sum()
+        assert spoken.log_probability == pytest.approx(float(expected), abs=1e-3)
+
+
 def test_lines_of_one_batch_do_not_share_their_draws():
     takes = [(LINES[0], 1), (LINES[1], 1), (LINES[0], 2)]
     draws = [synthesize.draws_of(line, seed, 5).tolist() for line, seed in takes]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import subprocess
@@ -468,3 +469,22 @@ def test_codes_file_of_the_wrong_kind_is_refused(tiny_codec, recordings, tmp_pat
 def test_quick_demo_data_never_replaces_the_shipped_set(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     assert "--quick would replace" in error_of(demo_data, ["--quick"], monkeypatch, capsys)
+
+
+PROGRAMS = {path.stem for path in (ROOT / "tools").glob("[a-z]*.py")} - {"train_until_done"}  # which has no flags
+
+
+@pytest.mark.parametrize("program", sorted(PROGRAMS))
+def test_every_tool_shows_a_first_command_and_refuses_an_unknown_flag_in_one_line(
+        program: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    main = importlib.import_module(f"tools.{program}").main
+    with pytest.raises(SystemExit) as helped:
+        main(["--help"])
+    assert helped.value.code == 0
+    assert f"python -m tools.{program}" in capsys.readouterr().out.partition("first command:")[2]
+    monkeypatch.setattr(sys, "argv", [program, "--no-such-flag=1"])
+    with pytest.raises(SystemExit) as refused:
+        run_program(main)
+    said = capsys.readouterr().err
+    assert refused.value.code == 1 and said.startswith("[Error] ") and said.count("\n") == 1
+    assert f"`python -m tools.{program} --help` lists the flags" in said

@@ -97,7 +97,7 @@ def end_all_jobs(workspace: Path) -> None:
 def browser() -> Iterator[Any]:
     chromium = shutil.which("chromium")
     if chromium is None:
-        message = "no Chromium; as root: apt-get install chromium fonts-noto-core"
+        message = "no Chromium; as root: apt-get install chromium fontconfig fonts-sil-abyssinica"
         pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
     with playwright.sync_api.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=["--headless", "--no-sandbox"])
@@ -467,7 +467,7 @@ def test_runs_are_compared_in_one_plot(visitor: Visitor, workspace: Path):
     chosen = visitor.page.locator("#checkpoints-runs input")
     for number, name in enumerate(("runs/other", "voice", "runs/third"), 1):
         chosen.fill(name)
-        chosen.press("Enter")
+        visitor.page.get_by_role("option", name=name).click()
         until(lambda number=number: (visitor.points("checkpoints-plot"), visitor.lines("checkpoints-plot")) == (
             2 * number, number))
     assert [key.strip(" ■") for key in visitor.page.locator(".keys .key:visible").all_inner_texts()] == [

@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output-dir", type=Path, default=Path("processed_data"))
     parser.add_argument("--tokenizer-dir", type=Path, default=Path("tokenizers"))
     parser.add_argument("--sequences", type=int, default=11_500, help="random word sequences beside phrases and names")
-    parser.add_argument("--decoder-steps", type=int, default=8000)
+    parser.add_argument("--decoder-steps", type=int, default=3000)
     parser.add_argument("--quick", action="store_true", help="a tiny codec and validation set, to try the pipeline")
     args = parser.parse_args(argv)
     if args.quick and args.output_dir.resolve() == Path("processed_data").resolve():

@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,8 @@ class Sampling:
     """Chooses among the ways in which each line can be spoken."""
     greedy: bool = False
     """Always the likeliest code."""
+    takes: int = 1
+    """Every line is spoken with so many seeds, from `seed` on, and the take that the model finds likeliest is kept."""
 
 
 def sampling_problems(sampling: Sampling, longest: int) -> list[str]:
@@ -101,7 +103,10 @@ def sampling_problems(sampling: Sampling, longest: int) -> list[str]:
                 f"--repetition-penalty {sampling.repetition_penalty}: give a number above 0, 1 for none"
                 if not 0 < sampling.repetition_penalty < math.inf else "",
                 f"--max-length {sampling.max_length}: this model speaks at most {longest} codes"
-                if not 0 <= sampling.max_length <= longest else ""]
+                if not 0 <= sampling.max_length <= longest else "",
+                f"--takes {sampling.takes}: give 1 or more" if sampling.takes < 1 else "",
+                f"--takes {sampling.takes}: --greedy speaks a line in one way only. Leave one of the two out"
+                if sampling.greedy and sampling.takes > 1 else ""]
     return [problem for problem in problems if problem]
 
 
@@ -129,6 +134,13 @@ class Spoken:
 
     codes: list[int]
     stopped: bool
+    log_probability: float = field(default=0.0, compare=False)
+    """Of all codes and the stop token together, at temperature 1."""
+
+    @property
+    def likelihood(self) -> tuple[bool, float]:
+        """To compare takes of a line by: one that ended itself first, then the mean log-probability."""
+        return self.stopped, self.log_probability / max(1, len(self.codes) + self.stopped)
 
 
 class KVCache:
@@ -221,8 +233,12 @@ def generate_codes(model: UnifiedVoiceGPT, lines: Sequence[Line], sampling: Samp
     for step in range(longest):
         logits = model.mel_head(model.final_norm(model.gpt.ln_f(x))).masked_fill(never, -torch.inf)
         chosen = choose_codes(logits, repeated, uniform[:, step], sampling)
-        for line, code in zip(spoken, chosen.tolist(), strict=True):
-            line.stopped = line.stopped or code == config.stop_mel_token
+        gained = logits.log_softmax(1)[every, chosen]
+        for line, code, log_probability in zip(spoken, chosen.tolist(), gained.tolist(), strict=True):
+            if line.stopped:
+                continue
+            line.log_probability += log_probability
+            line.stopped = code == config.stop_mel_token
             if not line.stopped:
                 line.codes.append(code)
         if all(line.stopped for line in spoken):
@@ -231,6 +247,13 @@ def generate_codes(model: UnifiedVoiceGPT, lines: Sequence[Line], sampling: Samp
         row = model.mel_embedding(chosen) + model.mel_pos_embedding.emb(torch.tensor(step + 1))
         x = extend(model, cache, row[:, None], ends + step)[:, 0]
     return spoken
+
+
+def likeliest_takes(model: UnifiedVoiceGPT, lines: Sequence[Line], sampling: Sampling) -> list[Spoken]:
+    """Of every line the likeliest of its takes."""
+    takes = [generate_codes(model, lines, replace(sampling, seed=sampling.seed + take))
+             for take in range(sampling.takes)]
+    return [max(of_line, key=lambda spoken: spoken.likelihood) for of_line in zip(*takes, strict=True)]
 
 
 # A checkpoint with all that it needs to speak
@@ -305,7 +328,7 @@ class Synthesizer:
             raise ToolError("; ".join(problems))
         for start in range(0, len(lines), LINES_AT_ONCE):
             part = lines[start : start + LINES_AT_ONCE]
-            for line, spoken in zip(part, generate_codes(self.model, part, sampling), strict=True):
+            for line, spoken in zip(part, likeliest_takes(self.model, part, sampling), strict=True):
                 codes = torch.tensor(spoken.codes, dtype=torch.int64)
                 yield spoken, self.codec.decode(codes, line.prompt.statistics)
 
@@ -571,11 +594,14 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-length", type=int, default=default.max_length, metavar="N",
                        help="codes of a line at most (0 = as many as the model allows)")
     group.add_argument("--seed", type=int, default=default.seed, help=f"another one, another take ({default.seed})")
+    group.add_argument("--takes", type=int, default=default.takes, metavar="N",
+                       help=f"speak with N seeds, keep the take that the model finds likeliest ({default.takes}); "
+                       "4 make fewer mistakes")
 
 
 def sampling_of(args: argparse.Namespace) -> Sampling:
     return Sampling(args.temperature, args.top_k, args.top_p, args.repetition_penalty, args.max_length, args.seed,
-                    args.greedy)
+                    args.greedy, args.takes)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -33,7 +33,7 @@ FOLLOW_LOGS = """() => document.querySelectorAll(".log textarea").forEach(box =>
     }
     if (box.atEnd) box.scrollTop = box.scrollHeight;
 })"""
-# gr.Tabs(selected=...) is lost on a page that is still being built: waits until the tab is open, and clicks it if need be.
+# gr.Tabs(selected=...) is lost on a page that is still being built: waits until the tab is open, clicks it if need be.
 SHOW_TAB = """async (view) => {
     const button = () => document.getElementById(`tab-${view.tab}-button`);
     for (let i = 1; i <= 50 && view.tab && button()?.ariaSelected !== "true"; i++) {
@@ -112,8 +112,9 @@ class Page:
         # Outside the tabs: what lies in a closed tab is neither loaded nor saved.
         self.drafts = {kind: gr.BrowserState({}, storage_key=f"amharic-voice-{kind}", secret=self.secret)
                        for kind in pipeline.STEP_OF}
-        self.active, self.seen = gr.State(pipeline.STEPS[0]), gr.State({})
+        self.seen = gr.State({})
         self.language: Any = None
+        self.open_tab: Any = None  # a place among inputs for what OPEN_TAB finds
         self.clock: Any = None  # changes when something was done; empty until the page has been opened
 
     # Labels
@@ -192,12 +193,12 @@ class Page:
             return MetricsReader(output_dir)
         return self.metrics.setdefault(output_dir, MetricsReader(output_dir))
 
-    def tick(self, seen: dict[str, str], active: str, language: str, *values: Any) -> list[Any]:
+    def tick(self, seen: dict[str, str], open_tab: str, language: str, *values: Any) -> list[Any]:
         """One value for each watcher's outputs; gr.skip() for what its browser shows already."""
         jobs, given, results, seen = self.jobs(), list(values), [], dict(seen)
         for number, watcher in enumerate(self.watchers):
             own, given = given[:len(watcher.inputs)], given[len(watcher.inputs):]
-            if watcher.tab not in (None, active):
+            if watcher.tab not in (None, open_tab):
                 results += [gr.skip()] * len(watcher.outputs)
                 continue
             for place, value in enumerate(watcher.look(jobs, language, *own)):
@@ -214,6 +215,7 @@ class Page:
             self.prose("heading", elem_id="heading")
             self.language = gr.Radio([("English", "en"), ("አማርኛ", "am")], value="en", show_label=False,
                                      container=False, elem_id="language", min_width=220, scale=0)
+        self.open_tab = gr.Textbox(visible="hidden")
         self.clock = gr.Textbox(visible="hidden", elem_id="clock")
         banner, way, running = gr.Markdown(), gr.HTML(elem_id="pipeline", padding=False), gr.Markdown(elem_id="running")
         self.watch(None, [], [banner, way, running], self.look_at_header)
@@ -245,39 +247,45 @@ class Page:
         forms = list(self.forms.values())
         # One event opens everything, and the clock starts only then: no draft is overwritten by a half-open page.
         demo.load(self.open, [self.view, *(self.drafts[form.kind] for form in forms)],
-                  [self.language, tabs, self.active, *(part for form in forms for part in form.opened_into)],
+                  [self.language, tabs, *(part for form in forms for part in form.opened_into)],
                   **QUIET).then(None, [self.view], [self.clock], js=SHOW_TAB, **QUIET)
         refresh = [self.language.change(self.switch_language, [self.view, self.language],
                                         [*labels, *self.notices, self.view], **QUIET)]
-        for name, tab in self.tabs.items():
-            refresh.append(tab.select(self.turn_to(name), [self.clock, self.view], [self.active, self.view], **QUIET))
+        for tab in self.tabs.values():
+            refresh.append(tab.select(self.note_tab, [self.clock, self.open_tab, self.view], [self.view],
+                                      js=with_open_tab(3), **QUIET))
         for event in (*refresh, *self.refresh_after):
             event.then(None, [self.clock], [self.clock], js="(clock) => clock && String(Date.now())", **QUIET)
         timer = gr.Timer(SECONDS)
         timer.tick(None, js=FOLLOW_LOGS, **QUIET)
         # One event for all, never two at once: an older answer cannot overtake a newer one.
-        gr.on([timer.tick, self.clock.change, *self.refresh_on], self.tick,
-              [self.seen, self.active, self.language, *[part for watcher in self.watchers for part in watcher.inputs]],
-              [*[part for watcher in self.watchers for part in watcher.outputs], self.seen],
-              trigger_mode="always_last", **QUIET)
+        looked_at = [self.seen, self.open_tab, self.language,
+                     *(part for watcher in self.watchers for part in watcher.inputs)]
+        gr.on([timer.tick, self.clock.change, *self.refresh_on], self.tick, looked_at,
+              [*(part for watcher in self.watchers for part in watcher.outputs), self.seen],
+              js=with_open_tab(len(looked_at)), trigger_mode="always_last", **QUIET)
 
-    def turn_to(self, tab: str) -> Callable[[str, dict[str, Any]], list[Any]]:
-        """A handler that notes the open tab, for the next visit too; but not the tab that every page begins with."""
-
-        def turn(opened: str, view: dict[str, Any]) -> list[Any]:
-            if not opened and tab == pipeline.STEPS[0]:  # nobody has turned to it; open() may know of another
-                return [gr.skip(), gr.skip()]
-            return [tab, {**view, "tab": tab}]
-
-        return turn
+    def note_tab(self, opened: str, open_tab: str, view: dict[str, Any]) -> Any:
+        """The view with the open tab, for the next visit; not before this visit's is open."""
+        return {**view, "tab": open_tab} if opened and open_tab in pipeline.STEPS else gr.skip()
 
     def open(self, view: dict[str, Any], *drafts: dict[str, Any]) -> list[Any]:
         """Language, tab and forms as this browser left them."""
         language = view.get("language") if view.get("language") in LANGUAGES else LANGUAGES[0]
         tab = view.get("tab")
-        turned = [gr.Tabs(selected=tab), tab] if tab in pipeline.STEPS[1:] else [gr.skip(), gr.skip()]
+        tabs = gr.Tabs(selected=tab) if tab in pipeline.STEPS else gr.skip()
         filled = [form.open(draft) for form, draft in zip(self.forms.values(), drafts, strict=True)]
-        return [language, *turned, *(value for values in filled for value in values)]
+        return [language, tabs, *(value for values in filled for value in values)]
+
+
+def with_open_tab(inputs: int) -> str:
+    """JavaScript that puts the open tab's name second among an event's inputs. Asked of the page itself: selections
+    that follow each other closely reach the server in any order."""
+    return f"""(...given) => {{
+        const panel = [...document.querySelectorAll("[role=tabpanel]")].find(panel => panel.offsetParent);
+        given[1] = panel ? panel.id.replace("tab-", "") : "";
+        return given.slice(0, {inputs});
+    }}"""
 
 
 def progress_text(progress: Progress, language: str) -> str:
