@@ -82,6 +82,7 @@ C9   progress is lost when the page is reloaded (text-generation-webui#3360)
      test_webui_browser.py::test_a_run_is_found_after_a_reload_in_another_browser_and_after_the_server_was_killed
 C10  a Stop button that sticks, a Resume button that vanishes (kohya_ss#2749, unsloth#8150)
      test_webui_backend.py::test_a_program_that_does_not_react_to_stop_can_be_killed_with_its_children
+     test_webui_browser.py::test_a_program_that_does_not_react_to_stop_can_be_killed_from_the_page
      test_webui_browser.py::test_a_newcomer_starts_stops_resumes_and_finishes_a_run
 C11  share links without authentication (stable-diffusion-webui#2571)
      test_webui_browser.py::test_a_public_page_asks_for_a_password_that_it_made_printed_and_kept

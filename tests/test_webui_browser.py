@@ -536,6 +536,21 @@ def test_a_child_that_logs_100_mb_swells_neither_page_nor_server(visitor: Visito
     shutil.rmtree(job.folder)
 
 
+def test_a_program_that_does_not_react_to_stop_can_be_killed_from_the_page(visitor: Visitor, workspace: Path):
+    visitor.open("Corpus")
+    code = ("import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+            "print('deaf', flush=True)\ntime.sleep(600)")
+    job = jobs.start_job(Workspace.open(workspace), "corpus", "corpus deaf", [sys.executable, "-c", code])
+    visitor.reads("corpus-log", "deaf")
+    assert not visitor.page.locator("#corpus-kill").is_visible()
+    visitor.click("corpus-stop")
+    visitor.sees("#corpus-status", "stopping")
+    visitor.click("corpus-kill")
+    visitor.sees("#corpus-status", "SIGKILL")
+    visitor.page.locator("#corpus-kill").wait_for(state="hidden")
+    shutil.rmtree(job.folder)
+
+
 PATH_TYPES = ("file", "directory", "manifests", "new_file", "new_directory")
 OUTSIDE = "../../outside.wav"
 
@@ -637,7 +652,7 @@ def test_the_language_switch_changes_every_text_and_nothing_comes_from_elsewhere
     english = {en for en, am in TEXTS.values() if en != am and "{" not in en}
     PICTURES.mkdir(parents=True, exist_ok=True)
     visitor.open("Training")
-    visitor.fill("training", output_dir="walk", epochs=5)
+    visitor.fill("training", output_dir="voice", epochs=5)
     for number, tab in enumerate(TABS, 1):
         visitor.open(tab)
         time.sleep(1.5)

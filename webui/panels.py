@@ -11,12 +11,13 @@ from typing import Any
 import gradio as gr
 import pandas as pd
 
-from webui.jobs import Job, load_job, read_tail, stop_job
+from webui.jobs import Job, kill_job, load_job, read_tail, stop_job
 from webui.page import QUIET, Page, progress_text, tell
 from webui.readers import Progress, progress_of
 from webui.texts import say
 from webui.workspace import Refused
 
+SECONDS_TO_STOP = 10  # then the page offers to kill
 COLOURS = ("#2563eb", "#ea580c", "#16a34a", "#9333ea", "#db2777", "#0891b2", "#ca8a04", "#475569")
 
 
@@ -57,12 +58,19 @@ def newest(jobs: Sequence[Job], kinds: Sequence[str], output_dir: Path | None = 
     return next((job for job in own if job.live), own[0] if own else None)
 
 
+def does_not_stop(job: Job, now: float) -> bool:
+    """Whether a job still runs although it was asked to stop a while ago. Pure."""
+    return job.live and job.stop_asked is not None and now - job.stop_asked > SECONDS_TO_STOP
+
+
 def create_job_panel(page: Page, tab: str, kinds: Sequence[str], output_dir: Any = None,
                      above_log: Callable[[], None] = lambda: None) -> None:
     """State, progress, Stop and log of the newest job of these kinds, in the folder that the box names, if given."""
     status = gr.Markdown(elem_id=f"{tab}-status", elem_classes=["status"])
     bar = gr.HTML(elem_id=f"{tab}-progress", padding=False)
-    stop = page.button("stop", variant="stop", interactive=False, elem_id=f"{tab}-stop")
+    with gr.Row():
+        stop = page.button("stop", variant="stop", interactive=False, elem_id=f"{tab}-stop")
+        kill = page.button("kill", variant="secondary", visible=False, elem_id=f"{tab}-kill")
     above_log()
     log = page.add(gr.Textbox, "log", lines=12, max_lines=12, interactive=False, elem_id=f"{tab}-log",
                    elem_classes=["log"], buttons=["copy"])
@@ -74,21 +82,26 @@ def create_job_panel(page: Page, tab: str, kinds: Sequence[str], output_dir: Any
         except Refused:
             job = None
         if job is None:
-            return ["", say("no_job_yet", language), "", gr.update(interactive=False), ""]
+            return ["", say("no_job_yet", language), "", gr.update(interactive=False), gr.update(visible=False), ""]
         key, values = job.message()
         state = f"**{page.name(job, language)}**: {tell(language, key, **values)}"
         progress = progress_bar(progress_of(job.log), language) if job.live else ""
-        return [job.id, state, progress, gr.update(interactive=job.live), read_tail(job.log)]
+        return [job.id, state, progress, gr.update(interactive=job.live),
+                gr.update(visible=does_not_stop(job, time.time())), read_tail(job.log)]
 
-    def stop_shown(job_id: str) -> None:
-        try:
-            stop_job(load_job(page.workspace, job_id))
-        except Refused:  # it is gone, as was wanted
-            return
-        time.sleep(0.2)  # so that the look after this one often finds it stopped
+    def end(how: Callable[[Job], None]) -> Callable[[str], None]:
+        def end_shown(job_id: str) -> None:
+            try:
+                how(load_job(page.workspace, job_id))
+            except Refused:  # it is gone, as was wanted
+                return
+            time.sleep(0.2)  # so that the look after this one often finds it stopped
 
-    page.watch(tab, [output_dir] if output_dir else [], [shown, status, bar, stop, log], look)
-    page.refresh_after.append(stop.click(stop_shown, [shown], None, **QUIET))
+        return end_shown
+
+    page.watch(tab, [output_dir] if output_dir else [], [shown, status, bar, stop, kill, log], look)
+    for button, how in ((stop, stop_job), (kill, kill_job)):
+        page.refresh_after.append(button.click(end(how), [shown], None, **QUIET))
 
 
 def reason_of(entry: dict[str, Any]) -> str:

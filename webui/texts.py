@@ -31,6 +31,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "command_blocked": ("(mend the marked fields first)", "(መጀመሪያ ምልክት የተደረገባቸውን ያስተካክሉ)"),
     "start": ("Start", "ጀምር"),
     "stop": ("Stop", "አቁም"),
+    "kill": ("Kill: what is not saved is lost", "በኃይል አቁም፦ ያልተቀመጠው ይጠፋል"),
     "log": ("Log", "መዝገብ"),
     "log.placeholder": ("What the program says will appear here.", "ፕሮግራሙ የሚለው እዚህ ይታያል።"),
     "more_settings": ("More settings", "ተጨማሪ ቅንብሮች"),
