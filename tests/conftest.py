@@ -22,6 +22,9 @@ sys.path.insert(0, str(ROOT))
 
 from trainers import train_gpt_v2 as trainer  # noqa: E402
 
+# A shell ignores SIGINT in what it starts in the background, and programs inherit that: here Ctrl-C must work.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 TRAINER = ROOT / "trainers" / "train_gpt_v2.py"
 TOKENIZER = ROOT / "tokenizers" / "amharic_extended_bpe.model"
 GPT = {"model_dim": 32, "layers": 2, "heads": 2, "max_text_tokens": 30, "max_mel_tokens": 60, "number_text_tokens": 1,
