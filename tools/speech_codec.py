@@ -255,7 +255,7 @@ def statistics_of(mel: Tensor) -> Tensor:
     return torch.stack([mel.mean(0), mel.std(0, unbiased=False)])
 
 
-def sharpened(mel: Tensor, power: float = 1.2) -> Tensor:
+def sharpened(mel: Tensor, power: float = 1.1) -> Tensor:
     """Log-mel [frames, n_mels] with its contrasts raised at equal energy: a decoder leaves them a little flat."""
     sharp = power * mel
     return sharp + (torch.logsumexp(2 * mel.flatten(), 0) - torch.logsumexp(2 * sharp.flatten(), 0)) / 2
