@@ -145,6 +145,11 @@ def test_arrays_are_what_codec_and_tokenizer_say(clips: Path, single: Path):
     assert config["gpt"]["model_dim"] == 16 and config["gpt"]["number_mel_codes"] == codec.config.num_codes + 2
 
 
+def test_utterances_name_their_recordings_as_seen_from_the_output_folder(clips: Path, single: Path):
+    named = {row["id"]: single / row["audio"] for row in read_jsonl(single / "utterances.jsonl")}
+    assert len(named) == 24 and all(path.samefile(clips / "wavs" / f"{key[1:]}.wav") for key, path in named.items())
+
+
 def test_the_trainer_reads_the_result(clips: Path, single: Path, tmp_path: Path):
     data = tmp_path / "data"
     shutil.copytree(single, data)

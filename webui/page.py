@@ -114,7 +114,7 @@ class Page:
                        for kind in pipeline.STEP_OF}
         self.seen = gr.State({})
         self.language: Any = None
-        self.open_tab: Any = None  # a place among inputs for what OPEN_TAB finds
+        self.open_tab: Any = None  # a place among an event's inputs for what with_open_tab() finds
         self.clock: Any = None  # changes when something was done; empty until the page has been opened
 
     # Labels
@@ -241,10 +241,10 @@ class Page:
 
     def connect(self, demo: gr.Blocks, tabs: Any) -> None:
         """The events of the whole page, once all tabs are there."""
-        for form in self.forms.values():
+        forms = list(self.forms.values())
+        for form in forms:
             form.connect(demo)
         labels = [component for component, _ in self.labels]
-        forms = list(self.forms.values())
         # One event opens everything, and the clock starts only then: no draft is overwritten by a half-open page.
         demo.load(self.open, [self.view, *(self.drafts[form.kind] for form in forms)],
                   [self.language, tabs, *(part for form in forms for part in form.opened_into)],
