@@ -28,7 +28,7 @@ import pytest
 import soundfile
 from conftest import ROOT, TOKENIZER, call_trainer, data_args, make_dataset
 
-from tools import speech_codec
+from tools import build_pairs, preprocess, speech_codec
 from webui import commands, jobs, pipeline
 from webui.texts import TEXTS
 from webui.workspace import MESSAGES, Workspace
@@ -205,9 +205,11 @@ class Visitor:
         self.page.get_by_role("checkbox", name="Resume from checkpoint").set_checked(wanted)
 
     def more_settings(self) -> None:
-        for fold in self.page.get_by_role("button", name=re.compile("More settings|synthetic voice|Export")).all():
-            if fold.is_visible() and "open" not in (fold.get_attribute("class") or "").split():
-                fold.click()
+        folds = re.compile("More settings|synthetic voice|Export|Hear a training|Does it say")
+        for _ in range(3):  # one may be folded up in another
+            for fold in self.page.get_by_role("button", name=folds).all():
+                if fold.is_visible() and "open" not in (fold.get_attribute("class") or "").split():
+                    fold.click()
 
     def points(self, element: str) -> int:
         """Points of a plot's curves."""
@@ -448,6 +450,26 @@ def test_a_checkpoint_is_chosen_in_the_table_and_speaks(visitor: Visitor, worksp
     assert soundfile.info(workspace / "listen" / "hello.wav").frames > 1000
 
 
+def test_new_checkpoints_speak_and_the_voice_is_judged_in_numbers(visitor: Visitor, workspace: Path):
+    spoken = workspace / "spoken"
+    preprocess.main(["--recordings", str(workspace / "recordings" / "recordings.jsonl"), "--val-share", "0.5",
+                     "--codec", str(workspace / "codec.pt"), "--tokenizer", str(TOKENIZER),
+                     "--output-dir", str(spoken)])
+    build_pairs.main(["--data-dir", str(spoken)])
+    (workspace / "lines.txt").write_text("ሰላም\nቤት\n")
+    visitor.open("Listen")
+    visitor.more_settings()
+    visitor.fill("watch", watch="voice", codec="codec.pt", text_file="lines.txt", prompt="recordings/r1.wav")
+    visitor.click("watch-start")
+    visitor.sees("#watch-status", "Spoken checkpoints.*finished")
+    assert list((workspace / "voice").glob("logs/run_*/voice/events.*"))
+    visitor.fill("evaluate", checkpoint="voice/best.pth", data_dir="spoken", codec="codec.pt", texts="2", takes="2")
+    visitor.command("evaluate", "tools.evaluate_voice", "evaluation/recogniser.pt", "--takes 2")
+    visitor.click("evaluate-start")
+    visitor.sees("#evaluate-status", "Evaluation evaluation: finished")
+    assert "(c) synthesis" in visitor.box("evaluate-log").input_value()
+
+
 def test_a_checkpoint_is_exported_and_no_file_is_overwritten(visitor: Visitor, workspace: Path):
     visitor.open("Checkpoints")
     visitor.more_settings()
@@ -562,7 +584,6 @@ def test_no_path_field_of_any_tab_leads_out_of_the_workspace(newcomer: Visitor, 
     for step, tab in zip(pipeline.STEPS, TABS, strict=True):
         visitor.open(tab)
         visitor.more_settings()
-        visitor.more_settings()  # one that was folded up in another
         for kind in (kind for kind, own in pipeline.STEP_OF.items() if own == step):
             names = [field.name for field in commands.PROGRAMS[kind].fields if field.type in PATH_TYPES]
             names = [name for name in names if visitor.page.locator(f"#{kind}-{name}").count()]

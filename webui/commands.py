@@ -90,10 +90,6 @@ PROGRAMS: dict[str, Program] = {
         whole("batch_size", "--batch-size", 1),
         whole("segment", "--segment", 1),
         SEED), "output"),
-    "encode": Program(("-m", "tools.speech_codec", "encode"), (
-        Field("codec", "--codec", "file", required=True),
-        Field("input", "--input", "file", required=True),
-        Field("output", "--output", "new_file", required=True, suffixes=(".npy",))), "output"),
     "preprocess": Program(("-m", "tools.preprocess"), (
         Field("recordings", "--recordings", "file", required=True),
         Field("codec", "--codec", "file", required=True),
@@ -154,7 +150,23 @@ PROGRAMS: dict[str, Program] = {
         Field("top_p", "--top-p", "float", minimum=0.01, maximum=1),
         Field("repetition_penalty", "--repetition-penalty", "float", minimum=0.01),
         Field("greedy", "--greedy", "switch"),
+        whole("takes", "--takes", 1),
         SEED), "output"),
+    "watch": Program(("-m", "tools.synthesize"), (
+        Field("watch", "--watch", "directory", required=True),
+        Field("text_file", "--text-file", "file"),
+        Field("prompt", "--prompt", "file"),
+        Field("codec", "--codec", "file"),
+        whole("takes", "--takes", 1))),
+    "evaluate": Program(("-m", "tools.evaluate_voice"), (
+        Field("checkpoint", "--checkpoint", "file", required=True),
+        Field("data_dir", "--data-dir", "directory", required=True),
+        Field("recordings", "--recordings", "file"),
+        Field("output_dir", "--output-dir", "new_directory", required=True),
+        Field("codec", "--codec", "file"),
+        Field("recogniser", "--recogniser", "new_file", suffixes=(".pt",)),
+        whole("texts", "--texts", 1),
+        whole("takes", "--takes", 1)), "output_dir"),
     "tensorboard": Program(("-m", "tensorboard.main", "--host", "127.0.0.1", "--port", "0"), (
         Field("logdir", "--logdir", "directory", required=True),)),
 }

@@ -64,15 +64,19 @@ def does_not_stop(job: Job, now: float) -> bool:
 
 
 def create_job_panel(page: Page, tab: str, kinds: Sequence[str], output_dir: Any = None,
-                     above_log: Callable[[], None] = lambda: None) -> None:
-    """State, progress, Stop and log of the newest job of these kinds, in the folder that the box names, if given."""
-    status = gr.Markdown(elem_id=f"{tab}-status", elem_classes=["status"])
-    bar = gr.HTML(elem_id=f"{tab}-progress", padding=False)
+                     above_log: Callable[[], None] = lambda: None, name: str = "") -> None:
+    """State, progress, Stop and log of the newest job of these kinds, in the folder that the box names, if given.
+
+    name: of the panel, where a tab has several.
+    """
+    name = name or tab
+    status = gr.Markdown(elem_id=f"{name}-status", elem_classes=["status"])
+    bar = gr.HTML(elem_id=f"{name}-progress", padding=False)
     with gr.Row():
-        stop = page.button("stop", variant="stop", interactive=False, elem_id=f"{tab}-stop")
-        kill = page.button("kill", variant="secondary", visible=False, elem_id=f"{tab}-kill")
+        stop = page.button("stop", variant="stop", interactive=False, elem_id=f"{name}-stop")
+        kill = page.button("kill", variant="secondary", visible=False, elem_id=f"{name}-kill")
     above_log()
-    log = page.add(gr.Textbox, "log", lines=12, max_lines=12, interactive=False, elem_id=f"{tab}-log",
+    log = page.add(gr.Textbox, "log", lines=12, max_lines=12, interactive=False, elem_id=f"{name}-log",
                    elem_classes=["log"], buttons=["copy"])
     shown = gr.State("")
 

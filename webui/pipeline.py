@@ -15,7 +15,7 @@ from webui.workspace import Refused, Workspace
 STEPS = ("recordings", "dataset", "corpus", "tokenizer", "preprocess", "training", "checkpoints", "listen")
 STEP_OF = {"speak": "recordings", "corpus": "corpus", "tokenizer": "tokenizer", "codec": "preprocess",
            "preprocess": "preprocess", "pairs": "preprocess", "training": "training", "export": "checkpoints",
-           "synthesize": "listen"}
+           "synthesize": "listen", "watch": "listen", "evaluate": "listen"}
 AUDIO = (".wav", ".flac", ".ogg", ".mp3")
 RECORDINGS = "recordings"  # where uploads go
 
@@ -38,6 +38,11 @@ HANDED_ON = {
     ("synthesize", "checkpoint"): ("checkpoint",),
     ("synthesize", "prompt"): ("recording",),
     ("synthesize", "codec"): ("codec",),
+    ("watch", "watch"): ("run",),
+    ("watch", "codec"): ("codec",),
+    ("evaluate", "checkpoint"): ("checkpoint",),
+    ("evaluate", "data_dir"): ("pairs",),
+    ("evaluate", "codec"): ("codec",),
 }
 NEW_FILES = {
     ("speak", "output_dir"): "synthetic_recordings",
@@ -48,6 +53,8 @@ NEW_FILES = {
     ("training", "output_dir"): "training_output",
     ("export", "output"): "exported/gpt_{number}.pth",
     ("synthesize", "output"): "listen/{number}.wav",
+    ("evaluate", "output_dir"): "evaluation",
+    ("evaluate", "recogniser"): "evaluation/recogniser.pt",
 }
 
 
@@ -89,8 +96,9 @@ def files_made(workspace: Workspace, jobs: Sequence[Job]) -> dict[str, str]:
     found["recording"] = next(itertools.chain.from_iterable(
         recordings_in(folder) for folder in [workspace.root / RECORDINGS, *folders,
                                              workspace.root / "processed_data" / "audio"]), None)
-    if found["features"]:
-        found["features"] = found["features"].parent
+    for folder, file in (("features", "features"), ("pairs", "train_manifest"), ("run", "checkpoint")):
+        path = found[file]
+        found[folder] = path.parent if path else None
     return {name: workspace.show(path) for name, path in found.items() if path}
 
 

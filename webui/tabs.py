@@ -309,7 +309,7 @@ def create_listen_tab(page: Page) -> None:
         with gr.Row():
             with gr.Column():
                 create_form(page, "synthesize", "listen", [["text"], ["checkpoint", "prompt"], ["output"]],
-                            [["codec", "tokenizer"], ["temperature", "top_k", "top_p"], ["seed", "greedy"]],
+                            [["codec", "tokenizer"], ["temperature", "top_k", "top_p"], ["takes", "seed", "greedy"]],
                             start="listen.start")
             with gr.Column(elem_classes=["live"]):
                 audio = page.add(gr.Audio, "listen.audio", interactive=False, type="filepath", buttons=["download"],
@@ -317,6 +317,18 @@ def create_listen_tab(page: Page) -> None:
                 picture = page.add(gr.Image, "listen.picture", interactive=False, type="filepath", format="png",
                                    buttons=["download", "fullscreen"], elem_id="listen-picture")
                 create_job_panel(page, "listen", ["synthesize"])
+        with page.accordion("listen.watch"), gr.Row():
+            with gr.Column():
+                create_form(page, "watch", "listen", [["watch"]],
+                            [["text_file", "prompt"], ["codec", "takes"]])
+            with gr.Column(elem_classes=["live"]):
+                create_job_panel(page, "listen", ["watch"], name="watch")
+        with page.accordion("listen.evaluate"), gr.Row():
+            with gr.Column():
+                create_form(page, "evaluate", "listen", [["checkpoint", "data_dir"], ["output_dir"]],
+                            [["recordings", "codec"], ["recogniser"], ["texts", "takes"]])
+            with gr.Column(elem_classes=["live"]):
+                create_job_panel(page, "listen", ["evaluate"], name="evaluate")
 
     def look(jobs: Sequence[Job], language: str) -> list[Any]:
         job = newest([job for job in jobs if job.state == "finished"], ["synthesize"])
