@@ -30,7 +30,6 @@ import datetime
 import errno
 import fcntl
 import functools
-import gc
 import hashlib
 import itertools
 import json
@@ -2940,7 +2939,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
+def leave(status: int) -> NoReturn:
+    """Ends the process without Python's clean-up: that takes a second, and gloo's threads, which DDP keeps alive,
+    sometimes abort in the midst of it ("terminate called without an active exception")."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # the reader may be gone, the disk full
+            stream.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    status = main()
-    gc.freeze()  # else Python visits all of torch's objects again before it ends: a second
-    sys.exit(status)
+    leave(main())
