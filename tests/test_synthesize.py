@@ -20,7 +20,7 @@ import pytest
 import soundfile
 import torch
 import yaml
-from conftest import GPT, ROOT, TOKENIZER, TRAINER, call_trainer, data_args, read_jsonl
+from conftest import GPT, ROOT, TOKENIZER, TRAINER, call_trainer, data_args, read_jsonl, write_manifest
 
 from tools import build_pairs, preprocess, speech_codec, synthesize
 from tools._common import ToolError
@@ -342,6 +342,41 @@ def text_of(tokens: int) -> str:
     return "ሰ" * (tokens - 1)
 
 
+def test_lines_of_an_interrupted_other_take_are_not_taken_for_those_of_the_first(trained, lines_file, tmp_path,
+                                                                                monkeypatch):
+    out = tmp_path / "out"
+    argv = [*trained.arguments(), "--text-file", str(lines_file), "--output-dir", str(out)]
+    synthesize.main(argv)
+    first, write = hashes(out), synthesize.write_sound
+
+    def write_and_stop(*args):
+        write(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(synthesize, "write_sound", write_and_stop)
+        synthesize.main([*argv, "--seed", "1"])
+    synthesize.main(argv)
+    assert hashes(out) == first
+
+
+def test_an_empty_sound_file_is_spoken_again(trained, lines_file, tmp_path):
+    out = tmp_path / "out"
+    argv = [*trained.arguments(), "--text-file", str(lines_file), "--output-dir", str(out)]
+    synthesize.main(argv)
+    first = hashes(out)
+    (out / "0001.wav").write_bytes(b"")
+    synthesize.main(argv)
+    assert hashes(out) == first
+
+
+def test_a_large_model_speaks_fewer_lines_at_once():
+    small = trainer.model_config_from({**GPT, "number_text_tokens": 50}, "conftest")
+    large = dataclasses.replace(small, model_dim=1280, layers=24, heads=20, max_text_tokens=600, max_mel_tokens=1815)
+    assert [synthesize.lines_at_once(config, config.max_code_len) for config in (small, large)] == [16, 1]
+    assert synthesize.lines_at_once(large, 100) == 5
+
+
 def test_texts_as_long_as_the_model_allows_are_spoken_and_longer_ones_refused(trained, tmp_path):
     output = ["--output", tmp_path / "a.wav"]
     synthesize.main([str(arg) for arg in [*trained.arguments(), *output, "--text", text_of(30), "--max-length", 3]])
@@ -439,6 +474,27 @@ def small_files_only() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 
 
+def test_another_codec_of_as_many_codes_is_refused(trained, tmp_path):
+    codec = speech_codec.SpeechCodec.load(trained.codec)
+    codec.codebook.copy_(codec.codebook.flip(0))
+    codec.save(tmp_path / "other.pt")
+    recorded = [synthesize.sha256_of(trained.codec), ""]
+    synthesize.require_codec(trained.codec, recorded)
+    synthesize.require_codec(tmp_path / "other.pt", ["", ""])  # made by a program that does not record it
+    with pytest.raises(ToolError, match="other.pt: not the codec that the data was made with"):
+        synthesize.require_codec(tmp_path / "other.pt", recorded)
+
+
+def test_a_checkpoint_knows_the_codec_of_its_training_data(trained, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(trained.data, data)
+    (data / "config.yaml").write_text(yaml.safe_dump({"gpt": GPT, "dataset": {"codec_sha256": "0" * 64}}))
+    call_trainer(*data_args(data), "--output-dir", tmp_path / "out", "--max-steps", 1)
+    done = run_program("--checkpoint", tmp_path / "out/latest.pth", "--prompt", data / "0.wav", "--codec",
+                       trained.codec, "--text", "ሰላም", "--output", tmp_path / "a.wav")
+    assert done.returncode == 1 and "not the codec that the data was made with (sha256 000000000000)" in done.stderr
+
+
 def test_a_full_disk_is_one_clear_error_and_leaves_no_half_file(trained, tmp_path):
     done = run_program(*trained.arguments(), "--text", "ሰላም", "--output", tmp_path / "a.wav",
                        preexec_fn=small_files_only)
@@ -527,6 +583,21 @@ def test_watched_sentences_can_be_given(trained, tmp_path, lines_file):
                      "--prompt", str(trained.data / "0.wav")])
     shown = events_of(next((tmp_path / "out").glob("logs/run_*")) / "voice")
     assert sorted(shown) == sorted(f"{kind} sentence_{i}" for kind in ("audio", "image") for i in (1, 2, 3))
+
+
+def test_sentences_whose_prompt_is_too_short_are_not_watched(trained, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(trained.data, data)
+    rows = read_jsonl(data / "val_pairs.jsonl")
+    for row in rows[1:]:
+        row["prompt_duration"] = 0.4
+    write_manifest(data / "val_pairs.jsonl", rows)
+    synthesizer = Synthesizer(trained.checkpoint, trained.codec, None)
+    synthesizer.checkpoint["manifests"] = {"val": [{"path": str(data / "val_pairs.jsonl")}]}
+    assert [line.text for line in synthesize.validation_lines(synthesizer)] == [rows[0]["target_text"]]
+    write_manifest(data / "val_pairs.jsonl", rows[1:])
+    with pytest.raises(ToolError, match="0.5 s of sound"):
+        synthesize.validation_lines(synthesizer)
 
 
 def test_the_synthesizer_is_what_other_programs_build_on(trained):

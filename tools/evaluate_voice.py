@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
+import itertools
 import json
 import math
 import pickle
@@ -52,8 +53,16 @@ from tools._common import (
 )
 from tools.amharic_text import PUNCTUATION, letters_of
 from tools.speech_codec import SpeechCodec, cosine_basis, load_recording
-from tools.synthesize import Synthesizer, add_sampling_arguments, sampling_of, speak_into
-from trainers.train_gpt_v2 import use_glibc_heap
+from tools.synthesize import (
+    SHORTEST_PROMPT,
+    Synthesizer,
+    add_sampling_arguments,
+    has_long_prompt,
+    require_codec,
+    sampling_of,
+    speak_into,
+)
+from trainers.train_gpt_v2 import recorded_sha256, use_glibc_heap
 
 FIRST_COMMAND = ("python -m tools.evaluate_voice --checkpoint demo_output/training/best.pth "
                  "--output-dir build/evaluation")
@@ -224,6 +233,7 @@ class VoiceData:
         """Raises: ToolError when something is missing or damaged."""
         self.folder, self.recordings = folder, {}
         self.codec, self.codec_digest = SpeechCodec.load(codec_path), sha256_of(codec_path)
+        require_codec(codec_path, [recorded_sha256(folder / "train_pairs.jsonl", "codec")])
         keys = ["target_id", "target_text", "target_codes_path", "target_code_len", "prompt_id", "speaker"]
         self.train, self.val = (read_jsonl(folder / f"{split}_pairs.jsonl", keys, "`python -m tools.build_pairs` "
                                            "writes it") for split in ("train", "val"))
@@ -331,39 +341,36 @@ def cepstra(mel: Tensor) -> np.ndarray:
     return (10 * math.sqrt(2) / math.log(10) * (mel.float() @ basis.T)).numpy()
 
 
-def dtw_distances(probe: np.ndarray, references: Sequence[np.ndarray]) -> np.ndarray:
-    """Mean distance along the best time-warping path from probe [n, d] to every reference [m, d]: [references].
+def dtw_distance(probe: np.ndarray, reference: np.ndarray) -> float:
+    """Mean distance along the best time-warping path from probe [n, d] to reference [m, d].
 
-    Sakoe and Chiba's symmetric form: a diagonal step counts twice, so every path weighs n + m. All references at once,
-    one anti-diagonal after the other.
+    Sakoe and Chiba's symmetric form: a diagonal step counts twice, so every path weighs n + m. One anti-diagonal after
+    the other.
     """
-    n, longest = len(probe), max(map(len, references))
-    costs = np.full((n + longest - 1, len(references), n), np.inf)  # [i + j, reference, i]
-    for r, reference in enumerate(references):
-        squares = (probe**2).sum(1)[:, None] + (reference**2).sum(1) - 2 * probe @ reference.T
-        distances = np.sqrt(squares.clip(0))
-        for i in range(n):
-            costs[i : i + len(reference), r, i] = distances[i]
-    before = np.full(costs.shape[1:], np.inf)
-    last = np.full_like(before, np.inf)
-    last[:, 0] = 2 * costs[0, :, 0]
-    ends = [last[:, -1]]
+    n, m = len(probe), len(reference)
+    squares = (probe**2).sum(1)[:, None] + (reference**2).sum(1) - 2 * probe @ reference.T
+    distances = np.sqrt(squares.clip(0))
+    costs = np.full((n + m - 1, n), np.inf)  # [i + j, i]
+    for i in range(n):
+        costs[i : i + m, i] = distances[i]
+    before, last = np.full(n, np.inf), np.full(n, np.inf)
+    last[0] = 2 * costs[0, 0]
     for cost in costs[1:]:
         total = last + cost
-        total[:, 1:] = np.minimum(total[:, 1:], last[:, :-1] + cost[:, 1:])
-        total[:, 1:] = np.minimum(total[:, 1:], before[:, :-1] + 2 * cost[:, 1:])
+        total[1:] = np.minimum(total[1:], last[:-1] + cost[1:])
+        total[1:] = np.minimum(total[1:], before[:-1] + 2 * cost[1:])
         before, last = last, total
-        ends.append(total[:, -1])
-    sizes = np.array([len(reference) for reference in references])
-    return np.array(ends)[n + sizes - 2, np.arange(len(references))] / (n + sizes)
+    return float(last[-1]) / (n + m)
 
 
 def candidates_of(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The row itself and the CANDIDATES - 1 rows of its voice and other texts that are nearest to it in length."""
-    others = [other for other in rows if other["speaker"] == row["speaker"]
-              and other["target_text"] != row["target_text"]]
-    others.sort(key=lambda other: (abs(other["target_code_len"] - row["target_code_len"]), other["target_id"]))
-    return [row, *others[: CANDIDATES - 1]]
+    said = letters_of(row["target_text"])
+    same_voice = {other["target_id"]: other for other in rows if other["speaker"] == row["speaker"]}  # not its pairs
+    nearest = sorted(same_voice.values(), key=lambda other: (
+        abs(other["target_code_len"] - row["target_code_len"]), other["target_id"]))
+    others = (other for other in nearest if letters_of(other["target_text"]) != said)
+    return [row, *itertools.islice(others, CANDIDATES - 1)]
 
 
 # Evaluation
@@ -394,14 +401,18 @@ def rank_of(mel: Tensor, row: dict[str, Any], data: VoiceData, round_trips: dict
     names = [other["target_id"] for other in candidates_of(row, data.val)]
     if not len(mel):
         return len(names), len(names), math.nan
-    distances = dtw_distances(cepstra(mel), [round_trips[name] for name in names])
-    return 1 + int((distances[1:] <= distances[0]).sum()), len(names), float(distances[0])
+    probe = cepstra(mel)
+    true, *others = (dtw_distance(probe, round_trips[name]) for name in names)
+    return 1 + sum(other <= true for other in others), len(names), float(true)
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Everything that is measured, as plain values. Raises: ToolError."""
     data = VoiceData(args.data_dir, args.codec, args.recordings)
-    rows, unseen = choose_rows(data.val, data.train, args.texts)
+    rows, unseen = choose_rows(list(filter(has_long_prompt, data.val)), data.train, args.texts)
+    if not rows:
+        raise ToolError(f"{args.data_dir}: no validation row has a text that can be heard and a prompt of at least "
+                        f"{SHORTEST_PROMPT} s. Run tools.build_pairs with --min-prompt-seconds {SHORTEST_PROMPT}")
     synthesizer = Synthesizer(args.checkpoint, args.codec, args.tokenizer)
     synthesis = synthesised_mels(synthesizer, data, rows, args)
     recogniser = obtain_recogniser(args.recogniser, data)

@@ -49,7 +49,9 @@ from tools.preprocess import text_ids_of
 from tools.speech_codec import SpeechCodec, load_recording, write_wav
 from tools.train_tokenizer import load_tokenizer
 from trainers.train_gpt_v2 import (
+    LEADING_ROWS,
     Block,
+    ModelConfig,
     ResumeError,
     Sample,
     UnifiedVoiceGPT,
@@ -62,7 +64,8 @@ from trainers.train_gpt_v2 import (
 FIRST_COMMAND = ("python -m tools.synthesize --checkpoint training_output/best.pth --text 'ሰላም ለዓለም' "
                  "--prompt processed_data/audio/new026_am.flac --output hello.wav")
 SHORTEST_PROMPT = 0.5  # seconds
-LINES_AT_ONCE = 16
+LINES_AT_ONCE = 16  # at most
+CACHE_BYTES = 2 << 30  # of their keys and values
 WATCHED_SENTENCES = 4
 POLL_SECONDS = 2.0
 # Anchor colours from quiet to loud.
@@ -144,7 +147,7 @@ class Spoken:
 
 
 class KVCache:
-    """Keys and values of every block for B sequences of different lengths, each [B, rows, H, h].
+    """Keys and values of every block for B sequences of different lengths, each [L, B, rows, H, h].
 
     A sequence's rows begin at 0. What lies beyond its end gets no attention and is overwritten as it grows; it must be
     finite all the same, since 0 times NaN is NaN.
@@ -154,6 +157,13 @@ class KVCache:
         config = model.config
         shape = (config.layers, sequences, rows, config.heads, config.model_dim // config.heads)
         self.keys, self.values = (torch.zeros(shape, dtype=model.speed_emb.weight.dtype) for _ in range(2))
+
+
+def lines_at_once(config: ModelConfig, longest: int) -> int:
+    """How many lines of `longest` codes are spoken together: as many as CACHE_BYTES hold, at least one. Pure."""
+    rows = LEADING_ROWS + config.max_text_tokens + 2 + longest
+    of_a_line = 2 * config.layers * rows * config.model_dim * torch.float64.itemsize
+    return max(1, min(LINES_AT_ONCE, CACHE_BYTES // of_a_line))
 
 
 def extend(model: UnifiedVoiceGPT, cache: KVCache, rows: Tensor, starts: Tensor) -> Tensor:
@@ -280,6 +290,15 @@ def load_model(path: Path) -> tuple[UnifiedVoiceGPT, dict[str, Any]]:
     return model.double().eval().requires_grad_(False), checkpoint
 
 
+def require_codec(path: Path, recorded: Sequence[str]) -> None:
+    """`recorded` are the sha256 of the codecs that data was made with, "" where none is known: codes of one codec are
+    noise to another, which as a rule has as many. Raises: ToolError."""
+    known = [sha256 for sha256 in recorded if sha256]
+    if known and sha256_of(path) not in known:
+        raise ToolError(f"{path}: not the codec that the data was made with (sha256 {known[0][:12]}). Give that one as "
+                        "--codec")
+
+
 class Synthesizer:
     """A checkpoint, the tokenizer and the codec that it was trained with."""
 
@@ -296,6 +315,8 @@ class Synthesizer:
             raise ToolError(f"{path}: not the tokenizer that the checkpoint was trained with. Give that one as "
                             "--tokenizer")
         self.codec = SpeechCodec.load(codec_path)
+        require_codec(codec_path, [manifest.get("codec_sha256", "")
+                                   for manifest in self.checkpoint["manifests"]["train"]])
         codes = self.codec.config.num_codes
         if codes != self.model.config.code_count:
             raise ToolError(f"{codec_path}: has {codes} codes, the checkpoint {self.model.config.code_count}. Give the "
@@ -322,12 +343,14 @@ class Synthesizer:
         return Line(text, text_ids, prompt)
 
     def speak(self, lines: Sequence[Line], sampling: Sampling) -> Iterator[tuple[Spoken, Tensor]]:
-        """Codes and waveform [samples] of every line; lines are taken LINES_AT_ONCE at a time. Raises: ToolError."""
-        problems = sampling_problems(sampling, self.model.config.max_code_len)
+        """Codes and waveform [samples] of every line, lines_at_once() together. Raises: ToolError."""
+        config = self.model.config
+        problems = sampling_problems(sampling, config.max_code_len)
         if problems:
             raise ToolError("; ".join(problems))
-        for start in range(0, len(lines), LINES_AT_ONCE):
-            part = lines[start : start + LINES_AT_ONCE]
+        together = lines_at_once(config, sampling.max_length or config.max_code_len)
+        for start in range(0, len(lines), together):
+            part = lines[start : start + together]
             for line, spoken in zip(part, likeliest_takes(self.model, part, sampling), strict=True):
                 codes = torch.tensor(spoken.codes, dtype=torch.int64)
                 yield spoken, self.codec.decode(codes, line.prompt.statistics)
@@ -414,12 +437,21 @@ def made_with(synthesizer: Synthesizer, line: Line, sampling: Sampling) -> str:
     return hashlib.sha256(settings.encode() + b"".join(prompt)).hexdigest()
 
 
+def holds_sound(path: Path) -> bool:
+    """Whether a WAV file has more than its header: after a power cut it may be empty."""
+    try:
+        return path.stat().st_size > 44
+    except OSError:
+        return False
+
+
 def speak_into(folder: Path, synthesizer: Synthesizer, lines: dict[str, Line], sampling: Sampling
                ) -> list[dict[str, Any]]:
     """Speaks lines, by file name, into folder/NAME.wav with its picture, and lists them in folder/spoken.jsonl.
 
-    Lines that the folder already has, made with the same checkpoint, prompt and settings, are left as they are. A line
-    without a single code gets no files. Returns the rows of spoken.jsonl. Raises: ToolError.
+    Lines that the folder already has, made with the same checkpoint, prompt and settings, are left as they are. What it
+    has of other ones is taken off the list first: its files are about to be replaced. A line without a single code gets
+    no files. Returns the rows of spoken.jsonl. Raises: ToolError.
     """
     listing = folder / "spoken.jsonl"
     wanted = {name: made_with(synthesizer, line, sampling) for name, line in lines.items()}
@@ -427,7 +459,12 @@ def speak_into(folder: Path, synthesizer: Synthesizer, lines: dict[str, Line], s
     if listing.exists():
         found = read_jsonl(listing, ["name", "made_with", "codes"], f"Delete {listing} to speak everything anew")
         rows = {row["name"]: row for row in found if wanted.get(row["name"]) == row["made_with"]
-                and (not row["codes"] or (folder / f"{row['name']}.wav").is_file())}
+                and (not row["codes"] or holds_sound(folder / f"{row['name']}.wav"))}
+        with writing_to(folder):
+            if not rows:
+                listing.unlink()
+            elif len(rows) < len(found):
+                write_jsonl(listing, rows.values())
     missing = [name for name in lines if name not in rows]
     if len(missing) < len(lines):
         info(f"{len(lines) - len(missing)} of {len(lines)} lines are there already")
@@ -481,16 +518,23 @@ def signature(path: Path) -> tuple[int, int, int] | None:
     return status.st_ino, status.st_mtime_ns, status.st_size
 
 
+def has_long_prompt(row: dict[str, Any]) -> bool:
+    """Whether a manifest row's prompt is long enough to speak in its voice; training takes shorter ones too."""
+    return row.get("prompt_duration", math.inf) >= SHORTEST_PROMPT
+
+
 def validation_lines(synthesizer: Synthesizer) -> list[Line]:
     """WATCHED_SENTENCES of the run's validation rows, evenly spaced, in the voices of their prompts' recordings."""
     lines: list[tuple[str, Path]] = []
     for manifest in synthesizer.checkpoint["manifests"]["val"]:
         path = Path(manifest["path"])
         rows = read_jsonl(path, ["target_text"], "Start in the folder in which the training was started")
-        found = [(row["target_text"], path.parent / row.get("prompt_audio_path", "")) for row in rows]
+        found = [(row["target_text"], path.parent / row.get("prompt_audio_path", "")) for row in rows
+                 if has_long_prompt(row)]
         lines += [(text, prompt) for text, prompt in found if prompt.is_file()]
     if not lines:
-        raise ToolError(f"{path}: no row names a prompt recording that exists. Give --text-file and --prompt")
+        raise ToolError(f"{path}: no row names a prompt recording that exists and has {SHORTEST_PROMPT} s of sound. "
+                        "Give --text-file and --prompt")
     count = min(WATCHED_SENTENCES, len(lines))
     chosen = [lines[i * len(lines) // count] for i in range(count)]
     return [synthesizer.line(text, synthesizer.prompt(prompt), str(prompt)) for text, prompt in chosen]

@@ -382,6 +382,16 @@ def split_language(manifest: str) -> tuple[str, str | None]:
     return manifest, None
 
 
+def recorded_sha256(manifest: Path, name: str) -> str:
+    """Of the tokenizer or codec (name) that a manifest was made with: dataset.NAME_sha256 of the config.yaml beside it.
+
+    "" where none is recorded. Raises: UserError.
+    """
+    beside = manifest.with_name("config.yaml")
+    dataset = read_model_yaml(beside).get("dataset") if beside.is_file() else None
+    return str(dataset.get(f"{name}_sha256") or "") if isinstance(dataset, dict) else ""
+
+
 def parse_row(record: Any, place: str, folder: Path) -> Row:
     """Raises: UserError that names what is missing or wrong in the row."""
     if not isinstance(record, dict):
@@ -444,7 +454,8 @@ class ManifestDataset(Dataset):
             path, language = split_language(manifest)
             rows = read_manifest(Path(path), check_stop)
             self.rows += rows
-            self.manifests.append({"path": path, "language": language, "rows": len(rows)})
+            self.manifests.append({"path": path, "language": language, "rows": len(rows),
+                                   "codec_sha256": recorded_sha256(Path(path), "codec")})
         self.check_lengths()
         self.check_shards()
         self.bad_rows: dict[int, str] = {}  # skipped so far, and why
@@ -2488,14 +2499,14 @@ def read_tokenizer(path: str) -> dict[str, Any]:
 
 
 def check_tokenizer(manifests: Sequence[str], tokenizer: dict[str, Any]) -> None:
-    """Compares with dataset.tokenizer_sha256 of the config.yaml beside each manifest. Raises: UserError."""
+    """Compares with the one that each manifest was made with, where that is recorded. Raises: UserError."""
     for manifest in manifests:
-        beside = Path(split_language(manifest)[0]).parent / "config.yaml"
-        dataset = read_model_yaml(beside).get("dataset") if beside.is_file() else None
-        recorded = dataset.get("tokenizer_sha256") if isinstance(dataset, dict) else None
+        path = Path(split_language(manifest)[0])
+        recorded = recorded_sha256(path, "tokenizer")
         if recorded and recorded != tokenizer["sha256"]:
             raise UserError(f"--tokenizer {tokenizer['path']} (sha256 {tokenizer['sha256'][:12]}) does not match "
-                            f"{manifest}, made with {recorded[:12]} ({beside}). Pass that one, or preprocess again")
+                            f"{manifest}, made with {recorded[:12]} ({path.with_name('config.yaml')}). Pass that one, "
+                            "or preprocess again")
 
 
 def load_gpt_section(config: TrainConfig, checkpoint: dict[str, Any] | None, vocab_size: int
