@@ -367,7 +367,7 @@ def test_a_run_reads_manifests_whose_paths_contain_equals_and_at_signs(data: Pat
     call_trainer("--train-manifest", f"{manifest}::am", "--val-manifest", folder / "val_pairs.jsonl", "--tokenizer",
                  TOKENIZER, "--output-dir", data.parent / "out", *QUICK)
     manifests = load_checkpoint(data.parent / "out" / "latest.pth")["manifests"]
-    assert manifests["train"] == [{"path": str(manifest), "language": "am", "rows": 41}]
+    assert manifests["train"] == [{"path": str(manifest), "language": "am", "rows": 41, "codec_sha256": ""}]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

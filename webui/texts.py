@@ -163,7 +163,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "codec.recordings": ("Dataset (recordings.jsonl)", "የውሂብ ስብስብ (recordings.jsonl)"),
     "codec.output": ("Codec to write", "የሚጻፈው ኮዴክ"),
     "codec.steps": ("Training steps of the decoder", "የዲኮደሩ የሥልጠና እርምጃዎች"),
-    "codec.steps.placeholder": same("8000"),
+    "codec.steps.placeholder": same("3000"),
     "codec.max_hours": ("Use at most (hours)", "ቢበዛ የሚጠቀመው (ሰዓት)"),
     "codec.max_hours.placeholder": same("10"),
     "codec.num_codes": ("Size of the codebook", "የኮዶች ብዛት"),
