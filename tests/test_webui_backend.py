@@ -8,6 +8,7 @@ import importlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,6 +26,7 @@ from conftest import ROOT, TOKENIZER, call_trainer, data_args, make_dataset, tra
 
 from tools._common import Progress as ToolProgress
 from webui import commands, jobs, readers
+from webui.texts import TEXTS
 from webui.workspace import (
     MESSAGES,
     Refused,
@@ -503,6 +505,25 @@ def test_every_program_accepts_the_command_line_of_its_form(kind: str, workspace
         value = expected.get(field.type, form[field.name])
         value = root / value if field.type == "new_file" else value
         assert parsed["paths" if kind == "inspect" else field.name] == ([value] if kind == "inspect" else value)
+
+
+def test_an_empty_field_shows_what_the_program_chooses(workspace: Workspace, monkeypatch: pytest.MonkeyPatch):
+    shown = {}
+    for kind, program in commands.PROGRAMS.items():
+        if kind in ("training", "tensorboard"):
+            continue
+        form = {name: value for name, value in filled(kind, workspace).items()
+                if next(field.required for field in program.fields if field.name == name)}
+        chosen = parsed_by_the_program(commands.command_for(kind, form, workspace), monkeypatch)
+        shown |= {f"{kind}.{field.name}": chosen[field.name] for field in program.fields
+                  if field.type in ("int", "float", "words") and f"{kind}.{field.name}.placeholder" in TEXTS}
+    settings = trainer.TrainConfig()
+    shown |= {f"training.{field.name}": getattr(settings, field.name) for field in commands.PROGRAMS["training"].fields
+              if field.type == "int" and getattr(settings, field.name)}
+    told = {key: re.match(r"[a-z0-9.+ ]+", TEXTS[f"{key}.placeholder"][0]) for key, value in shown.items() if value}
+    expected = {key: " ".join(value) if isinstance(value, list) else f"{value:g}"
+                for key, value in shown.items() if value}
+    assert {key: found and found[0].strip() for key, found in told.items()} == expected
 
 
 def test_the_trainer_accepts_the_command_line_of_the_training_form(workspace: Workspace):
