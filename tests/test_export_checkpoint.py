@@ -42,8 +42,18 @@ def test_a_damaged_checkpoint_is_not_exported(checkpoint: Path, tmp_path: Path):
     assert not (tmp_path / "gpt.pth").exists()
 
 
-def test_an_export_never_replaces_the_checkpoint_it_reads(checkpoint: Path):
-    before = checkpoint.read_bytes()
+@pytest.mark.parametrize("link", [Path.symlink_to, Path.hardlink_to])
+def test_an_export_never_replaces_the_checkpoint_it_reads(checkpoint: Path, tmp_path: Path, link):
+    before, output = checkpoint.read_bytes(), tmp_path / "gpt.pth"
+    link(output, checkpoint)
     with pytest.raises(ToolError, match="that is the checkpoint itself"):
-        export_checkpoint.main([str(checkpoint), "--output", str(checkpoint)])
-    assert checkpoint.read_bytes() == before
+        export_checkpoint.main([str(checkpoint), "--output", str(output)])
+    assert checkpoint.read_bytes() == output.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["latest.pth", "best.pth", "model_step1.pth", "model_step0000007.pth"])
+def test_an_export_never_takes_a_name_that_a_training_writes(checkpoint: Path, name: str):
+    before = {path.name: path.read_bytes() for path in checkpoint.parent.glob("*.pth")}
+    with pytest.raises(ToolError, match=f"{name}: a training writes files of this name.* Choose another name"):
+        export_checkpoint.main([str(checkpoint), "--output", str(checkpoint.with_name(name))])
+    assert {path.name: path.read_bytes() for path in checkpoint.parent.glob("*.pth")} == before

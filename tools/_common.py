@@ -3,31 +3,91 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import functools
 import hashlib
+import io
 import json
 import os
+import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_RIGHT = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class ToolError(Exception):
     """A fault that the user can mend. The message is one line: which file, which place in it, what to do."""
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: ends a program as Ctrl-C does, so that its temporary files go."""
+
+
+def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
+    raise Terminated
+
+
 def run_program(main: Callable[[Sequence[str] | None], None]) -> None:
-    """Runs main(None); a ToolError or a Ctrl-C ends the process with one line instead of stack frames."""
+    """Runs main(None); what a user can mend, or a signal, ends the process with one line instead of stack frames.
+
+    Exit status: 1 after a ToolError or a file that cannot be read or written; 130 after Ctrl-C, 143 after SIGTERM,
+    141 when nobody reads standard output any more. A name that the terminal cannot show is printed escaped.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    handler = signal.getsignal(signal.SIGTERM)
+    if handler == signal.SIG_DFL:  # one that was ignored at start stays so
+        signal.signal(signal.SIGTERM, _terminate)
     try:
-        main(None)
+        try:
+            main(None)
+        except SystemExit as end:  # argparse's after the help
+            if end.code:
+                raise
+        print(end="", flush=True)
     except ToolError as error:
-        print(f"[Error] {error}", file=sys.stderr, flush=True)
-        raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        print("[Info] Stopped; files that were not finished have been removed", file=sys.stderr, flush=True)
-        raise SystemExit(130) from None
+        _end(f"[Error] {error}", 1)
+    except KeyboardInterrupt as stop:
+        _end("[Info] Stopped; files that were not finished have been removed",
+             128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it flushes at exit
+        raise SystemExit(128 + signal.SIGPIPE) from None
+    except OSError as error:
+        if error.errno is None:  # not the system's: a fault of ours
+            raise
+        _end(f"[Error] {describe_os_error(error)}", 1)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def _end(line: str, status: int) -> NoReturn:
+    print(line, file=sys.stderr, flush=True)
+    raise SystemExit(status) from None
+
+
+def remedy_for(error: OSError) -> str:
+    """What helps against an error of the file system."""
+    if error.errno in NO_SPACE:
+        return "Free some disk space, then run the same command again"
+    if error.errno in NO_RIGHT:
+        return "Mend the rights of the file or its folder, or name another one, then run the same command again"
+    return "Mend this or name another file, then run the same command again"
+
+
+def describe_os_error(error: OSError) -> str:
+    """One line: the file where it is known, the reason, the remedy."""
+    place = f"{error.filename}: " if error.filename is not None else ""
+    return f"{place}{error.strerror}. {remedy_for(error)}"
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -62,22 +122,63 @@ def writing_to(folder: Path) -> Iterator[None]:
     """Around writes into a folder: a full disk or a missing right becomes a ToolError that says what to do."""
     try:
         yield
+    except BrokenPipeError:  # of standard output, which run_program knows
+        raise
     except OSError as error:
-        raise ToolError(f"{error.filename or folder}: cannot be written ({error.strerror or error}). Free some disk "
-                        "space or mend the folder's rights, then run the same command again") from error
+        raise ToolError(f"{error.filename or folder}: cannot be written ({error.strerror or error}). "
+                        f"{remedy_for(error)}") from error
+
+
+def _is_running(process_id: int) -> bool:
+    try:
+        os.kill(process_id, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # another user's; or no process id at all, so no file of ours
+        return True
+    return True
+
+
+@functools.cache
+def _leftovers(folder: Path) -> dict[str, list[Path]]:
+    """Temporary files of killed processes by the name they would have got. Listed once: a folder may hold thousands."""
+    found: dict[str, list[Path]] = {}
+    for path in folder.glob(".*.tmp*"):
+        match = re.fullmatch(r"\.(.+)\.(\d+)\.tmp(\.[^.]*)?", path.name)
+        if match and not _is_running(int(match[2])):
+            found.setdefault(match[1] + (match[3] or ""), []).append(path)
+    return found
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """Yields a temporary path in the same folder and with the same suffix; it becomes `path` only on success."""
+def atomic_path(path: Path, durable: bool = False) -> Iterator[Path]:
+    """Yields a temporary path in the same folder and with the same suffix; it becomes `path` only on success.
+
+    Removes what a killed process left of the same file. `durable`: it survives a power cut from then on.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in _leftovers(path.parent.resolve()).pop(path.name, []):
+        leftover.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
         yield temporary
+        if durable:
+            sync(temporary)
         os.replace(temporary, path)
+        if durable:
+            sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file's bytes, or a folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -92,13 +193,19 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     write_text(path, "".join(lines))
 
 
-def read_jsonl(path: Path, required: Sequence[str], remedy: str) -> list[dict[str, Any]]:
-    """Rows of a JSON-lines file, each with the `required` keys. Raises ToolError naming file and line."""
+def read_jsonl(path: Path, required: Sequence[str], remedy: str,
+               check: Callable[[dict[str, Any]], str] = lambda row: "") -> list[dict[str, Any]]:
+    """Rows of a JSON-lines file, each with the `required` keys. Raises ToolError naming file and line.
+
+    `check` returns what is wrong with a row and what to do, "" for a good one.
+    """
+    if Path(path).is_dir():
+        raise ToolError(f"{path}: is a directory, not a file. {remedy}")
     if not Path(path).is_file():
         raise ToolError(f"{path}: no such file. {remedy}")
     rows = []
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")  # a text may hold other line ends
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # a text may hold other line ends
     except UnicodeDecodeError as error:
         raise ToolError(f"{path}: not UTF-8 text at byte {error.start}. {remedy}") from error
     for number, line in enumerate(lines, 1):
@@ -106,15 +213,26 @@ def read_jsonl(path: Path, required: Sequence[str], remedy: str) -> list[dict[st
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ToolError(f"{path}, line {number}: not JSON ({error.msg}). {remedy}") from error
+            if "\\u" in line:  # half of a surrogate pair could not be written again
+                json.dumps(row, ensure_ascii=False).encode()
+        except (ValueError, RecursionError) as error:
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else error
+            raise ToolError(f"{path}, line {number}: not JSON ({reason}). {remedy}") from error
         missing = [key for key in required if not isinstance(row, dict) or key not in row]
         if missing:
             raise ToolError(f"{path}, line {number}: missing {', '.join(missing)}. {remedy}")
+        fault = check(row)
+        if fault:
+            raise ToolError(f"{path}, line {number}: {fault}")
         rows.append(row)
     if not rows:
         raise ToolError(f"{path}: holds no rows. {remedy}")
     return rows
+
+
+def text_fault(row: dict[str, Any]) -> str:
+    """For read_jsonl: "" when the row's text is a text."""
+    return "" if isinstance(row["text"], str) else f'text is {row["text"]!r}, not a text. Put it in "quotation marks"'
 
 
 def sha256_of(path: Path) -> str:

@@ -38,10 +38,14 @@ def run_trainer(command: Sequence[str], on_line: Callable[[str, subprocess.Popen
     """Runs the trainer, shows its lines, and hands each to on_line. Returns the exit status."""
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout is not None
-        for line in process.stdout:
-            print(f"  {line}", end="", flush=True)
-            if on_line:
-                on_line(line, process)
+        try:
+            for line in process.stdout:
+                print(f"  {line}", end="", flush=True)
+                if on_line:
+                    on_line(line, process)
+        except KeyboardInterrupt:
+            process.terminate()  # SIGTERM reached this process alone
+            raise
     return process.returncode
 
 
@@ -205,7 +209,8 @@ def where_to_look_next(output: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__, FIRST_COMMAND)
     parser.add_argument("--steps", type=int, default=500, help="training steps (500)")
-    parser.add_argument("--output-dir", type=Path, default=Path("demo_output"))
+    parser.add_argument("--output-dir", type=Path, default=Path("demo_output"),
+                        help="made anew; gets the runs, the sounds and the picture (demo_output)")
     args = parser.parse_args(argv)
     os.chdir(ROOT)
     output: Path = args.output_dir

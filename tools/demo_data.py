@@ -128,12 +128,17 @@ def ship(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__, FIRST_COMMAND)
-    parser.add_argument("--work-dir", type=Path, default=Path("demo_data_work"))
-    parser.add_argument("--sources", type=Path, default=Path("processed_data/sources"))
-    parser.add_argument("--output-dir", type=Path, default=Path("processed_data"))
-    parser.add_argument("--tokenizer-dir", type=Path, default=Path("tokenizers"))
-    parser.add_argument("--sequences", type=int, default=11_500, help="random word sequences beside phrases and names")
-    parser.add_argument("--decoder-steps", type=int, default=3000)
+    parser.add_argument("--work-dir", type=Path, default=Path("demo_data_work"),
+                        help="gets everything large: recordings, all arrays (demo_data_work)")
+    parser.add_argument("--sources", type=Path, default=Path("processed_data/sources"),
+                        help="folder with udhr_am.txt, words_am.txt and names_am.txt (processed_data/sources)")
+    parser.add_argument("--output-dir", type=Path, default=Path("processed_data"),
+                        help="gets the arrays, pairs, codec and config.yaml that ship (processed_data)")
+    parser.add_argument("--tokenizer-dir", type=Path, default=Path("tokenizers"),
+                        help=f"gets {TOKENIZER_NAME} (tokenizers)")
+    parser.add_argument("--sequences", type=int, default=11_500,
+                        help="random word sequences beside phrases and names (11500)")
+    parser.add_argument("--decoder-steps", type=int, default=3000, help="training steps of the codec's decoder (3000)")
     parser.add_argument("--quick", action="store_true", help="a tiny codec and validation set, to try the pipeline")
     args = parser.parse_args(argv)
     if args.quick and args.output_dir.resolve() == Path("processed_data").resolve():

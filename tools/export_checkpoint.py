@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from tools._common import ToolError, atomic_path, info, make_parser, run_program, writing_to
-from trainers.train_gpt_v2 import CARRIED_PREFIXES, ResumeError, read_checkpoint
+from trainers.train_gpt_v2 import CARRIED_PREFIXES, ResumeError, checkpoint_step, read_checkpoint
 
 FIRST_COMMAND = "python -m tools.export_checkpoint training_output/best.pth --output gpt_amharic.pth"
 
@@ -23,6 +23,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("checkpoint", type=Path, help="a training checkpoint, such as training_output/best.pth")
     parser.add_argument("--output", type=Path, required=True, help="the file to write, such as gpt_amharic.pth")
     args = parser.parse_args(argv)
+    if args.output.name in ("latest.pth", "best.pth") or checkpoint_step(args.output.name) is not None:
+        raise ToolError(f"--output {args.output}: a training writes files of this name, and could not go on from an "
+                        "export. Choose another name, such as gpt_amharic.pth")
     try:
         checkpoint = read_checkpoint(args.checkpoint)
     except ResumeError as error:
@@ -31,8 +34,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.output.exists() and args.output.samefile(args.checkpoint):
         raise ToolError(f"--output {args.output}: that is the checkpoint itself. Choose another name")
     try:
-        with writing_to(args.output), atomic_path(args.output) as temporary, temporary.open("wb") as handle:
-            torch.save({"model": tensors}, handle)
+        with writing_to(args.output), atomic_path(args.output, durable=True) as temporary:
+            with temporary.open("wb") as handle:
+                torch.save({"model": tensors}, handle)
     except RuntimeError as error:  # PyTorch's own for a full disk
         raise ToolError(f"{args.output}: could not be written ({error}). Free some disk space") from error
     info(f"{args.output}: step {checkpoint['step']}, {len(tensors)} tensors, {args.output.stat().st_size / 1e6:.1f} MB")

@@ -12,10 +12,11 @@ import io
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 
-from tools._common import ToolError, atomic_path, info, make_parser, read_jsonl, run_program
+from tools._common import ToolError, atomic_path, info, make_parser, read_jsonl, run_program, text_fault
 from tools.amharic_text import PUNCTUATION, normalise
 
 FIRST_COMMAND = "python -m tools.train_tokenizer --texts build/texts.jsonl --output build/tokenizer.model"
@@ -29,7 +30,10 @@ def amharic_letters() -> str:
 def train_tokenizer(texts: Sequence[str], model_type: str, vocab_size: int) -> bytes:
     """The bytes of a SentencePiece model. `texts` are normalised; `vocab_size` is ignored for characters."""
     buffer = io.BytesIO()
-    size = {"use_all_vocab": True} if model_type == "char" else {"vocab_size": vocab_size}
+    size: dict[str, Any] = {"use_all_vocab": True} if model_type == "char" else {"vocab_size": vocab_size}
+    longest = max(len(text.encode()) for text in texts)
+    if longest > 4192:  # SentencePiece would drop what is longer, without a word
+        size["max_sentence_length"] = longest
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(texts), model_writer=buffer, model_type=model_type, character_coverage=1.0,
@@ -60,12 +64,17 @@ def load_tokenizer(path: Path) -> sentencepiece.SentencePieceProcessor:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__, FIRST_COMMAND)
     parser.add_argument("--texts", type=Path, required=True, help="JSON lines with text; split val is left out")
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--model-type", choices=["char", "bpe", "unigram"], default="char")
-    parser.add_argument("--vocab-size", type=int, default=2000, help="pieces of bpe and unigram models")
+    parser.add_argument("--output", type=Path, required=True, help="the SentencePiece model to write")
+    parser.add_argument("--model-type", choices=["char", "bpe", "unigram"], default="char",
+                        help="char: a piece is a letter; bpe and unigram: a piece is some letters long (char)")
+    parser.add_argument("--vocab-size", type=int, default=2000, help="pieces of bpe and unigram models (2000)")
     args: argparse.Namespace = parser.parse_args(argv)
-    rows = read_jsonl(args.texts, ["text"], "Each line is an object such as {\"id\": \"1\", \"text\": \"ሰላም\"}")
+    rows = read_jsonl(args.texts, ["text"], "Each line is an object such as {\"id\": \"1\", \"text\": \"ሰላም\"}",
+                      text_fault)
     texts = [normalise(row["text"]) for row in rows if row.get("split", "train") == "train"]
+    if not any(texts):
+        raise ToolError(f"{args.texts}: holds no text to learn from; of {len(rows)} rows {len(texts)} are for training "
+                        '(split "train", or no split). Add some')
     with atomic_path(args.output) as temporary:
         temporary.write_bytes(train_tokenizer(texts, args.model_type, args.vocab_size))
     info(f"{load_tokenizer(args.output).get_piece_size()} pieces from {len(texts)} texts -> {args.output}")
