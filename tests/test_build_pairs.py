@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import random
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -117,6 +120,58 @@ def test_the_draw_alone_would_not_be_even():
     assert max(counted.values()) > 1.1 * 400 / 12
 
 
+def test_a_recording_is_never_its_own_prompt_under_another_id(tmp_path: Path):
+    rows = [*corpus(10, 5), utterance(11, "s0", True, id="dup", audio="wavs/0.wav")]
+    for per_target in (1, 9):
+        _, training, validation = run(tmp_path, rows, "--pairs-per-target", per_target)
+        assert all(pair["prompt_audio_path"] != pair["target_audio_path"] for pair in training + validation)
+        assert {"dup", "s00"} <= {pair["target_id"] for pair in training}
+
+
+def random_rows(seed: int) -> tuple[list[dict[str, Any]], int]:
+    """Utterances of which few sentences are frequent and some share their sound, and how many of them are prompts."""
+    rng = random.Random(seed)
+    sentences = rng.choices(range(20), [rng.random() ** 3 for _ in range(20)], k=rng.randint(12, 120))
+    rows = [{"id": f"x{i}", "key": f"sentence {key}", "audio": f"{rng.randrange(200)}.wav"}
+            for i, key in enumerate(sentences)]
+    return rows, rng.randint(1, 12)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_evening_out_leaves_no_target_whose_prompt_is_used_two_times_more_than_another_that_fits(seed: int):
+    rows, count = random_rows(seed)
+    prompts, per_target = rows[:count], 1 + seed % 3
+    drawn = build_pairs.draw_prompts(prompts, rows, per_target, seed)
+    before = [len(chosen) for chosen in drawn]
+    build_pairs.even_out(drawn, prompts, rows)
+    counted = Counter(prompt for chosen in drawn for prompt in chosen)
+    mean = counted.total() / count
+    even = all(min(0.9 * mean, mean - 1) <= counted[i] <= max(1.1 * mean, mean + 1) for i in range(count))
+    assert before == [len(set(chosen)) for chosen in drawn]
+    for chosen, target in zip(drawn, rows, strict=True):
+        assert all(build_pairs.fits(prompts[prompt], target) for prompt in chosen)
+        free = [i for i in range(count) if i not in chosen and build_pairs.fits(prompts[i], target)]
+        assert even or all(counted[prompt] - counted[i] < 2 for prompt in chosen for i in free)
+
+
+def test_prompts_that_say_a_frequent_sentence_do_not_keep_the_others_uneven():
+    rows = [utterance(i, "a", key="often" if i < 4 else f"prompt {i}") for i in range(12)]
+    rows += [utterance(i, "a", key="often" if i < 312 else f"target {i}") for i in range(12, 372)]
+    drawn = build_pairs.draw_prompts(rows[:12], rows, 1, 1234)
+    build_pairs.even_out(drawn, rows[:12], rows)
+    counted = Counter(prompt for chosen in drawn for prompt in chosen)
+    assert [counted[i] for i in range(12)] == [17] * 4 + [38] * 8
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_draw_is_one_of_a_list_of_all_that_fit(seed: int):
+    rows, count = random_rows(seed)
+    for target, chosen in zip(rows, build_pairs.draw_prompts(rows[:count], rows, 2, seed), strict=True):
+        fitting = [i for i in range(count) if build_pairs.fits(rows[i], target)]
+        places = random.Random(f"{seed} {target['id']}").sample(range(len(fitting)), min(2, len(fitting)))
+        assert chosen == [fitting[place] for place in places]
+
+
 def test_pairs_are_a_function_of_the_seed(tmp_path: Path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
@@ -200,3 +255,24 @@ def test_no_pair_at_all_is_an_error_that_leaves_older_pairs_alone(tmp_path: Path
     with pytest.raises(ToolError, match="not one val pair can be built"):
         run(tmp_path, [row | {"split": "train"} for row in corpus()])
     assert (tmp_path / "train_pairs.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("folder", [".", "shard_000_of_002"])
+def test_pairs_are_not_built_while_preprocess_works_there_or_in_a_shard(tmp_path: Path, folder: str):
+    run(tmp_path, corpus())
+    before = (tmp_path / "train_pairs.jsonl").read_bytes()
+    (tmp_path / folder).mkdir(exist_ok=True)
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, 2); print(flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / folder / ".lock")], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as holder:
+        assert holder.stdin and holder.stdout and holder.stdout.readline()
+        with pytest.raises(ToolError, match=f"^{tmp_path / folder} is in use by .*Stop that run"):
+            run(tmp_path, corpus(40))
+        assert (tmp_path / "train_pairs.jsonl").read_bytes() == before
+        holder.stdin.close()
+
+
+def test_a_mistyped_folder_is_named_and_not_made(tmp_path: Path):
+    with pytest.raises(ToolError, match="gone/utterances.jsonl: no such file. tools.preprocess writes it"):
+        build_pairs.main(["--data-dir", str(tmp_path / "gone")])
+    assert not list(tmp_path.iterdir())

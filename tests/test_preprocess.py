@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import json
@@ -24,7 +25,7 @@ import yaml
 from conftest import ROOT, TOKENIZER, read_jsonl, trainer
 from test_signals import children_of, is_alive, needs_proc
 
-from tools import build_pairs, preprocess, train_tokenizer
+from tools import _features, build_pairs, preprocess, speech_codec, train_tokenizer
 from tools._common import ToolError
 from tools.amharic_text import letters_of
 from tools.speech_codec import SpeechCodec, load_recording
@@ -225,6 +226,41 @@ def test_merge_names_every_shard_that_is_missing_or_was_made_otherwise(clips: Pa
     assert "shard_000" not in str(error.value) and not (output / "utterances.jsonl").exists()
 
 
+@pytest.mark.parametrize("name", ["condition", "emo_vec"])
+@pytest.mark.parametrize("damage", ["gone", "cut", "narrow"])
+def test_merge_names_a_shard_whose_conditions_are_not_whole(clips: Path, tmp_path: Path, name: str, damage: str):
+    output, flags = tmp_path / "data", ("--num-shards", 2, "--prompts-per-speaker", 0)
+    for index in (0, 1):
+        run(clips, output, *flags, "--shard-index", index)
+    path = output / f"shard_001_of_002/{name}.npy"
+    if damage == "gone":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(path.read_bytes()[:-4])
+    else:
+        np.save(path, np.load(path)[:, 1:])
+    with pytest.raises(ToolError, match=f": shard_001_of_002/{name}.npy is not whole. Run these shards again"):
+        run(clips, output, *flags, "--merge")
+
+
+def test_merge_names_a_shard_that_read_other_recordings_than_are_here(tmp_path: Path):
+    rows = make_recordings(tmp_path / "in", 8)
+    output, flags = tmp_path / "data", ("--num-shards", 2)
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(tmp_path / "in", elsewhere)  # the same recordings, but at another time and place
+    run(tmp_path / "in", output, *flags, "--shard-index", 0, "--audio-dir", elsewhere)
+    of_shard_1 = [row for row in rows if preprocess.shard_of(row["id"], 2) == 1]
+    soundfile.write(elsewhere / of_shard_1[0]["audio"], tone(77, 0.6), 22050)
+    run(tmp_path / "in", output, *flags, "--shard-index", 1, "--audio-dir", elsewhere)
+    with pytest.raises(ToolError) as error:
+        run(tmp_path / "in", output, *flags, "--merge")
+    assert ("shard_001_of_002 was made from other recordings (another --audio-dir, or changed since: 1 have another "
+            f"size, the first '{of_shard_1[0]['audio']}')") in str(error.value) and "shard_000" not in str(error.value)
+    run(tmp_path / "in", output, *flags, "--shard-index", 1)
+    run(tmp_path / "in", output, *flags, "--merge")
+    assert all("size" not in row for row in read_jsonl(output / "utterances.jsonl"))
+
+
 def test_merge_refuses_shards_of_older_recordings_and_lost_rows(tmp_path: Path):
     rows = make_recordings(tmp_path / "in", 8)
     output, flags = tmp_path / "data", ("--num-shards", 2)
@@ -329,6 +365,70 @@ def test_damaged_chunks_are_named_and_made_again(clips: Path, single: Path, tmp_
     second.write_bytes(content)
     with pytest.raises(ToolError, match=f"{second}: damaged .*Delete it and run the same command again"):
         run(clips, output)
+
+
+def test_recordings_that_were_missing_for_a_while_are_not_computed_again(tmp_path: Path):
+    folder, output = tmp_path / "in", tmp_path / "data"
+    make_recordings(folder, 12)
+    flags = ("--prompts-per-speaker", 0)
+    run(folder, output, *flags)
+    before = contents(output)
+    (folder / "wavs").rename(tmp_path / "unmounted")
+    with pytest.raises(ToolError, match="no recording can be used. 12 x no such recording"):
+        run(folder, output, *flags)
+    (folder / "wavs").mkdir()
+    for number in range(6):
+        shutil.copy2(tmp_path / f"unmounted/{number}.wav", folder / "wavs")
+    assert "6 x no such recording" in run(folder, output, *flags)
+    shutil.copytree(tmp_path / "unmounted", folder / "wavs", dirs_exist_ok=True)
+    assert "to compute" not in run(folder, output, *flags) and contents(output) == before
+
+
+def test_another_codec_leaves_the_work_of_the_first_alone_and_unnamed_recordings_free_their_space(tmp_path: Path):
+    folder, output = tmp_path / "in", tmp_path / "data"
+    rows = make_recordings(folder, 12)
+    run(folder, output)
+    codec = SpeechCodec.load(CODEC)
+    codec.window_mean += 1
+    codec.save(tmp_path / "other.pt")
+    run(folder, output, "--codec", tmp_path / "other.pt")
+    assert "to compute" not in run(folder, output)
+    before = set(output.glob("chunks/codes_*"))
+    write_rows(folder, rows[4:])  # the recordings of the first of three chunks leave
+    run(folder, output)
+    after = set(output.glob("chunks/codes_*"))
+    assert len(before) == 6 and after < before and len(after) == 5
+
+
+def test_rows_in_any_order_read_each_chunk_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder, output = tmp_path / "in", tmp_path / "data"
+    rows = make_recordings(folder, 24)
+    run(folder, output, "--prompts-per-speaker", 0)
+    random.Random(3).shuffle(rows)
+    write_rows(folder, rows)
+    read: list[str] = []
+    load_chunk = _features.FeatureCache.load_chunk
+
+    def counting(cache: _features.FeatureCache, path: Path) -> dict[str, list[np.ndarray]]:
+        read.append(path.name)
+        return load_chunk(cache, path)
+
+    monkeypatch.setattr(_features.FeatureCache, "load_chunk", counting)
+    assert "to compute" not in run(folder, output, "--prompts-per-speaker", 0)
+    assert sorted(read) == sorted(path.name for path in output.glob("chunks/*.npz")) and len(read) > 8
+    run(folder, tmp_path / "fresh", "--prompts-per-speaker", 0)
+    assert contents(output) == contents(tmp_path / "fresh")
+
+
+def test_an_empty_chunk_of_a_power_cut_is_named_and_made_again(clips: Path, single: Path, tmp_path: Path):
+    output = tmp_path / "data"
+    shutil.copytree(single, output)
+    first = min(output.glob("chunks/codes_*.npz"))
+    first.write_bytes(b"")
+    printed = run(clips, output)
+    assert f"{first}: damaged (No data left in file); its recordings are computed again" in printed
+    assert "codes: 4 of 24 recordings to compute" in printed and "damaged" not in run(clips, output)
+    assert contents(output) == contents(single)
 
 
 KILL_EVERYWHERE = '''
@@ -492,6 +592,8 @@ def test_every_faulty_row_is_skipped_with_its_reason_and_the_good_ones_stay(tmp_
     soundfile.write(wavs / "long.wav", np.tile(tone(1, 1, 8000), 20), 8000)
     soundfile.write(wavs / "hours.flac", np.zeros(8000 * 700, np.int16), 8000)
     soundfile.write(wavs / "stray.wav", tone(1), 22050)
+    (folder / "other/deep").mkdir(parents=True)
+    soundfile.write(folder / "other/deep/stray.FLAC", tone(1), 22050, format="FLAC")
     for name in ("junk.wav", "zero.wav", "notes.txt", "folder.wav", "none.wav", "silent.wav", "nan.wav", "slow.wav",
                  "odd.wav", "long.wav", "hours.flac", "gone.wav"):
         add(name, name)
@@ -514,7 +616,64 @@ def test_every_faulty_row_is_skipped_with_its_reason_and_the_good_ones_stay(tmp_
     assert [row["id"] for row in read_jsonl(tmp_path / "data/utterances.jsonl")] == [f"r{i}" for i in range(6)]
     assert "17 rows skipped" in printed and "[Warn]   2 x sample rate: " in printed
     assert f"{wavs}/gone.wav: No such file or directory" in printed and "stray.wav" in printed
-    assert "1 sound files have no row" in printed
+    assert "2 sound files have no row" in printed and f"{folder}/other/deep/stray.FLAC, " in printed
+
+
+def test_a_wav_that_was_cut_off_is_skipped_and_one_whose_size_nobody_knew_is_not(tmp_path: Path):
+    folder = tmp_path / "in"
+    rows = make_recordings(folder, 4)
+    whole = (folder / "wavs/3.wav").read_bytes()
+    at = whole.index(b"data") + 4
+
+    def sized(number: int) -> bytes:
+        return whole[:at] + number.to_bytes(4, "little") + whole[at + 4 :]
+
+    files = {"cut": whole[: len(whole) * 4 // 10], "piped": sized(0xFFFFFFFF), "by_sox": sized(0x7FFFF000),
+             "with_header": sized(len(whole)), "tagged": whole + b"LIST\4\0\0\0abcd"}
+    for name, content in files.items():
+        (folder / f"wavs/{name}.wav").write_bytes(content)
+    soundfile.write(folder / "wavs/large.wav", soundfile.read(folder / "wavs/3.wav")[0], 22050, format="RF64")
+    rows += [{"id": name, "speaker": "s0", "text": sentence(90 + i), "audio": f"wavs/{name}.wav"}
+             for i, name in enumerate([*files, "large"])]
+    write_rows(folder, rows)
+    run(folder, tmp_path / "data")
+    skipped, = read_jsonl(tmp_path / "data/skipped.jsonl")
+    assert (skipped["id"], skipped["reason"]) == ("cut", "cut off")
+    assert f"the file ends {len(whole) - len(files['cut'])} bytes before its sound. Copy it again" in skipped["detail"]
+    rows_by_id = resolved(tmp_path / "data")
+    for name in ("piped", "by_sox", "with_header", "tagged", "large"):
+        assert rows_by_id[name]["codes"] == rows_by_id["r3"]["codes"]
+
+
+def test_what_is_no_sound_or_practically_silent_is_skipped(tmp_path: Path):
+    folder = tmp_path / "in"
+    rows = make_recordings(folder, 6)
+    rng = np.random.default_rng(1)
+    voice, noise = tone(3, 1), rng.integers(-1, 2, 22050) / 2**15
+    sounds = {"overflow": voice * np.float32(1e38), "huge": voice * np.float32(1e20), "integers": voice * 2**15,
+              "hiss": noise, "offset": 0.2 + noise, "inverse": np.stack([voice, -voice + noise], 1)}
+    for i, (name, sound) in enumerate(sounds.items()):
+        soundfile.write(folder / f"{name}.wav", sound, 22050, subtype="FLOAT")
+        rows.append({"id": name, "speaker": "s0", "text": sentence(90 + i), "audio": f"{name}.wav"})
+    for name, gain in (("whisper", 0.03), ("loud", 9)):  # -45 dBFS; clips, but is a sound
+        soundfile.write(folder / f"{name}.wav", voice * gain, 22050, subtype="FLOAT")
+        rows.append({"id": name, "speaker": "s0", "text": sentence(100 + len(rows)), "audio": f"{name}.wav"})
+    write_rows(folder, rows)
+    printed = run(folder, tmp_path / "data")
+    assert {row["id"]: row["reason"] for row in read_jsonl(tmp_path / "data/skipped.jsonl")} == dict.fromkeys(
+        sounds, "unusable sound")
+    assert "where 1 is the loudest sound" in printed
+    found = resolved(tmp_path / "data")
+    assert np.mean(np.equal(found["whisper"]["codes"], found["loud"]["codes"])) > 0.8
+
+
+def test_features_that_are_not_finite_are_never_kept(clips: Path, tmp_path: Path):
+    codec = SpeechCodec.load(CODEC)
+    codec.window_deviation.zero_()
+    codec.save(tmp_path / "broken.pt")
+    with pytest.raises(ToolError, match="a prompt's recording: .*its condition holds numbers that are not finite"):
+        run(clips, tmp_path / "data", "--codec", tmp_path / "broken.pt")
+    assert not list(tmp_path.glob("data/chunks/condition_*"))
 
 
 @pytest.mark.parametrize(("rate", "channels", "name"), [(8000, 1, "a.wav"), (96000, 1, "a.flac"), (44100, 2, "a.ogg"),
@@ -548,6 +707,7 @@ def test_paths_that_lead_out_of_the_audio_folder_are_never_read(tmp_path: Path):
               "name": "x" * 300 + ".wav", "inside": "inside.wav", "whole": str(folder / "wavs/1.wav")}
     rows += [{"id": key, "speaker": "s0", "text": sentence(200 + i), "audio": audio}
              for i, (key, audio) in enumerate(tricks.items())]
+    rows[-1]["split"] = "val"
     write_rows(folder, rows)
     run(folder, tmp_path / "data")
     reasons = {row["id"]: row["reason"] for row in read_jsonl(tmp_path / "data/skipped.jsonl")}
@@ -565,7 +725,7 @@ def test_paths_that_lead_out_of_the_audio_folder_are_never_read(tmp_path: Path):
     ([{"id": 1, "text": "ቤት", "audio": "1.wav"}], "row 1: id is 1, not a text"),
     ([{"id": "", "text": "ቤት", "audio": "1.wav"}], "row 1: id is '', not a text"),
     ([{"id": "a", "text": "ቤት", "audio": "1.wav", "speaker": None}], "row 1: speaker is None, not a text"),
-    (['{"id": "\\ud800", "text": "ቤት", "audio": "1.wav"}'], "row 1: id holds half a character"),
+    (['{"id": "\\ud800", "text": "ቤት", "audio": "1.wav"}'], "surrogates not allowed"),
     ([{"id": "a", "text": "hello", "audio": "1.wav"}], "no row can be used. 1 x not Ethiopic: "),
     ([{"id": "a", "text": "ቤት", "audio": "1.wav"}], "there is only one sentence"),
     ([{"id": "a", "text": "ቤት", "audio": "1.wav"}, {"id": "b", "text": "ውሃ", "audio": "2.wav"}],
@@ -621,6 +781,56 @@ def test_there_is_always_a_sentence_to_validate_and_one_to_train():
         assert sorted(Counter(splits).items()) == [("train", count - 1), ("val", 1)]
 
 
+def test_small_data_is_told_that_its_validation_may_move(tmp_path: Path):
+    rows = make_recordings(tmp_path / "in", 4)
+    said = "To keep it, mark its rows \"split\": \"val\""
+    assert said in run(tmp_path / "in", tmp_path / "data", "--val-share", 0.001)
+    rows[2]["split"] = "val"
+    write_rows(tmp_path / "in", rows)
+    assert said not in run(tmp_path / "in", tmp_path / "data", "--val-share", 0.001)
+
+
+@pytest.mark.parametrize("shards", [0, 2])
+@pytest.mark.parametrize(("split", "message"), [
+    ("val", "no row is left for validation. 1 x unreadable: .*wavs/2.wav.*Mend these rows, mark others"),
+    ("train", "no row is left to train on. 1 x unreadable: .*wavs/2.wav.*Mend these rows, mark fewer"),
+])
+def test_data_without_a_usable_row_on_one_side_is_refused(tmp_path: Path, shards: int, split: str, message: str):
+    rows = make_recordings(tmp_path / "in", 6)
+    for number, row in enumerate(rows):
+        row["split"] = "val" if (number == 2) == (split == "val") else "train"
+    write_rows(tmp_path / "in", rows)
+    (tmp_path / "in/wavs/2.wav").write_bytes(b"no sound")
+    for index in range(shards):
+        run(tmp_path / "in", tmp_path / "data", "--num-shards", shards, "--shard-index", index)
+    with pytest.raises(ToolError, match=message):
+        run(tmp_path / "in", tmp_path / "data", *(("--num-shards", shards, "--merge") if shards else ()))
+    assert not (tmp_path / "data/utterances.jsonl").exists()
+
+
+def test_rows_that_are_all_validation_are_refused_before_any_sound_is_read(tmp_path: Path):
+    rows = make_recordings(tmp_path / "in", 4)
+    with pytest.raises(ToolError, match="no row is left to train on. Every row is validation. .*fewer --val-speakers"):
+        run(tmp_path / "in", tmp_path / "data", "--val-speakers", "s0", "s1")
+    write_rows(tmp_path / "in", [row | {"text": rows[0]["text"], "split": split}
+                                 for row, split in zip(rows, ("val", "train", "train", "train"), strict=True)])
+    with pytest.raises(ToolError, match="no row is left to train on. 3 x sentence of validation: "):
+        run(tmp_path / "in", tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_speaker_whose_training_rows_cannot_be_used_has_prompts_for_validation(tmp_path: Path):
+    rows = make_recordings(tmp_path / "in", 10)
+    for row in rows:
+        row["split"] = "val" if row["speaker"] == "s1" and row["id"] != "r1" else "train"
+    write_rows(tmp_path / "in", rows)
+    (tmp_path / "in/wavs/1.wav").unlink()
+    run(tmp_path / "in", tmp_path / "data")
+    with contextlib.redirect_stdout(io.StringIO()):
+        build_pairs.main(["--data-dir", str(tmp_path / "data")])
+    assert len(read_jsonl(tmp_path / "data/val_pairs.jsonl")) == 4
+
+
 def test_training_rows_with_a_sentence_of_marked_validation_are_left_out(tmp_path: Path):
     rows = make_recordings(tmp_path / "in", 8)
     rows[2]["split"], rows[5]["text"] = "val", rows[2]["text"] + "።"
@@ -650,3 +860,32 @@ def test_rows_without_a_speaker_are_said_to_be_taken_for_one_voice(tmp_path: Pat
     rows = make_recordings(tmp_path / "in", 4)
     write_rows(tmp_path / "in", [{key: row[key] for key in ("id", "text", "audio")} for row in rows])
     assert "4 rows name no speaker: they are taken for one voice" in run(tmp_path / "in", tmp_path / "data")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Help
+
+
+@pytest.mark.parametrize("arguments", ["preprocess", "build_pairs", "speech_codec train", "speech_codec encode",
+                                       "speech_codec decode"])
+def test_help_says_of_every_flag_what_it_is_and_its_default(arguments: str, monkeypatch: pytest.MonkeyPatch,
+                                                            capsys: pytest.CaptureFixture[str]):
+    program, *command = arguments.split()
+    shown: list[argparse.ArgumentParser] = []
+    print_help = argparse.ArgumentParser.print_help
+
+    def remember(parser: argparse.ArgumentParser, *more: Any) -> None:
+        shown.append(parser)
+        print_help(parser, *more)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "print_help", remember)
+    with pytest.raises(SystemExit):
+        {"preprocess": preprocess, "build_pairs": build_pairs, "speech_codec": speech_codec}[program].main(
+            [*command, "--help"])
+    assert f"first command:\n  python -m tools.{arguments} --" in capsys.readouterr().out
+    for action in shown[0]._actions:
+        assert action.help, action.option_strings
+        if not action.required and action.nargs != 0:
+            assert action.help.endswith(")"), action.option_strings
+            if isinstance(action.default, (int, float)):
+                assert action.help.endswith(f"({action.default:g})"), action.option_strings

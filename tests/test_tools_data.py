@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -464,6 +465,124 @@ def test_codes_file_of_the_wrong_kind_is_refused(tiny_codec, recordings, tmp_pat
     argv = ["decode", "--codec", tiny_codec, "--input", tmp_path / "c.npy", "--prompt", recordings / "0.wav",
             "--output", tmp_path / "o.wav"]
     assert "holds float32 of shape (2, 3)" in error_of(speech_codec, argv, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("archive.npz", "an archive of arrays. Give what `encode` wrote"), ("broken.npz", "not a .npy file of codes"),
+    ("none.npy", "holds no codes"), ("empty.npy", "not a .npy file of codes"), ("gone.npy", "gone.npy: not a .npy"),
+])
+def test_codes_that_are_none_are_named(tiny_codec, recordings, tmp_path, monkeypatch, capsys, name, message):
+    np.savez(tmp_path / "archive.npz", a=np.zeros(3, np.int32))
+    (tmp_path / "broken.npz").write_bytes((tmp_path / "archive.npz").read_bytes()[:-30])
+    np.save(tmp_path / "none.npy", np.zeros(0, np.int32))
+    (tmp_path / "empty.npy").touch()
+    argv = ["decode", "--codec", tiny_codec, "--input", tmp_path / name, "--prompt", recordings / "0.wav",
+            "--output", tmp_path / "o.wav"]
+    line = error_of(speech_codec, argv, monkeypatch, capsys)
+    assert f"{tmp_path / name}: " in line and message in line and not (tmp_path / "o.wav").exists()
+
+
+def test_codes_are_written_under_the_very_name_that_was_asked_for(tiny_codec, recordings, tmp_path):
+    speech_codec.main(["encode", "--codec", str(tiny_codec), "--input", str(recordings / "0.wav"), "--output",
+                       str(tmp_path / "codes")])
+    assert [path.name for path in tmp_path.iterdir()] == ["codes"] and np.load(tmp_path / "codes").ndim == 1
+
+
+@pytest.mark.parametrize("change", [{"config": {"unknown": 1}}, {"config": {"width": 17}}, {"config": None},
+                                    {"state": {}}, {"state": {"codebook": 3}}, {"state": [1]}])
+def test_codec_file_with_other_contents_is_named(tiny_codec, tmp_path, change):
+    torch.save(torch.load(tiny_codec, weights_only=True) | change, tmp_path / "codec.pt")
+    with pytest.raises(ToolError, match="codec.pt: its settings and weights are no codec .*train` writes a codec"):
+        SpeechCodec.load(tmp_path / "codec.pt")
+
+
+@pytest.mark.parametrize(("command", "flags"), [("encode", ()), ("decode", ("--prompt", "0.wav"))])
+def test_an_output_that_cannot_be_written_is_named(tiny_codec, recordings, tmp_path, monkeypatch, capsys, command,
+                                                   flags):
+    np.save(tmp_path / "c.npy", np.arange(9))
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(recordings)
+    argv = [command, "--codec", tiny_codec, "--input", tmp_path / "c.npy" if flags else "0.wav", *flags, "--output",
+            tmp_path / "file/out"]
+    assert f"{tmp_path}/file: cannot be written (File exists)" in error_of(speech_codec, argv, monkeypatch, capsys)
+
+
+TINY = ("--steps", "3", "--num-codes", "32", "--pca-dim", "8", "--kmeans-iterations", "3", "--width", "16",
+        "--batch-size", "4", "--segment", "8")
+
+
+@pytest.mark.parametrize(("flag", "value"), [
+    ("--max-hours", "0"), ("--max-hours", "nan"), ("--batch-size", "0"), ("--num-codes", "0"), ("--pca-dim", "0"),
+    ("--pca-dim", "400"), ("--segment", "0"), ("--width", "0"), ("--steps", "0"), ("--kmeans-iterations", "-1"),
+])
+def test_codec_training_names_the_flag_that_makes_no_sense(recordings, tmp_path, monkeypatch, capsys, flag, value):
+    argv = ["train", "--recordings", recordings / "recordings.jsonl", "--output", tmp_path / "c.pt", *TINY, flag, value]
+    assert f"[Error] {flag} {value}: give " in error_of(speech_codec, argv, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"audio": 5}, "row 2: audio is 5, not a text"), ({"speaker": ["a"]}, "row 2: speaker is ['a'], not a text"),
+    ({"audio": "../up.wav"}, "row 2: "), ({"audio": "link.wav"}, "row 2: "), ({"audio": "/etc/hosts"}, "row 2: "),
+])
+def test_codec_training_reads_its_own_folder_only(recordings, tmp_path, monkeypatch, capsys, change, message):
+    folder = tmp_path / "in"
+    shutil.copytree(recordings, folder)
+    shutil.copy(recordings / "0.wav", tmp_path / "up.wav")
+    (folder / "link.wav").symlink_to(tmp_path / "up.wav")
+    rows = read_rows(folder / "recordings.jsonl")
+    rows[1] |= change
+    (folder / "recordings.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = ["train", "--recordings", folder / "recordings.jsonl", "--output", tmp_path / "c.pt", *TINY]
+    line = error_of(speech_codec, argv, monkeypatch, capsys)
+    assert message in line and ("not a text" in message or f"leads out of {folder}. Copy the recording into it" in line)
+
+
+def test_codec_training_says_of_what_it_was_made(recordings, tmp_path, capsys):
+    hours = sum(soundfile.info(recordings / f"{i}.wav").duration for i in range(16)) / 3600
+    speech_codec.main(["train", "--recordings", str(recordings / "recordings.jsonl"), "--output",
+                       str(tmp_path / "c.pt"), *TINY, "--max-hours", str(hours / 1.5), "--audio-dir", str(recordings)])
+    assert "from 8 recordings of 0.0 hours (one in 2 of 16 recordings of 0.0 hours) -> " in capsys.readouterr().out
+
+
+def test_codec_training_names_and_leaves_out_recordings_that_cannot_be_used(recordings, tmp_path, capsys):
+    folder = tmp_path / "in"
+    shutil.copytree(recordings, folder)
+    rows = read_rows(folder / "recordings.jsonl")
+    (folder / rows[1]["audio"]).write_bytes(b"no sound")
+    (folder / rows[2]["audio"]).unlink()
+    train = ["train", "--output", str(tmp_path / "c.pt"), *TINY, "--recordings"]
+    speech_codec.main([*train, str(folder / "recordings.jsonl")])
+    told = capsys.readouterr().out
+    assert f"left out: {folder / rows[1]['audio']}: cannot be read" in told and "2 of 16 recordings are left" in told
+    (tmp_path / "good.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [rows[0], *rows[3:]]))
+    expected = (tmp_path / "c.pt").read_bytes()
+    speech_codec.main([*train, str(tmp_path / "good.jsonl"), "--audio-dir", str(folder)])
+    assert (tmp_path / "c.pt").read_bytes() == expected
+    for path in folder.glob("*.wav"):
+        path.write_bytes(b"")
+    with pytest.raises(ToolError, match="not one of 16 recordings can be used"):
+        speech_codec.main([*train, str(folder / "recordings.jsonl")])
+
+
+@pytest.mark.parametrize(("rate", "seconds", "message"), [(44099, 1, "44099 Hz. Convert it"), (4000, 1, "4000 Hz"),
+                                                          (8000, 601, "10 minutes. Cut it into sentences")])
+def test_recordings_that_would_take_gigabytes_are_refused_unread(tiny_codec, tmp_path, monkeypatch, capsys, rate,
+                                                                 seconds, message):
+    soundfile.write(tmp_path / "bad.flac", np.zeros(rate * seconds, np.int16), rate)
+    argv = ["encode", "--codec", tiny_codec, "--input", tmp_path / "bad.flac", "--output", tmp_path / "c.npy"]
+    assert f"{tmp_path}/bad.flac: {message}" in error_of(speech_codec, argv, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 16])
+def test_channels_are_averaged_and_many_never_all_in_memory(tmp_path, monkeypatch, channels):
+    monkeypatch.setattr(speech_codec, "BLOCK", 1000)
+    sound = np.stack([tones(i, 3) for i in range(channels)], 1)
+    soundfile.write(tmp_path / "many.wav", sound, RATE, subtype="FLOAT")
+    tracemalloc.start()
+    mono = speech_codec.read_mono(tmp_path / "many.wav")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert np.array_equal(mono, sound.mean(1)) and (channels < 3 or peak < 3 * mono.nbytes)
 
 
 def test_quick_demo_data_never_replaces_the_shipped_set(monkeypatch, capsys):

@@ -12,7 +12,7 @@ import signal
 import stat
 import threading
 import zipfile
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence, Set
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -20,30 +20,21 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
-import soundfile
 import torch
 from torch import Tensor
 
 from tools._common import Progress, ToolError, atomic_path, info, sha256_of, warn, writing_to
-from tools.speech_codec import SpeechCodec, load_recording, unreadable
+from tools.speech_codec import SpeechCodec, Unusable, load_recording, path_within
 from trainers.train_gpt_v2 import available_cores
 
 SOUND_SUFFIXES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64"}
-LONGEST_FILE = 600  # seconds; beyond, a file is not even read
 LARGEST_CHUNK = 128  # recordings; what a kill can cost each process
 WORTH_A_PROCESS = 64  # recordings; for fewer, a process would take longer to start than to work
-FORMAT = 1  # of chunks; counted up when their content changes, so that older ones are not used
+FORMAT = 2  # of chunks; counted up when their content changes, so that older ones are not used
+DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)  # what np.load makes of a broken chunk
 
 Result = dict[str, np.ndarray] | tuple[str, str]
 """Features by name, or (reason, detail) why there are none."""
-
-
-class Unusable(Exception):
-    """Why a row is skipped: a short reason to count by, and the details."""
-
-    def __init__(self, reason: str, detail: str):
-        super().__init__(reason, detail)
-        self.reason, self.detail = reason, detail
 
 
 class Features(Protocol):
@@ -123,10 +114,7 @@ class Clip(NamedTuple):
 def find_clip(audio: str, audio_dir: Path) -> Clip:
     """`audio_dir` is free of links. Raises: Unusable for a path that leads nowhere, out of it, or to another kind of
     file."""
-    path = audio_dir / audio
-    if "\0" in audio or not Path(os.path.realpath(path)).is_relative_to(audio_dir):
-        raise Unusable("outside the audio folder", f"{path}: leads out of {audio_dir}. Copy the recording into it, or "
-                                                   "name the folder that holds all recordings as --audio-dir")
+    path = path_within(audio, audio_dir)
     if path.suffix.lower() not in SOUND_SUFFIXES:
         raise Unusable("not a sound file's ending", f"{path}: ends in {path.suffix!r}. Give WAV, FLAC, OGG or MP3")
     try:
@@ -139,33 +127,19 @@ def find_clip(audio: str, audio_dir: Path) -> Clip:
     return Clip(audio, status.st_size, status.st_mtime_ns)
 
 
-def check_header(path: Path) -> None:
-    """Raises: Unusable for a file that is not worth reading."""
-    try:
-        header = soundfile.info(path)
-    except (OSError, soundfile.LibsndfileError) as error:
-        raise Unusable("unreadable", unreadable(path, error)) from error
-    if not header.frames:
-        raise Unusable("empty recording", f"{path}: holds no sound. Record it again")
-    # Any odd rate, such as 44099 Hz, would take gigabytes to resample.
-    if not 8000 <= header.samplerate <= 96000 or header.samplerate % 25:
-        raise Unusable("sample rate", f"{path}: {header.samplerate} Hz. Convert it to 16, 22.05, 24, 44.1 or 48 kHz")
-    if header.frames / header.samplerate > LONGEST_FILE:
-        raise Unusable("recording too long", f"{path}: {header.frames / header.samplerate / 60:.0f} minutes. Cut it "
-                                             "into sentences")
-
-
 def features_of(path: Path, source: FeatureSource, kind: str) -> dict[str, np.ndarray]:
     """kind "codes": codes [c] and samples [1]; "condition": condition [32, D] and emo_vec [1, D]. Raises: Unusable."""
     features = load_features(source)
-    check_header(path)
-    try:
-        audio = load_recording(path, features.sample_rate)
-    except ToolError as error:
-        raise Unusable("unusable sound", str(error)) from error
+    audio = load_recording(path, features.sample_rate)
     if kind == "codes":
-        return {"codes": features.codes(audio), "samples": np.array([len(audio)])}
-    return {"condition": features.condition(audio), "emo_vec": features.emo_vec(audio)[None]}
+        found = {"codes": features.codes(audio), "samples": np.array([len(audio)])}
+    else:
+        found = {"condition": features.condition(audio), "emo_vec": features.emo_vec(audio)[None]}
+    for name, values in found.items():
+        if not np.isfinite(values).all():
+            raise Unusable("unusable sound", f"{path}: its {name} holds numbers that are not finite. Export the "
+                                             "recording again")
+    return found
 
 
 def compute_chunk(clips: Sequence[Clip], audio_dir: Path, source: FeatureSource, kind: str) -> list[Result]:
@@ -221,7 +195,6 @@ class FeatureCache:
         self.folder, self.kind, self.source = folder, kind, source
         self.stem = f"{kind}_{source.fingerprint(kind)[:16]}"
         self.places: dict[Clip, tuple[Path, int]] = {}
-        self.load = functools.lru_cache(maxsize=4)(self.load_chunk)
         paths = sorted(folder.glob(f"{self.stem}_*.npz"))
         progress = Progress(f"finished chunks of {kind}", len(paths))
         for done, path in enumerate(paths, 1):
@@ -229,7 +202,7 @@ class FeatureCache:
             try:
                 with np.load(path) as arrays:
                     clips = json.loads(arrays["clips"].tobytes())
-            except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            except DAMAGED as error:
                 warn(f"{path}: damaged ({error}); its recordings are computed again")
                 continue
             self.places.update({Clip(*clip): (path, i) for i, clip in enumerate(clips)})
@@ -239,13 +212,20 @@ class FeatureCache:
             with np.load(path) as arrays:
                 names = [name for name in arrays.files if f"{name}_len" in arrays.files]
                 return {name: np.split(arrays[name], np.cumsum(arrays[f"{name}_len"])[:-1]) for name in names}
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        except DAMAGED as error:
             raise ToolError(f"{path}: damaged ({error}). Delete it and run the same command again") from error
 
-    def read(self, clip: Clip) -> dict[str, np.ndarray]:
-        """Raises: ToolError for a damaged chunk."""
-        path, index = self.places[clip]
-        return {name: parts[index] for name, parts in self.load(path).items()}
+    def read(self, clips: Sequence[Clip]) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+        """Each clip's place in `clips` and its features, in the order of the chunks: each is read once, and only one is
+        in memory. Raises: ToolError for a damaged chunk."""
+        by_chunk: dict[Path, list[tuple[int, int]]] = {}
+        for number, clip in enumerate(clips):
+            path, index = self.places[clip]
+            by_chunk.setdefault(path, []).append((number, index))
+        for path, places in by_chunk.items():
+            chunk = self.load_chunk(path)
+            for number, index in places:
+                yield number, {name: parts[index] for name, parts in chunk.items()}
 
     def add(self, clips: Sequence[Clip], features: Sequence[dict[str, np.ndarray]]) -> None:
         """Raises: ToolError when it cannot be written."""
@@ -259,10 +239,18 @@ class FeatureCache:
             np.savez(handle, **arrays)  # type: ignore[arg-type]
         self.places.update({clip: (path, i) for i, clip in enumerate(clips)})
 
-    def prune(self, used: Iterable[Clip]) -> None:
-        """Deletes the chunks, of this kind, of which nothing is used any more."""
-        keep = {self.places[clip][0] for clip in used}
-        for path in self.folder.glob(f"{self.kind}_*.npz"):
+    def prune(self, used: Iterable[Clip], named: Set[str]) -> None:
+        """Deletes the chunks of this codec and kind that nothing will ask for: damaged ones, and those whose clips are
+        all no more `named` (audio paths) or have changed since. A named clip that is missing now may come back.
+
+        So the folder grows with every codec and width that was tried, and with former prompts: to at most the features
+        of every named recording for each of them. Deleting it frees that, and costs time only.
+        """
+        used = set(used)
+        there = {clip.audio for clip in used}
+        keep = {path for clip, (path, _) in self.places.items()
+                if clip in used or (clip.audio in named and clip.audio not in there)}
+        for path in self.folder.glob(f"{self.stem}_*.npz"):
             if path not in keep:
                 path.unlink()
 

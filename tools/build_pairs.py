@@ -4,9 +4,11 @@ Each utterance is the target of --pairs-per-target rows. Its prompt is another r
 another sentence, drawn from those that have a condition. Rows have the fields of the IndexTTS2 fine-tuning manifests,
 and *_start says where in each array the utterance begins.
 
-The draw depends on --seed and the target's id. In training, pairs are then moved from the most to the least used
-prompts until each is used as often as the mean of its speaker's prompts, give or take a tenth (or one). Validation
-pairs stay as drawn, so that those of old recordings do not change when new ones come.
+The draw depends on --seed, the target's id and the speaker's prompts. In training, pairs are then moved from the most
+to the least used prompts until each is used as often as the mean of its speaker's prompts, give or take a tenth (or
+one). Where sentences forbid that, no pair is left whose prompt is used over one time more than another that could take
+its place. Validation pairs stay as drawn: those of old recordings do not change when new ones come, unless these change
+the speaker's prompts, which tools.preprocess draws from the longer half.
 
 Left out, counted and named: targets beyond --max-text-tokens or --max-codes, and speakers who have no prompt left: one
 clip alone, or all prompts outside --min-prompt-seconds to --max-prompt-seconds.
@@ -15,19 +17,23 @@ clip alone, or all prompts outside --min-prompt-seconds to --max-prompt-seconds.
 from __future__ import annotations
 
 import argparse
+import bisect
 import collections
+import contextlib
 import heapq
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tools._common import Progress, ToolError, info, make_parser, read_jsonl, run_program, warn, write_jsonl, writing_to
 from tools.amharic_text import letters_of
+from tools.preprocess import locked
 
 FIRST_COMMAND = "python -m tools.build_pairs --data-dir build/arrays"
+REMEDY = "tools.preprocess writes it"
 UTTERANCE_KEYS = ["id", "speaker", "split", "text", "duration", "text_ids_start", "text_len", "codes_start", "code_len"]
 
 
@@ -73,29 +79,42 @@ def with_keys(utterances: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
+def fits(prompt: dict[str, Any], target: dict[str, Any]) -> bool:
+    """Whether a prompt may speak for a target: with its sentence or its very sound, the model would learn to copy."""
+    return prompt["key"] != target["key"] and not (prompt.get("audio") and prompt["audio"] == target.get("audio"))
+
+
 def draw_prompts(prompts: Sequence[dict[str, Any]], targets: Sequence[dict[str, Any]], per_target: int, seed: int
                  ) -> list[list[int]]:
-    """For each target indices of its prompts, distinct; fewer than per_target where there are fewer.
-
-    None says the target's own sentence (nor is the target itself): the model would learn to copy.
-    """
-    same: dict[str, list[int]] = {}
+    """For each target indices of its prompts, distinct; fewer than per_target where there are fewer. All fit it (nor is
+    one the target itself)."""
+    same_sentence: dict[str, list[int]] = {}
+    same_sound: dict[str, list[int]] = {}
     for index, prompt in enumerate(prompts):
-        same.setdefault(prompt["key"], []).append(index)
+        same_sentence.setdefault(prompt["key"], []).append(index)
+        if prompt.get("audio"):
+            same_sound.setdefault(prompt["audio"], []).append(index)
+
+    def left_before(excluded: Sequence[int]) -> list[int]:
+        return [index - rank for rank, index in enumerate(excluded)]
+
+    of_sentence = {key: left_before(excluded) for key, excluded in same_sentence.items()}
     drawn = []
     for target in targets:
-        excluded = same.get(target["key"], [])
-        left = len(prompts) - len(excluded)
+        before = of_sentence.get(target["key"], [])
+        more = [i for i in same_sound.get(target.get("audio", ""), []) if prompts[i]["key"] != target["key"]]
+        if more:
+            before = left_before(sorted([*same_sentence.get(target["key"], []), *more]))
+        left = len(prompts) - len(before)
         chosen = random.Random(f"{seed} {target['id']}").sample(range(left), min(per_target, left))
-        for one in excluded:  # from the i-th of those that are left to the i-th of all
-            chosen = [index + (index >= one) for index in chosen]
-        drawn.append(chosen)
+        # From the i-th of those that are left to the i-th of all.
+        drawn.append([index + bisect.bisect_right(before, index) for index in chosen])
     return drawn
 
 
 def even_out(drawn: list[list[int]], prompts: Sequence[dict[str, Any]], targets: Sequence[dict[str, Any]]) -> None:
     """Moves targets from often to seldom used prompts, in place, until every use is within a tenth (or one) of the
-    mean. A prompt that says the target's sentence, or prompts it already, does not take it."""
+    mean, or else until no move to a prompt that fits and is used two times less is left."""
     users: list[list[int]] = [[] for _ in prompts]
     for number, chosen in enumerate(drawn):
         for prompt in chosen:
@@ -112,9 +131,61 @@ def even_out(drawn: list[list[int]], prompts: Sequence[dict[str, Any]], targets:
             least, taker = least_first[0]
             if uses[giver] - least < 2 or (uses[giver] <= highest and (least >= lowest or uses[giver] <= mean)):
                 break
-            if taker not in drawn[number] and prompts[taker]["key"] != targets[number]["key"]:
+            if taker not in drawn[number] and fits(prompts[taker], targets[number]):
                 drawn[number][drawn[number].index(giver)] = taker
                 uses[giver], uses[taker] = uses[giver] - 1, uses[taker] + 1
+    if uses and (min(uses) < lowest or max(uses) > highest):  # the least used one was barred, and hid the others
+        even_out_around_barred(drawn, prompts, targets, uses)
+
+
+def even_out_around_barred(drawn: list[list[int]], prompts: Sequence[dict[str, Any]],
+                           targets: Sequence[dict[str, Any]], uses: list[int]) -> None:
+    """Moves targets, in place, until none has a prompt that is used two times more than one that could take its place.
+
+    Sentence by sentence: the prompts that say it are then set aside once, not for each target.
+    """
+    of_sentence: dict[str, list[int]] = {}
+    for number, target in enumerate(targets):
+        of_sentence.setdefault(target["key"], []).append(number)
+    least_first = [(count, prompt) for prompt, count in enumerate(uses)]
+    heapq.heapify(least_first)
+    moved = True
+    while moved:
+        moved = False
+        for numbers in of_sentence.values():
+            saying_it: list[tuple[int, int]] = []
+            for number in filter(drawn.__getitem__, numbers):
+                giver = max(drawn[number], key=uses.__getitem__)
+                taker = take_least(least_first, uses, uses[giver] - 2, saying_it, prompts, targets[number],
+                                   drawn[number])
+                if taker is None:
+                    continue
+                drawn[number][drawn[number].index(giver)] = taker
+                uses[giver], uses[taker], moved = uses[giver] - 1, uses[taker] + 1, True
+                for prompt in (giver, taker):
+                    heapq.heappush(least_first, (uses[prompt], prompt))
+            for entry in saying_it:
+                heapq.heappush(least_first, entry)
+
+
+def take_least(least_first: list[tuple[int, int]], uses: Sequence[int], most: int, saying_it: list[tuple[int, int]],
+               prompts: Sequence[dict[str, Any]], target: dict[str, Any], has: Sequence[int]) -> int | None:
+    """Takes the least used prompt that fits the target, is not among those it `has`, and has at most `most` uses, from
+    the heap of (uses, prompt). Prompts with the target's sentence go from the heap to `saying_it`."""
+    others, found = [], None
+    while found is None and least_first and least_first[0][0] <= most:
+        count, prompt = heapq.heappop(least_first)
+        if count != uses[prompt]:  # an entry of before a move
+            continue
+        if prompts[prompt]["key"] == target["key"]:
+            saying_it.append((count, prompt))
+        elif prompt in has or not fits(prompts[prompt], target):
+            others.append((count, prompt))
+        else:
+            found = prompt
+    for entry in others:
+        heapq.heappush(least_first, entry)
+    return found
 
 
 def by_speaker(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -201,12 +272,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Raises: ToolError naming the flag."""
     parser = make_parser(__doc__, FIRST_COMMAND)
     parser.add_argument("--data-dir", type=Path, required=True, help="where preprocess wrote; gets the two manifests")
-    parser.add_argument("--pairs-per-target", type=int, default=1)
-    parser.add_argument("--max-text-tokens", type=int, default=0, help="of a target (0 = what preprocess let through)")
-    parser.add_argument("--max-codes", type=int, default=0, help="of a target (0 = what preprocess let through)")
-    parser.add_argument("--min-prompt-seconds", type=float, default=0.0)
-    parser.add_argument("--max-prompt-seconds", type=float, default=0.0, help="0 = no limit")
-    parser.add_argument("--seed", type=int, default=1234)
+    parser.add_argument("--pairs-per-target", type=int, default=1, help="rows of each target (1)")
+    parser.add_argument("--max-text-tokens", type=int, default=0, help="of a target, 0 = as preprocess let through (0)")
+    parser.add_argument("--max-codes", type=int, default=0, help="of a target, 0 = as preprocess let through (0)")
+    parser.add_argument("--min-prompt-seconds", type=float, default=0.0, help="shorter recordings are no prompts (0)")
+    parser.add_argument("--max-prompt-seconds", type=float, default=0.0, help="nor are longer ones, 0 = no limit (0)")
+    parser.add_argument("--seed", type=int, default=1234, help="of the draw (1234)")
     args = parser.parse_args(argv)
     if args.pairs_per_target < 1:
         raise ToolError(f"--pairs-per-target {args.pairs_per_target}: give 1 or more")
@@ -218,23 +289,39 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+@contextlib.contextmanager
+def reserved(data_dir: Path) -> Iterator[None]:
+    """Keeps tools.preprocess from publishing other arrays, here or in a shard, below the pairs that are being built.
+
+    Raises: ToolError when one is running.
+    """
+    with contextlib.ExitStack() as locks:
+        for folder in [data_dir, *sorted(data_dir.glob("shard_*_of_*/"))]:
+            locks.enter_context(locked(folder))
+        yield
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     path = args.data_dir / "utterances.jsonl"
-    utterances = with_keys(read_jsonl(path, UTTERANCE_KEYS, "tools.preprocess writes it"))
-    check_utterances(utterances, path)
     limits = Limits(args.max_text_tokens or math.inf, args.max_codes or math.inf, args.min_prompt_seconds,
                     args.max_prompt_seconds or math.inf)
-    pairs = {split: build_pairs(utterances, split, args.pairs_per_target, args.seed, limits=limits)
-             for split in ("train", "val")}
-    say_summary(utterances, pairs, limits)
-    for split, rows in pairs.items():
-        if not rows:
-            raise ToolError(f"{args.data_dir}: not one {split} pair can be built. The lines above say what is left out")
-    with writing_to(args.data_dir):
+    if not path.is_file():  # a lock would make the folder
+        raise ToolError(f"{path}: no such file. {REMEDY}")
+    with reserved(args.data_dir):
+        utterances = with_keys(read_jsonl(path, UTTERANCE_KEYS, REMEDY))
+        check_utterances(utterances, path)
+        pairs = {split: build_pairs(utterances, split, args.pairs_per_target, args.seed, limits=limits)
+                 for split in ("train", "val")}
+        say_summary(utterances, pairs, limits)
         for split, rows in pairs.items():
-            write_jsonl(args.data_dir / f"{split}_pairs.jsonl", rows)
-            info(f"{len(rows)} pairs -> {args.data_dir / f'{split}_pairs.jsonl'}")
+            if not rows:
+                raise ToolError(f"{args.data_dir}: not one {split} pair can be built. The lines above say what is left "
+                                "out")
+        with writing_to(args.data_dir):
+            for split, rows in pairs.items():
+                write_jsonl(args.data_dir / f"{split}_pairs.jsonl", rows)
+                info(f"{len(rows)} pairs -> {args.data_dir / f'{split}_pairs.jsonl'}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ Writes into --output-dir:
   chunks/                     what has been computed; deleting it costs time only
 
 Prompts are --prompts-per-speaker recordings of each speaker from the training split. Validation are the rows marked
-"split": "val" and all rows of --val-speakers; without either, --val-share of the sentences. A sentence of validation,
+"split": "val" and all rows of --val-speakers; without either, --val-share of the sentences, by a hash of each (the one
+next to the share where a small set has none below it, which a row added later may replace). A sentence of validation,
 in whatever spelling and punctuation, is never in training.
 
 Run it again after a kill, or when recordings came, changed or left: it computes only what is missing, and the result
@@ -22,10 +23,12 @@ other sounds.
 Several machines: the same command with --num-shards N and --shard-index 0 ... N-1 (SLURM: $SLURM_ARRAY_TASK_ID), each
 into the same --output-dir, then once with --num-shards N --merge.
 
-Skipped, counted and listed: recordings that are missing, unreadable, empty, under 0.1 s, not 8 to 96 kHz, without a
-sound file's ending, outside the audio folder (.., links), or longer than the model takes; transcripts that are empty,
-too long, not Ethiopic, or have letters that the tokenizer lacks; training rows with a sentence of validation.
-Refused: lines that are not JSON or lack a field, ids that occur twice.
+Skipped, counted and listed: recordings that are missing, unreadable, cut off (WAV), empty, under 0.1 s, practically
+silent (under -60 dBFS), not a sound (samples beyond 100 or not finite), not of 8 to 96 kHz in steps of 25 Hz, without a
+sound file's ending, outside the audio folder (.., links), over 600 s, or longer than the model takes; transcripts that
+are empty, too long, not Ethiopic, or have letters that the tokenizer lacks; training rows with a sentence of
+validation. Refused: lines that are not JSON or lack a field, ids that occur twice, data without a training or a
+validation row.
 """
 
 from __future__ import annotations
@@ -36,11 +39,12 @@ import contextlib
 import filecmp
 import hashlib
 import json
+import math
 import os
 import random
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,7 +94,7 @@ ETHIOPIC = re.compile("[\u1200-\u139f\u2d80-\u2ddf\uab00-\uab2f]")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Texts and splits (pure)
+# Texts and splits (pure, but for one warning)
 
 
 def text_ids_of(text: str, tokenizer: sentencepiece.SentencePieceProcessor, place: str) -> list[int]:
@@ -107,16 +111,25 @@ def text_ids_of(text: str, tokenizer: sentencepiece.SentencePieceProcessor, plac
 
 
 def share_of(name: str) -> float:
-    """A number from 0 to 1 that depends on the name alone, so that rows added later move no other row."""
+    """A number from 0 to 1 that depends on the name alone."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
 
 
 def validation_sentences(keys: set[str], share: float, seed: int) -> set[str]:
-    """About `share` of the sentences, at least one. Raises: ToolError when none would be left to train on."""
+    """About `share` of the sentences, each by its own hash, so that one added later moves no other. At least one: where
+    no hash is below the share, the lowest, which one added later may replace; hence a warning.
+
+    Raises: ToolError when none would be left to train on.
+    """
     if len(keys) < 2:
         raise ToolError("there is only one sentence, and validation needs one that training has not. Add recordings")
     places = {key: share_of(f"{seed} {key}") for key in keys}
-    return {key for key in keys if places[key] < share} or {min(keys, key=lambda key: places[key])}
+    chosen = {key for key in keys if places[key] < share}
+    if not chosen:
+        warn(f"so few sentences that --val-share {share:g} takes none: validation is the one nearest to it. When "
+             "recordings are added, another one may take its place, and this one is then trained on. To keep it, mark "
+             'its rows "split": "val"')
+    return chosen or {min(keys, key=lambda key: places[key])}
 
 
 def split_rows(rows: Sequence[dict[str, Any]], keys: Sequence[str], val_speakers: Sequence[str], share: float,
@@ -186,8 +199,6 @@ class Plan:
     model: ModelConfig
     audio_dir: Path
     made_with: dict[str, Any]
-    trained: set[str]
-    """Speakers with a training row."""
 
 
 def check_rows(rows: Sequence[dict[str, Any]], recordings: Path) -> None:
@@ -198,8 +209,6 @@ def check_rows(rows: Sequence[dict[str, Any]], recordings: Path) -> None:
             value = row.get(key, "")
             if not isinstance(value, str) or (key in ("id", "audio") and not value):
                 raise ToolError(f"{recordings}, row {number}: {key} is {value!r}, not a text. {ROW_REMEDY}")
-            if not value.isascii() and re.search("[\ud800-\udfff]", value):
-                raise ToolError(f"{recordings}, row {number}: {key} holds half a character ({value!r}). Write it anew")
         if row["id"] in seen:
             raise ToolError(f"{recordings}, row {number}: id {row['id']!r} is that of row {seen[row['id']]} too. Make "
                             "ids unique")
@@ -252,7 +261,19 @@ def plan_items(rows: Sequence[dict[str, Any]], recordings: Path, model: ModelCon
         if not split:
             skipped.append(skipped_row(item.number, item.row["id"], "sentence of validation", f"{recordings}, row "
                                        f"{item.number} ({item.row['id']}): validation has the sentence {item.text!r}"))
+    if "train" not in splits:
+        raise nothing_left(recordings, "train", skipped)
     return [item for item in items if item.split], skipped
+
+
+def nothing_left(recordings: Path, split: str, skipped: Sequence[dict[str, Any]]) -> ToolError:
+    """The error of data that has no row of a split; `skipped` are the rows that would have been of it."""
+    why = "; ".join(say_skipped(skipped)) or "Every row is validation"
+    if split == "train":
+        return ToolError(f"{recordings}: no row is left to train on. {why}. Mend these rows, mark fewer "
+                         '"split": "val", or name fewer --val-speakers')
+    return ToolError(f"{recordings}: no row is left for validation. {why}. Mend these rows, mark others "
+                     '"split": "val", or raise --val-share')
 
 
 def read_gpt_section(config: Path | None) -> dict[str, Any]:
@@ -305,9 +326,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
         "--prompts-per-speaker": args.prompts_per_speaker, "--val-share": args.val_share,
         "--val-speakers": sorted(args.val_speakers),
     }
-    trained = {item.row.get("speaker", "") for item in items if item.split == "train"}
     audio_dir = Path(os.path.realpath(args.audio_dir or args.recordings.parent))
-    return Plan(items, skipped, {row["audio"] for row in rows}, source, gpt, model, audio_dir, made_with, trained)
+    return Plan(items, skipped, {row["audio"] for row in rows}, source, gpt, model, audio_dir, made_with)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -319,12 +339,16 @@ class Part:
     """What one process or machine has worked out: rows, and the numbers they point into."""
 
     utterances: list[dict[str, Any]]
-    codes: list[np.ndarray]
-    text_ids: list[np.ndarray]
     skipped: list[dict[str, Any]]
+    clips: list[Clip] = field(default_factory=list)
+    codes: list[np.ndarray] = field(default_factory=list)
+    text_ids: list[np.ndarray] = field(default_factory=list)
+    """All three for each utterance; empty in a merge, whose shards have them."""
     conditions: FeatureCache | None = None
     """Has condition and emo_vec of the prompts; None in a shard that leaves them to the merge."""
     prompts: list[Clip] = field(default_factory=list)
+    in_use: list[tuple[FeatureCache, list[Clip]]] = field(default_factory=list)
+    """For prune_caches."""
 
 
 def find_clips(items: Sequence[Item], audio_dir: Path) -> tuple[dict[int, Clip], dict[int, tuple[str, str]]]:
@@ -347,13 +371,14 @@ def work_out(plan: Plan, items: Sequence[Item], folder: Path, jobs: int) -> Part
     cache = FeatureCache(folder / "chunks", "codes", plan.source)
     unusable = fill_cache(cache, list(clips.values()), plan.audio_dir, jobs)
     faults |= {number: unusable[clip] for number, clip in clips.items() if clip in unusable}
+    usable = [number for number in clips if number not in faults]
+    found = {usable[i]: features for i, features in cache.read([clips[number] for number in usable])}
     sample_rate, most = load_features(plan.source).sample_rate, plan.model.max_code_len
-    part, codes_start, ids_start = Part([], [], [], []), 0, 0
+    part, codes_start, ids_start = Part([], []), 0, 0
     for item in items:
         row, ids = item.row, np.array(item.text_ids, dtype=np.int32)
         if item.number not in faults:
-            features = cache.read(clips[item.number])
-            codes, seconds = features["codes"], int(features["samples"][0]) / sample_rate
+            codes, seconds = found[item.number]["codes"], int(found[item.number]["samples"][0]) / sample_rate
             if len(codes) > most:
                 faults[item.number] = "recording too long", (f"{plan.audio_dir / row['audio']}: {len(codes)} codes, "
                                                              f"the model takes {most}. Cut it into sentences")
@@ -365,10 +390,11 @@ def work_out(plan: Plan, items: Sequence[Item], folder: Path, jobs: int) -> Part
             "split": item.split, "text": item.text, "audio": row["audio"], "duration": round(seconds, 3),
             "text_ids_start": ids_start, "text_len": len(ids), "codes_start": codes_start, "code_len": len(codes),
         })
+        part.clips.append(clips[item.number])
         part.codes.append(codes)
         part.text_ids.append(ids)
         codes_start, ids_start = codes_start + len(codes), ids_start + len(ids)
-    cache.prune(clip for clip in clips.values() if clip not in unusable)
+    part.in_use.append((cache, [clips[number] for number in usable]))
     return part
 
 
@@ -387,17 +413,29 @@ def work_out_prompts(plan: Plan, part: Part, prompts: Sequence[int], folder: Pat
     for rank, index in enumerate(prompts):
         part.utterances[index] |= {"condition_start": rank * CONDITION_ROWS, "condition_len": CONDITION_ROWS,
                                    "emo_vec_start": rank}
-    cache.prune(clips)
+    part.in_use.append((cache, clips))
     part.conditions, part.prompts = cache, clips
 
 
-def save_array(path: Path, parts: Iterable[np.ndarray], shape: tuple[int, ...], dtype: type) -> None:
-    """The parts end to end as one .npy file, never all in memory."""
+def prune_caches(plan: Plan, part: Part) -> None:
+    """To be called once the new arrays are published: till then, what looks useless may be all that is left."""
+    for cache, clips in part.in_use:
+        cache.prune(clips, plan.named)
+
+
+@contextlib.contextmanager
+def new_array(path: Path, shape: tuple[int, ...], dtype: type) -> Iterator[Callable[[int, np.ndarray], None]]:
+    """Yields put(row, values), which writes values from that row on into a new .npy file, never all in memory."""
     with path.open("wb") as handle:
         header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(handle, header)
-        for part in parts:
-            handle.write(np.ascontiguousarray(part, dtype=dtype).data)
+        start, row_bytes = handle.tell(), np.dtype(dtype).itemsize * math.prod(shape[1:])
+
+        def put(row: int, values: np.ndarray) -> None:
+            handle.seek(start + row * row_bytes)
+            handle.write(np.ascontiguousarray(values, dtype=dtype).data)
+
+        yield put
         handle.flush()
         os.fsync(handle.fileno())
 
@@ -406,12 +444,16 @@ def save_arrays(staging: Path, part: Part) -> None:
     """codes and text_ids [total] int32; condition [32 * prompts, D] and emo_vec [prompts, D] float32."""
     for name, parts in (("codes", part.codes), ("text_ids", part.text_ids)):
         if parts:
-            save_array(staging / f"{name}.npy", parts, (sum(map(len, parts)),), np.int32)
-    cache = part.conditions
-    if cache:
-        for name, rows in (("condition", CONDITION_ROWS), ("emo_vec", 1)):
-            values = (cache.read(clip)[name] for clip in part.prompts)
-            save_array(staging / f"{name}.npy", values, (rows * len(part.prompts), cache.source.model_dim), np.float32)
+            with new_array(staging / f"{name}.npy", (sum(map(len, parts)),), np.int32) as put:
+                for row, values in zip(part.utterances, parts, strict=True):
+                    put(row[f"{name}_start"], values)
+    if part.conditions:
+        count, width = len(part.prompts), part.conditions.source.model_dim
+        with (new_array(staging / "condition.npy", (CONDITION_ROWS * count, width), np.float32) as put_condition,
+              new_array(staging / "emo_vec.npy", (count, width), np.float32) as put_emo_vec):
+            for rank, features in part.conditions.read(part.prompts):
+                put_condition(CONDITION_ROWS * rank, features["condition"])
+                put_emo_vec(rank, features["emo_vec"])
 
 
 def dataset_config(plan: Plan, tokenizer: Path, utterances: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -470,8 +512,14 @@ def choose_and_publish(plan: Plan, part: Part, args: argparse.Namespace) -> None
     part.skipped += plan.skipped
     if not part.utterances:
         raise ToolError(f"no recording can be used. {'; '.join(say_skipped(part.skipped))}")
+    planned = {item.row["id"]: item.split for item in plan.items}
+    for split in ("train", "val"):
+        if not any(row["split"] == split for row in part.utterances):
+            lost = [row for row in part.skipped if planned.get(row["id"]) == split]
+            raise nothing_left(args.recordings, split, lost)
     if not any("condition_start" in row for row in part.utterances):
-        prompts = choose_prompts(part.utterances, plan.trained, args.prompts_per_speaker, args.seed)
+        trained = {row["speaker"] for row in part.utterances if row["split"] == "train"}
+        prompts = choose_prompts(part.utterances, trained, args.prompts_per_speaker, args.seed)
         work_out_prompts(plan, part, prompts, args.output_dir, args.jobs)
     with publishing(args.output_dir, args.output_dir) as staging:
         save_arrays(staging, part)
@@ -482,6 +530,7 @@ def choose_and_publish(plan: Plan, part: Part, args: argparse.Namespace) -> None
         write_jsonl(staging / "utterances.jsonl", ({**row, "audio": os.path.relpath(plan.audio_dir / row["audio"],
                                                                                     output_dir)}
                                                    for row in part.utterances))
+    prune_caches(plan, part)
 
 
 def run_single(plan: Plan, args: argparse.Namespace) -> Part:
@@ -500,13 +549,18 @@ def run_shard(plan: Plan, args: argparse.Namespace) -> Part:
     items = [item for item in plan.items if shard_of(item.row["id"], args.num_shards) == args.shard_index]
     part = work_out(plan, items, folder, args.jobs)
     if args.prompts_per_speaker == 0:
-        prompts = choose_prompts(part.utterances, plan.trained, 0, args.seed)
+        # By the plan: whether the speaker's training rows of other shards can be used is not known here.
+        trained = {item.row.get("speaker", "") for item in plan.items if item.split == "train"}
+        prompts = choose_prompts(part.utterances, trained, 0, args.seed)
         work_out_prompts(plan, part, prompts, folder, args.jobs)
     with publishing(folder, args.output_dir) as staging:
         save_arrays(staging, part)
         write_jsonl(staging / "skipped.jsonl", part.skipped)
-        write_jsonl(staging / "utterances.jsonl", part.utterances)
+        sizes = (clip.size for clip in part.clips)  # for the merge to compare
+        write_jsonl(staging / "utterances.jsonl", ({**row, "size": size} for row, size in
+                                                   zip(part.utterances, sizes, strict=True)))
         write_text(staging / "shard.json", json.dumps({"shard": args.shard_index, **plan.made_with}) + "\n")
+    prune_caches(plan, part)
     return part
 
 
@@ -517,7 +571,7 @@ def read_lines(path: Path, required: Sequence[str]) -> list[dict[str, Any]]:
     return read_jsonl(path, required, "Run its shard again")
 
 
-def read_shard(folder: Path, made_with: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def read_shard(folder: Path, plan: Plan) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Utterances and skipped rows of a finished shard, paths relative to the output folder.
 
     Raises: ToolError for a shard that is missing, was made otherwise, or whose arrays are not whole.
@@ -526,27 +580,44 @@ def read_shard(folder: Path, made_with: Mapping[str, Any]) -> tuple[list[dict[st
         found = dict(json.loads((folder / "shard.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise ToolError(f"{folder.name} is missing or unfinished") from error
-    differing = [name for name, value in made_with.items() if found.get(name) != value]
+    differing = [name for name, value in plan.made_with.items() if found.get(name) != value]
     if differing:
         raise ToolError(f"{folder.name} was made with another {', '.join(differing)}")
-    utterances = read_lines(folder / "utterances.jsonl", ["id", "code_len", "text_len"])
-    for name, length in (("codes", "code_len"), ("text_ids", "text_len")):
-        needed = sum(row[length] for row in utterances)
-        if needed and array_length(folder / f"{name}.npy") != needed:
+    utterances = read_lines(folder / "utterances.jsonl", ["id", "audio", "size", "code_len", "text_len"])
+    prompts, width = sum("condition_start" in row for row in utterances), plan.model.model_dim
+    shapes = {"codes": (sum(row["code_len"] for row in utterances),),
+              "text_ids": (sum(row["text_len"] for row in utterances),),
+              "condition": (CONDITION_ROWS * prompts, width), "emo_vec": (prompts, width)}
+    for name, shape in shapes.items():
+        if shape[0] and array_shape(folder / f"{name}.npy") != shape:
             raise ToolError(f"{folder.name}/{name}.npy is not whole")
+    changed = [row["audio"] for row in utterances if is_changed(row, plan.audio_dir)]
+    if changed:
+        raise ToolError(f"{folder.name} was made from other recordings (another --audio-dir, or changed since: "
+                        f"{len(changed)} have another size, the first {changed[0]!r})")
     for row in utterances:
+        del row["size"]
         row |= {"text_ids_path": f"{folder.name}/text_ids.npy", "codes_path": f"{folder.name}/codes.npy"}
         if "condition_start" in row:
             row |= {"condition_path": f"{folder.name}/condition.npy", "emo_vec_path": f"{folder.name}/emo_vec.npy"}
     return utterances, read_lines(folder / "skipped.jsonl", ["id", "reason", "detail"])
 
 
-def array_length(path: Path) -> int:
-    """Rows of a .npy file; -1 for one that is missing or cut off."""
+def array_shape(path: Path) -> tuple[int, ...]:
+    """Of a .npy file; () for one that is missing or cut off."""
     try:
-        return len(np.load(path, mmap_mode="r"))
+        return np.load(path, mmap_mode="r").shape
     except (OSError, ValueError, EOFError):
-        return -1
+        return ()
+
+
+def is_changed(row: dict[str, Any], audio_dir: Path) -> bool:
+    """Whether a recording has another size here than where its shard was made. One that is missing here has not: only
+    prompts are read again."""
+    try:
+        return find_clip(row["audio"], audio_dir).size != row["size"]
+    except Unusable:
+        return False
 
 
 def join_shards(plan: Plan, folders: Sequence[Path]) -> Part:
@@ -554,7 +625,7 @@ def join_shards(plan: Plan, folders: Sequence[Path]) -> Part:
     rows, skipped, problems = {}, {}, []
     for folder in folders:
         try:
-            utterances, left_out = read_shard(folder, plan.made_with)
+            utterances, left_out = read_shard(folder, plan)
         except ToolError as error:
             problems.append(str(error))
             continue
@@ -569,7 +640,7 @@ def join_shards(plan: Plan, folders: Sequence[Path]) -> Part:
         raise ToolError(f"{folders[0].parent}: {'; '.join(problems)}. Run these shards again with the inputs and "
                         "settings of this command, then merge")
     ordered = [rows[item.row["id"]] for item in plan.items if item.row["id"] in rows]
-    return Part(ordered, [], [], list(skipped.values()))
+    return Part(ordered, list(skipped.values()))
 
 
 def merge(plan: Plan, args: argparse.Namespace) -> Part:
@@ -585,12 +656,15 @@ def merge(plan: Plan, args: argparse.Namespace) -> Part:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """One preprocess per folder; also sweeps up what a killed one left. Raises: ToolError naming the other one."""
+    """One preprocess or build_pairs per folder; also sweeps up what a killed one left.
+
+    Raises: ToolError naming the other one.
+    """
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(lock_output_dir(folder))
         except UserError as error:
-            raise ToolError(str(error)) from error
+            raise ToolError(str(error).removeprefix("--output-dir ")) from error  # or a shard's folder, or --data-dir
         for leftover in [*folder.glob(".*.tmp.*"), *folder.glob("chunks/.*.tmp.*")]:
             leftover.unlink(missing_ok=True)
         yield
@@ -610,12 +684,12 @@ def say_skipped(skipped: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def sounds_without_row(plan: Plan) -> list[str]:
-    """Sound files that lie beside the recordings but have no row."""
+    """Sound files of the audio folder, at any depth, that have no row."""
     known = {os.path.normpath(plan.audio_dir / audio) for audio in plan.named if "\0" not in audio}
-    folders = [Path(folder) for folder in sorted({os.path.dirname(path) for path in known})]
-    found = [str(path) for folder in folders if folder.is_dir() and folder.is_relative_to(plan.audio_dir)
-             for path in sorted(folder.iterdir()) if path.suffix.lower() in SOUND_SUFFIXES]
-    return [path for path in found if path not in known]
+    found = {os.path.join(folder, name) for folder, _, names in os.walk(plan.audio_dir) for name in names
+             if os.path.splitext(name)[1].lower() in SOUND_SUFFIXES}
+    strays = found - known
+    return sorted(strays - {os.path.realpath(path) for path in known}) if strays else []  # a row may name a link
 
 
 def say_summary(plan: Plan, part: Part, folder: Path) -> None:
@@ -655,23 +729,23 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__, FIRST_COMMAND)
-    parser.add_argument("--recordings", type=Path, required=True)
-    parser.add_argument("--codec", type=Path, required=True)
-    parser.add_argument("--tokenizer", type=Path, required=True)
-    parser.add_argument("--output-dir", type=Path, required=True)
-    parser.add_argument("--audio-dir", type=Path, help="holds all recordings (default: the folder of --recordings)")
-    parser.add_argument("--config", type=Path, help="YAML whose gpt: section is the model to train (default: a small "
-                                                    "one that takes 200 text tokens and 400 codes)")
-    parser.add_argument("--model-dim", type=int, default=0, help="width D of the model (0 = the config's; small: 256)")
-    parser.add_argument("--prompts-per-speaker", type=int, default=12, help="0 = every training recording")
-    parser.add_argument("--val-share", type=float, default=0.02, help="of the sentences, if nothing is marked val")
-    parser.add_argument("--val-speakers", nargs="+", default=[], metavar="NAME", help="voices kept for validation")
-    parser.add_argument("--jobs", type=int, default=0, help="at most so many processes of one thread each "
-                                                               "(0 = one per core)")
-    parser.add_argument("--shard-index", type=int, help="compute only this part of --num-shards, from 0")
-    parser.add_argument("--num-shards", type=int, default=0)
+    parser.add_argument("--recordings", type=Path, required=True, help="the recordings.jsonl to read")
+    parser.add_argument("--codec", type=Path, required=True, help="what `python -m tools.speech_codec train` wrote")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="SentencePiece model of the transcripts' letters")
+    parser.add_argument("--output-dir", type=Path, required=True, help="gets the files named above")
+    parser.add_argument("--audio-dir", type=Path, help="holds all recordings (the folder of --recordings)")
+    parser.add_argument("--config", type=Path, help="YAML whose gpt: section is the model to train (a small one of "
+                                                    "width 256 that takes 200 text tokens and 401 codes)")
+    parser.add_argument("--model-dim", type=int, default=0, help="width D of the model, 0 = the config's (0)")
+    parser.add_argument("--prompts-per-speaker", type=int, default=12, help="0 = every training recording (12)")
+    parser.add_argument("--val-share", type=float, default=0.02, help="of sentences, if nothing is marked val (0.02)")
+    parser.add_argument("--val-speakers", nargs="+", default=[], metavar="NAME", help="kept for validation (none)")
+    parser.add_argument("--jobs", type=int, default=0, help="at most so many processes of one thread each, 0 = one per "
+                                                            "core (0)")
+    parser.add_argument("--shard-index", type=int, help="compute only this part of --num-shards, from 0 (all)")
+    parser.add_argument("--num-shards", type=int, default=0, help="parts to divide the work into, 0 = undivided (0)")
     parser.add_argument("--merge", action="store_true", help="check that all shards are there and join them")
-    parser.add_argument("--seed", type=int, default=1234)
+    parser.add_argument("--seed", type=int, default=1234, help="of validation and prompts (1234)")
     args = parser.parse_args(argv)
     check_arguments(args)
     return args

@@ -4,6 +4,8 @@
   encode   one recording -> codes (.npy, int32)
   decode   codes + a prompt recording in the wanted voice -> a recording
 
+Recordings are of 8 to 96 kHz (a multiple of 25 Hz) and at most 10 minutes; `train` takes them from one folder only.
+
 Encoder: log-mel spectrogram (22.05 kHz, 80 Slaney bins, hop 256), mean over the recording removed, 4 frames stacked
 into one vector, PCA to 48 dimensions, nearest of 1024 k-means centroids: 21.5 codes a second. Decoder: a small
 convolutional network from codes and the prompt's mel statistics to a log-mel spectrogram, then Griffin-Lim.
@@ -17,6 +19,7 @@ import math
 import os
 import pickle
 import random
+import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -33,15 +36,26 @@ import torchaudio
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tools._common import Progress, ToolError, atomic_path, info, make_parser, read_jsonl, run_program
+from tools._common import Progress, ToolError, atomic_path, info, make_parser, read_jsonl, run_program, warn, writing_to
 from tools.speak import trim_silence
 from trainers.train_gpt_v2 import use_glibc_heap
 
-FIRST_COMMAND = ("python -m tools.speech_codec encode --codec processed_data/speech_codec.pt "
-                 "--input processed_data/audio/new026_am.flac --output build/codes.npy")
+FIRST_COMMANDS = {
+    "train": "python -m tools.speech_codec train --recordings build/recordings/recordings.jsonl "
+             "--output build/speech_codec.pt",
+    "encode": "python -m tools.speech_codec encode --codec processed_data/speech_codec.pt "
+              "--input processed_data/audio/new026_am.flac --output build/codes.npy",
+    "decode": "python -m tools.speech_codec decode --codec processed_data/speech_codec.pt --input build/codes.npy "
+              "--prompt processed_data/audio/new026_am.flac --output build/decoded.wav",
+}
 TRAIN_REMEDY = "`python -m tools.speech_codec train` writes a codec"
 FORMAT = "speech_codec/1"
 MEL_FLOOR = math.log(1e-5)  # of log_mel
+SHOWN_FAULTS = 20
+LONGEST_FILE = 600  # seconds; beyond, a file is not even read
+BLOCK = 1 << 16  # frames read at a time, so that many channels are never all in memory
+LOUDEST = 100.0  # of full scale (1); a file of larger numbers does not hold a sound
+QUIETEST = 1e-3  # RMS, -60 dBFS: in 16 bits so quiet a sound has a third of its codes wrong; espeak-ng has -22
 
 
 @dataclass(frozen=True)
@@ -238,12 +252,16 @@ class SpeechCodec(nn.Module):
             raise ToolError(f"{path}: no such codec. {TRAIN_REMEDY}")
         try:
             content = torch.load(path, weights_only=True, map_location="cpu")
-        except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError) as error:
+        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError) as error:
             raise ToolError(f"{path}: not a readable codec file. {TRAIN_REMEDY}") from error
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise ToolError(f"{path}: not a codec file ({FORMAT}). {TRAIN_REMEDY}")
-        codec = cls(CodecConfig(**content["config"]))
-        codec.load_state_dict({name: tensor.float() for name, tensor in content["state"].items()})
+        try:
+            codec = cls(CodecConfig(**content["config"]))
+            codec.load_state_dict({name: tensor.float() for name, tensor in content["state"].items()})
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ToolError(f"{path}: its settings and weights are no codec ({reason}). {TRAIN_REMEDY}") from error
         return codec.eval().requires_grad_(False)
 
 
@@ -315,7 +333,24 @@ def fit_kmeans(vectors: Tensor, count: int, iterations: int, generator: torch.Ge
     return codebook
 
 
-# Training
+# Recordings
+
+
+class Unusable(ToolError):
+    """Why a recording, or its row, cannot be used: a short reason to count by, and the details."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(detail)
+        self.reason, self.detail = reason, detail
+
+
+def path_within(audio: str, audio_dir: Path) -> Path:
+    """Where a row's recording lies; `audio_dir` is free of links. Raises: Unusable for a path that leads out of it."""
+    path = audio_dir / audio
+    if "\0" in audio or not Path(os.path.realpath(path)).is_relative_to(audio_dir):
+        raise Unusable("outside the audio folder", f"{path}: leads out of {audio_dir}. Copy the recording into it, or "
+                                                   "name the folder that holds all recordings as --audio-dir")
+    return path
 
 
 def unreadable(path: Path, error: Exception) -> str:
@@ -326,25 +361,78 @@ def unreadable(path: Path, error: Exception) -> str:
 
 
 def seconds_of(path: Path) -> float:
-    """The length of a sound file. Raises ToolError naming the file."""
+    """The length of a sound file; 0 for one that cannot be read."""
     try:
         return soundfile.info(path).duration
+    except (OSError, TypeError, soundfile.LibsndfileError):  # TypeError: headerless .raw
+        return 0.0
+
+
+def bytes_cut_off(path: Path) -> int:
+    """How much of its sound a WAV file lacks at the end; 0 for other files, and where a program wrote into a pipe and
+    could not know the size (it put 0 or the largest one)."""
+    with Path(path).open("rb") as handle:
+        form = handle.read(12)
+        if form[:4] != b"RIFF" or form[8:] != b"WAVE":
+            return 0
+        end = os.fstat(handle.fileno()).st_size
+        while len(chunk := handle.read(8)) == 8:
+            size = int.from_bytes(chunk[4:], "little")
+            if chunk[:4] == b"data":
+                return max(0, handle.tell() + size - end) if size < 0x7FFF0000 else 0
+            handle.seek(size + size % 2, os.SEEK_CUR)
+    return 0
+
+
+def check_recording(path: Path) -> int:
+    """The sample rate. Raises: Unusable for a file that is not worth reading."""
+    try:
+        header, missing = soundfile.info(path), bytes_cut_off(path)
     except (OSError, TypeError, soundfile.LibsndfileError) as error:  # TypeError: headerless .raw
-        raise ToolError(unreadable(path, error)) from error
+        raise Unusable("unreadable", unreadable(path, error)) from error
+    if not header.frames:
+        raise Unusable("empty recording", f"{path}: holds no sound. Record it again")
+    # Any odd rate, such as 44099 Hz, would take gigabytes to resample.
+    if not 8000 <= header.samplerate <= 96000 or header.samplerate % 25:
+        raise Unusable("sample rate", f"{path}: {header.samplerate} Hz. Convert it to 16, 22.05, 24, 44.1 or 48 kHz")
+    if header.frames / header.samplerate > LONGEST_FILE:
+        raise Unusable("recording too long", f"{path}: {header.frames / header.samplerate / 60:.0f} minutes. Cut it "
+                                             "into sentences")
+    if missing > 100:  # some programs count the header in
+        raise Unusable("cut off", f"{path}: the file ends {missing} bytes before its sound. Copy it again")
+    return header.samplerate
+
+
+def read_mono(path: Path) -> np.ndarray:
+    """The mean of all channels [samples], float32. Raises: Unusable."""
+    parts = []
+    try:
+        with soundfile.SoundFile(path) as file:
+            frames = BLOCK if file.channels > 2 else -1  # all: an MP3 would give other numbers in blocks
+            while len(block := file.read(frames, dtype="float32", always_2d=True)):
+                parts.append(block.mean(1))
+    except (OSError, soundfile.LibsndfileError) as error:
+        raise Unusable("unusable sound", unreadable(path, error)) from error
+    return np.concatenate(parts) if parts else np.zeros(0, np.float32)
 
 
 def load_recording(path: Path, sample_rate: int) -> Tensor:
-    """A sound file -> mono waveform [samples] at `sample_rate`, silence trimmed. Raises ToolError naming the file."""
-    try:
-        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    except (OSError, TypeError, soundfile.LibsndfileError) as error:  # TypeError: headerless .raw
-        raise ToolError(unreadable(path, error)) from error
-    mono = samples.mean(1)
+    """A sound file -> mono waveform [samples] at `sample_rate`, silence trimmed.
+
+    Raises: Unusable naming the file, for one that check_recording refuses or whose sound is none.
+    """
+    rate, mono = check_recording(path), read_mono(path)
     if not np.isfinite(mono).all():
-        raise ToolError(f"{path}: holds samples that are not finite numbers. Export the recording again")
+        raise Unusable("unusable sound", f"{path}: holds samples that are not finite numbers. Export the recording "
+                                         "again")
+    if np.abs(mono).max(initial=0) > LOUDEST:
+        raise Unusable("unusable sound", f"{path}: has samples of {np.abs(mono).max():.3g}, where 1 is the loudest "
+                                         "sound. Export the recording again")
     trimmed = trim_silence(mono, rate)
     if len(trimmed) < 0.1 * rate:
-        raise ToolError(f"{path}: under 0.1 s of sound once silence is trimmed. Remove this recording")
+        raise Unusable("unusable sound", f"{path}: under 0.1 s of sound once silence is trimmed. Remove this recording")
+    if trimmed.std() < QUIETEST:
+        raise Unusable("unusable sound", f"{path}: practically silent, under -60 dBFS. Remove this recording")
     waveform = torch.from_numpy(np.ascontiguousarray(trimmed))
     return torchaudio.functional.resample(waveform, rate, sample_rate) if rate != sample_rate else waveform
 
@@ -357,11 +445,17 @@ def write_wav(path: Path, waveform: Tensor, sample_rate: int) -> None:
         temporary.write_bytes(buffer.getbuffer())
 
 
-def load_mels(codec: SpeechCodec, paths: Sequence[Path]) -> list[Tensor]:
-    """Log-mels [frames, n_mels] of all recordings, in half precision to halve the memory. One recording a core at a
-    time: the tensors of one are too small to be shared out."""
-    def read(path: Path) -> Tensor:
-        return codec.log_mel(load_recording(path, codec.config.sample_rate)).half()
+# Training
+
+
+def load_mels(codec: SpeechCodec, paths: Sequence[Path]) -> list[Tensor | Unusable]:
+    """Log-mels [frames, n_mels] of all recordings, in half precision to halve the memory, or why there is none. One
+    recording a core at a time: the tensors of one are too small to be shared out."""
+    def read(path: Path) -> Tensor | Unusable:
+        try:
+            return codec.log_mel(load_recording(path, codec.config.sample_rate)).half()
+        except Unusable as fault:
+            return fault
 
     mels, threads = [], torch.get_num_threads()
     progress = Progress("reading recordings", len(paths))
@@ -425,79 +519,142 @@ def train_decoder(codec: SpeechCodec, mels: Sequence[Tensor], speakers: Sequence
         progress.update(step + 1, f"loss {average:.4f}")
 
 
-def train(rows: Sequence[dict[str, Any]], folder: Path, args: argparse.Namespace) -> SpeechCodec:
-    """A codec trained on the rows' recordings, audio paths relative to `folder`."""
+def train(rows: Sequence[dict[str, Any]], paths: Sequence[Path], args: argparse.Namespace) -> SpeechCodec:
+    """A codec trained on the rows' recordings, which lie at `paths`; unusable ones are named and left out.
+
+    Raises: ToolError when none is left.
+    """
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     codec = SpeechCodec(CodecConfig(num_codes=args.num_codes, pca_dim=args.pca_dim, width=args.width))
-    mels = load_mels(codec, [folder / row["audio"] for row in rows])
+    found = load_mels(codec, paths)
+    faults = [mel for mel in found if isinstance(mel, Unusable)]
+    for fault in faults[:SHOWN_FAULTS]:
+        warn(f"left out: {fault}")
+    if len(faults) == len(found):
+        raise ToolError(f"not one of {len(found)} recordings can be used. The lines above say why")
+    if faults:
+        warn(f"{len(faults)} of {len(found)} recordings are left out")
+    mels = [mel for mel in found if not isinstance(mel, Unusable)]
     with torch.no_grad():
         fit_quantiser(codec, mels, args.kmeans_iterations, generator)
-    speakers = [row.get("speaker", "") for row in rows]
+    speakers = [row.get("speaker", "") for row, mel in zip(rows, found, strict=True) if not isinstance(mel, Unusable)]
     train_decoder(codec, mels, speakers, args.steps, args.batch_size, args.segment, generator)
     return codec.eval().requires_grad_(False)
 
 
+# Command line
+
+
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recordings", type=Path, required=True, help="JSON lines: audio (relative path), speaker")
+    parser.add_argument("--audio-dir", type=Path, help="holds all recordings (the folder of --recordings)")
     parser.add_argument("--output", type=Path, required=True, help="the codec file, such as speech_codec.pt")
-    parser.add_argument("--steps", type=int, default=3000, help="optimizer steps of the decoder")
-    parser.add_argument("--max-hours", type=float, default=10, help="every 2nd, 3rd ... recording if there is more")
-    parser.add_argument("--num-codes", type=int, default=1024)
-    parser.add_argument("--pca-dim", type=int, default=48)
-    parser.add_argument("--kmeans-iterations", type=int, default=25)
-    parser.add_argument("--width", type=int, default=192, help="channels of the decoder")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--segment", type=int, default=24, help="codes per training sample of the decoder")
-    parser.add_argument("--seed", type=int, default=1234)
+    parser.add_argument("--steps", type=int, default=3000, help="optimizer steps of the decoder (3000)")
+    parser.add_argument("--max-hours", type=float, default=10, help="takes every 2nd, 3rd ... recording of more (10)")
+    parser.add_argument("--num-codes", type=int, default=1024, help="size of the codebook (1024)")
+    parser.add_argument("--pca-dim", type=int, default=48, help="dimensions in which the nearest code is sought (48)")
+    parser.add_argument("--kmeans-iterations", type=int, default=25, help="passes of k-means over all recordings (25)")
+    parser.add_argument("--width", type=int, default=192, help="channels of the decoder (192)")
+    parser.add_argument("--batch-size", type=int, default=16, help="samples per step of the decoder (16)")
+    parser.add_argument("--segment", type=int, default=24, help="codes per training sample of the decoder (24)")
+    parser.add_argument("--seed", type=int, default=1234, help="of k-means, weights and training samples (1234)")
+
+
+def check_train_arguments(args: argparse.Namespace) -> None:
+    """Raises: ToolError naming the flag."""
+    for name in ("steps", "num_codes", "pca_dim", "width", "batch_size", "segment"):
+        if getattr(args, name) < 1:
+            raise ToolError(f"--{name.replace('_', '-')} {getattr(args, name)}: give 1 or more")
+    if args.kmeans_iterations < 0:
+        raise ToolError(f"--kmeans-iterations {args.kmeans_iterations}: give 0 or more")
+    if not args.max_hours > 0:
+        raise ToolError(f"--max-hours {args.max_hours:g}: give a number above 0, such as 10")
+    most = CodecConfig.stack * CodecConfig.n_mels
+    if args.pca_dim > most:
+        raise ToolError(f"--pca-dim {args.pca_dim}: give {most} at most, for a code is made of {most} numbers")
+
+
+def training_rows(recordings: Path, audio_dir: Path) -> tuple[list[dict[str, Any]], list[Path]]:
+    """The rows to train on and where their recordings lie. Raises: ToolError naming the row."""
+    rows, paths = [], []
+    for number, row in enumerate(read_jsonl(recordings, ["audio"], "`python -m tools.speak` writes such a file"), 1):
+        if row.get("split", "train") != "train":
+            continue
+        for key in ("audio", "speaker"):
+            if not isinstance(row.get(key, ""), str):
+                raise ToolError(f"{recordings}, row {number}: {key} is {row[key]!r}, not a text. Write it in quotes")
+        try:
+            paths.append(path_within(row["audio"], audio_dir))
+        except Unusable as fault:
+            raise ToolError(f"{recordings}, row {number}: {fault}") from fault
+        rows.append(row)
+    if not rows:
+        raise ToolError(f"{recordings}: every row is of split val, so none is left to train on. Mark some train")
+    return rows, paths
 
 
 def run_train(args: argparse.Namespace) -> None:
-    rows = read_jsonl(args.recordings, ["audio"], "`python -m tools.speak` writes such a file")
-    rows = [row for row in rows if row.get("split", "train") == "train"]
-    if not rows:
-        raise ToolError(f"{args.recordings}: every row is of split val, so none is left to train on. Mark some train")
-    hours = sum(seconds_of(args.recordings.parent / row["audio"]) for row in rows) / 3600
-    rows = rows[:: max(1, math.ceil(hours / args.max_hours))]
-    codec = train(rows, args.recordings.parent, args)
-    codec.save(args.output)
+    check_train_arguments(args)
+    rows, paths = training_rows(args.recordings, Path(os.path.realpath(args.audio_dir or args.recordings.parent)))
+    seconds = [seconds_of(path) for path in paths]
+    step = max(1, math.ceil(sum(seconds) / 3600 / args.max_hours))
+    codec = train(rows[::step], paths[::step], args)
+    with writing_to(args.output.parent):
+        codec.save(args.output)
+    thinned = f" (one in {step} of {len(rows)} recordings of {sum(seconds) / 3600:.1f} hours)" if step > 1 else ""
     info(f"codec of {sum(p.numel() for p in codec.decoder.parameters()) / 1e6:.1f} M decoder weights from "
-         f"{len(rows)} recordings of {hours:.1f} hours -> {args.output}")
+         f"{len(rows[::step])} recordings of {sum(seconds[::step]) / 3600:.1f} hours{thinned} -> {args.output}")
 
 
 def run_encode(args: argparse.Namespace) -> None:
     codec = SpeechCodec.load(args.codec)
     codes = codec.encode(load_recording(args.input, codec.config.sample_rate))
-    with atomic_path(args.output) as temporary:
-        np.save(temporary, codes.numpy().astype(np.int32))
+    with writing_to(args.output.parent), atomic_path(args.output) as temporary, temporary.open("wb") as handle:
+        np.save(handle, codes.numpy().astype(np.int32))  # a handle, for np.save would add .npy to another name
     info(f"{len(codes)} codes -> {args.output}")
 
 
-def run_decode(args: argparse.Namespace) -> None:
-    codec = SpeechCodec.load(args.codec)
+def read_codes(path: Path) -> Tensor:
+    """Codes of a .npy file [n], int64. Raises: ToolError naming the file."""
     try:
-        codes = np.load(args.input)
-    except (OSError, ValueError, EOFError) as error:
-        raise ToolError(f"{args.input}: not a .npy file of codes ({error})") from error
+        codes = np.load(path)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ToolError(f"{path}: not a .npy file of codes ({error})") from error
+    if not isinstance(codes, np.ndarray):
+        raise ToolError(f"{path}: not a .npy file of codes, but an archive of arrays. Give what `encode` wrote")
     if codes.ndim != 1 or codes.dtype.kind not in "iu":
-        raise ToolError(f"{args.input}: holds {codes.dtype} of shape {codes.shape}, not a row of integer codes")
+        raise ToolError(f"{path}: holds {codes.dtype} of shape {codes.shape}, not a row of integer codes")
+    if not len(codes):
+        raise ToolError(f"{path}: holds no codes. `encode` makes some from a recording")
+    return torch.from_numpy(codes.astype(np.int64))
+
+
+def run_decode(args: argparse.Namespace) -> None:
+    codec, codes = SpeechCodec.load(args.codec), read_codes(args.input)
     statistics = codec.mel_statistics(load_recording(args.prompt, codec.config.sample_rate))
-    waveform = codec.decode(torch.from_numpy(codes.astype(np.int64)), statistics)
-    write_wav(args.output, waveform, codec.config.sample_rate)
+    waveform = codec.decode(codes, statistics)
+    with writing_to(args.output.parent):
+        write_wav(args.output, waveform, codec.config.sample_rate)
     info(f"{len(waveform) / codec.config.sample_rate:.2f} s -> {args.output}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = make_parser(__doc__, FIRST_COMMAND)
-    commands = parser.add_subparsers(dest="command", required=True)
-    add_train_arguments(commands.add_parser("train", help="learn a codec from recordings"))
-    for name, verb in (("encode", "recording to codes"), ("decode", "codes and prompt to recording")):
-        command = commands.add_parser(name, help=verb)
-        command.add_argument("--codec", type=Path, required=True)
-        command.add_argument("--input", type=Path, required=True)
-        command.add_argument("--output", type=Path, required=True)
-        if name == "decode":
-            command.add_argument("--prompt", type=Path, required=True, help="a recording of the wanted voice")
+    parser = make_parser(__doc__, FIRST_COMMANDS["encode"])
+    subparsers = parser.add_subparsers(dest="command", required=True)
+    purposes = {"train": "learn a codec from recordings", "encode": "recording to codes",
+                "decode": "codes and prompt to recording"}
+    commands = {name: subparsers.add_parser(name, help=purpose, description=purpose,
+                                            epilog=f"first command:\n  {FIRST_COMMANDS[name]}",
+                                            formatter_class=argparse.RawDescriptionHelpFormatter)
+                for name, purpose in purposes.items()}
+    add_train_arguments(commands["train"])
+    for name, source, result in (("encode", "a recording", "codes, a .npy file"),
+                                 ("decode", "codes, a .npy file", "a WAV file")):
+        commands[name].add_argument("--codec", type=Path, required=True, help="what `train` wrote")
+        commands[name].add_argument("--input", type=Path, required=True, help=source)
+        commands[name].add_argument("--output", type=Path, required=True, help=result)
+    commands["decode"].add_argument("--prompt", type=Path, required=True, help="a recording of the wanted voice")
     args = parser.parse_args(argv)
     use_glibc_heap()
     {"train": run_train, "encode": run_encode, "decode": run_decode}[args.command](args)
