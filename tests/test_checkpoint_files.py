@@ -364,6 +364,17 @@ def small_checkpoint(finished_run: Path, tmp_path_factory: pytest.TempPathFactor
     return path
 
 
+@pytest.mark.parametrize("run_dir", ["../elsewhere", "logs/../../elsewhere", "/tmp/elsewhere", "logs"])
+def test_a_checkpoint_that_somebody_made_up_leads_nobody_out_of_the_output_directory(small_checkpoint, tmp_path,
+                                                                                    run_dir):
+    content = load_checkpoint(small_checkpoint)
+    content |= {"run_dir": run_dir}
+    del content["digests"]
+    torch.save({**content, "digests": trainer.make_digests(content)}, tmp_path / "latest.pth")
+    with pytest.raises(trainer.ResumeError, match=f"run directory '{run_dir}' is none that this trainer makes"):
+        load_checkpoint(tmp_path / "latest.pth")
+
+
 def digest_or_error(path: Path) -> Any:
     """The digest of what was loaded; "detected" for a ResumeError. Every other exception fails the test."""
     try:

@@ -1294,6 +1294,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     problem = digest_problem(checkpoint)
     if problem:
         raise ResumeError(f"{path} is damaged: {problem}. Resume from another checkpoint")
+    if not re.fullmatch(r"(logs/run_\w+)?", str(checkpoint["run_dir"])):  # we would write there
+        raise ResumeError(f"{path}: its run directory {checkpoint['run_dir']!r} is none that this trainer makes. "
+                          "Resume from another checkpoint")
     return checkpoint
 
 
