@@ -75,9 +75,9 @@ def ship_recordings(rows: Sequence[dict[str, Any]], arrays: Path, output: Path) 
     return names
 
 
-def data_config(codec: speech_codec.SpeechCodec, tokenizer: Path,
-                utterances: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def data_config(codec_path: Path, tokenizer: Path, utterances: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """config.yaml: the model (`gpt:`, IndexTTS2's names) and what the data was made with (`dataset:`)."""
+    codec = speech_codec.SpeechCodec.load(codec_path)
     codes = codec.config.num_codes
     return {
         "gpt": {
@@ -89,7 +89,8 @@ def data_config(codec: speech_codec.SpeechCodec, tokenizer: Path,
         "dataset": {
             "name": "Amharic words in a synthetic voice",
             "tokenizer": TOKENIZER_NAME, "tokenizer_sha256": sha256_of(tokenizer),
-            "codec": "speech_codec.pt", "codes_per_second": round(codec.config.codes_per_second, 4),
+            "codec": codec_path.name, "codec_sha256": sha256_of(codec_path),
+            "codes_per_second": round(codec.config.codes_per_second, 4),
             "sample_rate": codec.config.sample_rate,
             "speakers": sorted({row["speaker"] for row in utterances}),
             "recorded_by": "espeak-ng, Amharic voice: speech synthesis, not a human voice",
@@ -121,8 +122,7 @@ def ship(args: argparse.Namespace) -> None:
     for source, folder in [*copies, (args.work_dir / TOKENIZER_NAME, args.tokenizer_dir)]:
         with atomic_path(folder / source.name) as temporary:
             shutil.copyfile(source, temporary)
-    codec = speech_codec.SpeechCodec.load(output / "speech_codec.pt")
-    config = data_config(codec, args.tokenizer_dir / TOKENIZER_NAME, utterances)
+    config = data_config(output / "speech_codec.pt", args.tokenizer_dir / TOKENIZER_NAME, utterances)
     write_text(output / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=120))
 
 
