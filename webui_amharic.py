@@ -11,21 +11,49 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import contextlib
+import fcntl
 import os
 import shutil
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# Before Gradio is imported: no telemetry, and uploads where no other user of this machine can read them.
-os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1",
-               "GRADIO_TEMP_DIR": tempfile.mkdtemp(prefix="webui-amharic-")}
-atexit.register(shutil.rmtree, os.environ["GRADIO_TEMP_DIR"], ignore_errors=True)
+TEMPORARY = "webui-amharic-"
+YOUNG = 60  # seconds in which a new folder may not be locked yet
 
-from webui.layout import create_page, launch_options  # noqa: E402
+
+def remove_abandoned_folders(parent: Path) -> None:
+    """Uploads of servers that were killed: a server that lives holds a lock on its folder."""
+    for folder in parent.glob(f"{TEMPORARY}*"):
+        with contextlib.suppress(OSError):  # locked, another user's, or a link
+            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if time.time() - os.fstat(handle).st_mtime > YOUNG:
+                    shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(handle)
+
+
+def make_temporary_folder() -> str:
+    """Where uploads wait: no other user of this machine can read them, and they go with this process."""
+    remove_abandoned_folders(Path(tempfile.gettempdir()))
+    folder = tempfile.mkdtemp(prefix=TEMPORARY)
+    fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX)  # until this process ends
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+# Before Gradio is imported: no telemetry.
+os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1",
+               "GRADIO_TEMP_DIR": make_temporary_folder()}
+
+from webui.layout import create_page, launch_options, only_for_hosts  # noqa: E402
 from webui.texts import LANGUAGES, say  # noqa: E402
 from webui.workspace import ROOT, Workspace, is_loopback, load_or_make_credentials  # noqa: E402
 
@@ -59,6 +87,8 @@ def serve(args: argparse.Namespace, workspace: Workspace) -> None:
     os.chdir(workspace.root)  # Gradio lets handlers show files of the working directory
     options: dict[str, Any] = {"server_name": args.server_name, "server_port": args.server_port, "share": args.share,
                                "auth": credentials, "prevent_thread_lock": True, "quiet": True}
+    if credentials is None:
+        options["app_kwargs"] = only_for_hosts(args.server_name)
     _, local_url, share_url = demo.launch(**options, **launch_options(workspace))
     print(f"[Info] Page: {local_url}", flush=True)
     if made:

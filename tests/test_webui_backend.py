@@ -11,11 +11,13 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 import tracemalloc
+import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +27,8 @@ import pytest
 from conftest import ROOT, TOKENIZER, call_trainer, data_args, make_dataset, trainer
 
 from tools._common import Progress as ToolProgress
-from webui import commands, jobs, readers
+from webui import commands, jobs, panels, readers
+from webui.dataset import read_dataset
 from webui.texts import TEXTS
 from webui.workspace import (
     MESSAGES,
@@ -48,12 +51,11 @@ def field_names(kind: str) -> list[str]:
 
 
 def read_runs(output_dir: Path) -> list[readers.Point]:
-    """All points of all runs in an output directory, oldest first, at once."""
+    """All points of the newest run in an output directory, oldest first, at once."""
     reader = readers.MetricsReader(output_dir)
     points, before = reader.points(), -1
-    while sum(file.offset for file in reader.files.values()) > before:
-        before = sum(file.offset for file in reader.files.values())
-        points = reader.points()
+    while reader.file and reader.file.offset > before:
+        before, points = reader.file.offset, reader.points()
     return points
 
 
@@ -168,13 +170,64 @@ def test_a_killed_program_is_told_from_one_that_failed(workspace: Workspace, sle
     assert job.message() == ("job_failed", {"status": 3, "reason": "[Error] no such voice"})
 
 
-def test_a_stop_is_a_stop_whatever_the_exit_status(workspace: Workspace, sleeper: jobs.Job):
+def test_a_stop_is_told_from_an_end_of_another_kind(workspace: Workspace, sleeper: jobs.Job):
     assert sleeper.message() == ("job_running", {"pid": sleeper.pid})
     jobs.stop_job(sleeper)
     job = ended(workspace, sleeper)
     assert (job.state, job.message()) == ("stopped", ("job_stopped", {}))
     jobs.stop_job(job)  # pressed again in another browser: nothing happens
     jobs.kill_job(job)
+
+
+ENDINGS = [
+    ("training", "stopped", 143, "stopped"), ("training", None, -15, "stopped"),  # the latter before it was set up
+    ("training", "user_error", 1, "failed"), ("training", "crash", 1, "failed"),
+    ("training", "finished", 0, "finished"),
+    ("speak", None, 130, "stopped"), ("speak", None, 143, "stopped"), ("speak", None, -2, "stopped"),
+    ("speak", None, 1, "failed"), ("speak", None, -9, "killed"), ("speak", None, -11, "killed")]
+
+
+@pytest.mark.parametrize("kind,reason,status,state", ENDINGS)
+def test_after_stop_only_an_end_by_that_stop_is_called_stopped(workspace: Workspace, kind: str, reason: str | None,
+                                                               status: int, state: str):
+    job = jobs.start_job(workspace, kind, "t", python("print('[Error] no space left'); raise SystemExit(1)"))
+    ended(workspace, job)
+    last_exit = {"reason": reason, "status": status, "step": 7} if reason else {}
+    (job.folder / "stop").touch()
+    (job.folder / "exit.json").write_text(json.dumps({"status": status, "ended": time.time(), "last_exit": last_exit}))
+    job = jobs.load_job(workspace, job.id)
+    assert job.state == state
+    if state == "failed":
+        assert job.message() == ("job_failed", {"status": 1, "reason": "[Error] no space left"})
+
+
+def test_a_full_disk_keeps_nobody_from_stopping_or_killing(workspace: Workspace, monkeypatch: pytest.MonkeyPatch):
+    code = "import signal, time; signal.signal(signal.SIGINT, lambda *_: print('heard', flush=True))\n"
+    job = jobs.start_job(workspace, "speak", "t", python(code + "print('up', flush=True)\nwhile True: time.sleep(1)"))
+    wait_for(lambda: "up" in jobs.read_tail(job.log))
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "touch", lambda *_: (_ for _ in ()).throw(OSError("No space left on device")))
+        jobs.stop_job(job)
+    wait_for(lambda: "heard" in jobs.read_tail(job.log))
+    jobs.stop_job(job)  # there is room again
+    job = jobs.load_job(workspace, job.id)
+    assert job.message()[0] == "job_stopping" and job.stop_asked is not None  # from which Kill is offered
+    assert (job.folder / "stop").stat().st_size == 0
+    jobs.kill_job(job)
+    ended(workspace, job)
+
+
+def test_a_program_that_starts_late_is_not_lost(workspace: Workspace, sleeper: jobs.Job):
+    process = process_of(sleeper)
+    (sleeper.folder / "process.json").unlink()
+    content = jobs.read_json(sleeper.folder / "job.json")
+    jobs.write_json(sleeper.folder / "job.json", {**content, "created": time.time() - 100})
+    assert jobs.load_job(workspace, sleeper.id).message() == ("job_lost", {})
+    jobs.write_json(sleeper.folder / "process.json", process)
+    assert jobs.load_job(workspace, sleeper.id).message() == ("job_running", {"pid": sleeper.pid})
+    os.kill(process["supervisor_pid"], signal.SIGKILL)
+    jobs.kill_job(sleeper)
+    assert ended(workspace, sleeper).state == "killed"
 
 
 def test_a_program_that_does_not_react_to_stop_can_be_killed_with_its_children(workspace: Workspace):
@@ -231,14 +284,14 @@ def test_after_a_reboot_or_under_a_reused_process_id_a_job_is_not_taken_for_runn
     os.killpg(process["program_pid"], signal.SIGKILL)
 
 
-@pytest.mark.parametrize("name", ["job", "process", "exit", "stop"])
+@pytest.mark.parametrize("name", ["job", "process", "exit"])
 @pytest.mark.parametrize("content", ["", '{"pid": 1', "[]", "7"])
 def test_torn_files_of_a_job_harm_no_other_job(workspace: Workspace, name: str, content: str):
     folder = workspace.private / "jobs" / "20260101-000000-000000-abcd"
     folder.mkdir(parents=True)
     parts = {"job": {"kind": "speak", "title": "t", "argv": [], "cwd": "/", "created": 0.0, "output_dir": None},
              "process": {"program_pid": 1, "program_start": 1, "boot_id": "before"},
-             "exit": {"status": 0, "ended": 1.0, "last_exit": None}, "stop": {"asked": 1.0}}
+             "exit": {"status": 0, "ended": 1.0, "last_exit": None}}
     for part, value in parts.items():
         (folder / f"{part}.json").write_text(json.dumps(value))
     (folder / f"{name}.json").write_text(content)
@@ -304,6 +357,43 @@ def test_jobs_are_listed_newest_first_and_live_ones_never_drop_out(workspace: Wo
     assert [job.id for job in jobs.list_jobs(workspace, limit=2)] == [later[2].id, later[1].id, sleeper.id]
 
 
+def old_job(workspace: Workspace, number: int, kind: str, output: str, status: int = 0) -> str:
+    """A job that ended long ago; a higher number is a later one. Returns its id."""
+    folder = workspace.private / "jobs" / f"20260101-000000-{number:06}-abcd"
+    folder.mkdir(parents=True)
+    (folder / "job.json").write_text(json.dumps({"kind": kind, "title": kind, "argv": [], "cwd": "/", "created": number,
+                                                 "output_dir": str(workspace.root / output)}))
+    (folder / "exit.json").write_text(json.dumps({"status": status, "ended": number, "last_exit": {}}))
+    os.utime(folder, (number, number))
+    return folder.name
+
+
+def test_what_a_step_made_is_listed_however_many_jobs_came_later(workspace: Workspace):
+    run, codec = old_job(workspace, 1, "training", "run"), old_job(workspace, 2, "codec", "codec.pt")
+    failed = old_job(workspace, 3, "codec", "codec.pt", status=1)
+    for number in range(10, 70):
+        old_job(workspace, number, "synthesize", f"listen/{number}.wav")
+        old_job(workspace, number + 100, "synthesize", "listen/again.wav")
+    listed = jobs.list_jobs(workspace)
+    assert [job.id for job in listed if job.kind != "synthesize"] == [failed, codec, run]
+    # A step that was done again and again takes no more than its part, one with many results keeps each.
+    assert sum(job.output_dir == workspace.root / "listen/again.wav" for job in listed) == 50
+    assert sum(job.kind == "synthesize" for job in listed) == 110
+    assert [job.id for job in listed] == sorted((job.id for job in listed), reverse=True)
+
+
+def test_a_job_that_is_over_is_read_only_once(workspace: Workspace, monkeypatch: pytest.MonkeyPatch):
+    old_job(workspace, 1, "codec", "codec.pt")
+    before = jobs.list_jobs(workspace)
+    with monkeypatch.context() as patched:
+        patched.setattr(jobs, "read_json", None)
+        assert jobs.list_jobs(workspace) == before
+    jobs.write_json(before[0].folder / "exit.json", {"status": 1, "ended": 2.0})
+    assert [job.state for job in jobs.list_jobs(workspace)] == ["failed"]
+    shutil.rmtree(before[0].folder)
+    assert jobs.list_jobs(workspace) == []
+
+
 def test_a_child_that_logs_100_mb_does_not_stall_and_its_tail_is_read_in_little_memory(workspace: Workspace):
     code = "import sys\nfor i in range(100): sys.stdout.buffer.write((b'%d ' % i + b'x' * 96 + b'\\n') * 10200)"
     job = ended(workspace, jobs.start_job(workspace, "speak", "chatty", python(code)))
@@ -367,6 +457,7 @@ def test_stop_saves_says_at_which_step_and_the_same_form_with_resume_goes_on(tra
     assert step_of(job) > 20, jobs.read_tail(job.log)
     assert str(job.pid) in str(jobs.lock_holder(out))
     assert refusal(jobs.delete_checkpoint, workspace, "out/latest.pth")[0] == "directory_in_use"
+    assert refusal(jobs.deletable, workspace, "out/latest.pth")[0] == "directory_in_use"
     jobs.stop_job(job)
     job = ended(workspace, job)
     step = trainer.read_checkpoint(out / "latest.pth")["step"]
@@ -435,6 +526,10 @@ def test_a_checkpoint_is_deleted_under_all_its_names_and_nothing_else_is(trained
     os.link(out / "model_step10.pth", out / "latest.pth")
     assert refusal(jobs.delete_checkpoint, workspace, "out/last_exit.json")[0] == "not_a_checkpoint"
     assert refusal(jobs.delete_checkpoint, workspace, "../w2/latest.pth")[0] == "path_outside"
+    for call in (jobs.deletable, jobs.delete_checkpoint):  # the question and the deed
+        assert refusal(call, workspace, "t.model")[0] == "not_a_checkpoint"
+        assert refusal(call, workspace, "out/model_step7.pth")[0] == "no_such_file"
+    assert jobs.deletable(workspace, "out/model_step10.pth") == out / "model_step10.pth"
     gone = jobs.delete_checkpoint(workspace, "out/model_step10.pth")
     assert sorted(path.name for path in gone) == ["latest.pth", "model_step10.pth"]
     assert commands.checkpoints_in(out) == ["best.pth", "model_step5.pth"]
@@ -662,7 +757,7 @@ def test_no_field_leads_out_of_the_workspace(kind: str, name: str, walled: Works
 
 def test_settings_uploads_and_deletions_stay_inside_too(walled: Workspace, tmp_path: Path):
     upload = tmp_path / "voice.wav"
-    upload.write_bytes(b"RIFF")
+    upload.write_bytes(WAV)
     for path in ESCAPES:
         for call in (lambda p: save_settings(walled, p, "training", {}), lambda p: walled.inside(p),
                      lambda p: load_settings(walled, p, "training", []), lambda p: jobs.delete_checkpoint(walled, p),
@@ -678,9 +773,74 @@ def test_an_output_file_of_another_kind_is_never_overwritten(workspace: Workspac
     assert found == {"output": ("wrong_suffix", {"path": "train_gpt_v2.py", "suffixes": ".model"})}
 
 
+WAV = b"RIFF\x24\0\0\0WAVEfmt "
+
+
+@pytest.mark.parametrize("start,sound", [
+    (WAV, True), (b"RF64\xff\xff\xff\xffWAVEds64", True), (b"fLaC\0\0\0\x22", True), (b"OggS\0\2", True),
+    (b"ID3\4\0", True), (b"\xff\xfb\x90\x64", True), (b"\xff\xf3\x40", True), (b"\xff\xe3\x40", True),
+    (b"RIFF\x24\0\0\0AVI LIST", False), (b"\xff\xd8\xff\xe0", False), (b"<html>", False), (b"PK\3\4", False),
+    (b"\xff", False), (b"", False)])
+def test_an_upload_is_judged_by_its_content_not_by_its_name(workspace: Workspace, tmp_path: Path, start: bytes,
+                                                            sound: bool):
+    upload = tmp_path / "voice.wav"
+    upload.write_bytes(start)
+    if sound:
+        assert take_upload(workspace, upload, "new", [".wav"], 1).read_bytes() == start
+    else:
+        assert refusal(take_upload, workspace, upload, "new", [".wav"], 1) == (
+            "upload_not_sound", {"path": "voice.wav"})
+        assert not (workspace.root / "new").exists()
+
+
+@pytest.fixture
+def built(workspace: Workspace) -> Any:
+    """(what Gradio serves, what the handlers of the tabs work with): a page without a browser."""
+    from webui.layout import create_page
+    return create_page(workspace)
+
+
+@pytest.fixture
+def page(built: Any) -> Any:
+    return built[1]
+
+
+def test_the_checkpoint_that_was_asked_about_is_deleted_whatever_the_box_says_by_then(
+        workspace: Workspace, built: Any):
+    (workspace.root / "run").mkdir()
+    for name in ("latest.pth", "model_step5.pth", "README.md"):
+        (workspace.root / "run" / name).touch()
+    handlers = {handler.name: handler for handler in built[0].fns.values() if handler.name in ("ask", "remove")}
+    box, asked = handlers["ask"].inputs[0], handlers["ask"].outputs[-1]
+    assert handlers["remove"].inputs[0] is asked and asked is not box
+    _, confirmation, question, _, path = handlers["ask"].fn("./run/model_step5.pth", "en")
+    assert confirmation["visible"] and question.startswith("Delete run/model\\_step5.pth for good?")
+    assert "Deleted" in handlers["remove"].fn(path, "en")[1]
+    assert sorted(file.name for file in (workspace.root / "run").iterdir()) == ["README.md", "latest.pth"]
+    # No question about what is refused anyway; and none stays open when the box has changed.
+    problem, confirmation, question, _, path = handlers["ask"].fn("run/README.md", "en")
+    assert "is no checkpoint" in problem["info"] and (confirmation["visible"], question, path) == (False, "", "")
+    hides = [handler for handler in built[0].fns.values() if (box._id, "change") in handler.targets]
+    assert [handler.fn()["visible"] for handler in hides] == [False]
+
+
+def test_of_an_upload_all_that_can_be_is_taken_and_the_rest_is_named(workspace: Workspace, tmp_path: Path, page: Any):
+    from webui.tabs import take_uploads
+    paths = [tmp_path / f"{name}.wav" for name in "abcx"]
+    for path in paths:
+        path.write_bytes(b"no sound" if path.stem == "x" else WAV)
+    (workspace.root / "new").mkdir()
+    (workspace.root / "new" / "b.wav").write_bytes(b"mine")
+    told = take_uploads(page, paths, "new", "en").replace("\\", "")
+    assert "✓ Files uploaded to new: 2." in told and "Left as they are, since they were there already: b.wav." in told
+    assert "x.wav: what is in it is no" in told
+    assert sorted(path.name for path in (workspace.root / "new").iterdir()) == ["a.wav", "b.wav", "c.wav"]
+    assert (workspace.root / "new" / "b.wav").read_bytes() == b"mine"
+
+
 def test_uploads_keep_their_name_are_limited_and_overwrite_nothing(workspace: Workspace, tmp_path: Path):
     upload = tmp_path / "voice.WAV"
-    upload.write_bytes(b"x" * 2_000_000)
+    upload.write_bytes(WAV.ljust(2_000_000, b"x"))
     taken = take_upload(workspace, upload, "recordings/new", [".wav"], 2)
     assert taken == workspace.root / "recordings/new/voice.WAV" and taken.stat().st_size == 2_000_000
     assert refusal(take_upload, workspace, upload, "recordings/new", [".wav"], 2)[0] == "file_in_the_way"
@@ -758,6 +918,60 @@ def test_metrics_are_read_on_and_a_torn_last_line_waits_for_its_rest(metrics: Pa
     assert {point["run"] for point in reader.points()} == {"run_20260101_000000"}
 
 
+def test_only_the_newest_run_of_a_directory_is_drawn(metrics: Path):
+    """Killed before its first checkpoint and started again, a run leaves a folder whose steps begin at 1 too."""
+    reader = readers.MetricsReader(metrics.parents[2])
+    metrics.write_bytes(metrics_line(1) + metrics_line(2))
+    assert steps(reader) == [1, 2]
+    again = metrics.parents[1] / "run_20260101_000500" / metrics.name
+    again.parent.mkdir()
+    again.write_bytes(metrics_line(1))
+    os.utime(metrics, (1, 1))
+    assert steps(reader) == [1] and reader.points()[0]["run"] == again.parent.name
+    os.utime(again, (0, 0))  # the older one was resumed, and goes on
+    assert steps(reader) == [1, 2]
+
+
+def test_files_that_the_page_cannot_name_are_left_out(workspace: Workspace):
+    folder = workspace.root / "recordings"
+    folder.mkdir()
+    for name in (b"a.WAV", "ሰላም.mp3".encode(), b"old\xff.wav", b".hidden.wav", b"notes.txt"):
+        with open(os.fsencode(folder) + b"/" + name, "wb") as file:
+            file.write(b"12345")
+    (folder / "gone.wav").symlink_to("nowhere")
+    assert list(readers.files_in(folder, (".wav", ".mp3")).items()) == [("a.WAV", 5), ("ሰላም.mp3", 5)]
+    (folder / "b.wav").touch()
+    assert list(readers.files_in(folder, (".wav", ".mp3"))) == ["a.WAV", "b.wav", "ሰላም.mp3"]
+    assert readers.files_in(folder / "nothing", (".wav",)) == {}
+    (workspace.root / "link").symlink_to(os.fsdecode(os.fsencode(folder) + b"/old\xff.wav"))
+    for typed in ("link", "recordings/\udcff"):
+        key, values = refusal(workspace.inside, typed, True)
+        assert json.dumps(values, ensure_ascii=False).encode() and key in ("path_impossible", "no_such_file")
+
+
+def test_a_folder_of_many_recordings_is_not_read_at_every_look(workspace: Workspace, monkeypatch: pytest.MonkeyPatch):
+    (workspace.root / "a.wav").touch()
+    monkeypatch.setattr(readers.time, "monotonic", lambda: 5.0)
+    assert readers.files_in(workspace.root, (".wav",)) == {"a.wav": 0}
+    monkeypatch.setattr(readers.os, "scandir", None)
+    assert readers.files_in(workspace.root, (".wav",)) == {"a.wav": 0}
+
+
+@pytest.mark.parametrize("content,key", [
+    (None, "not_a_file"), (b"fLaC\0\0\n\xff\xfe\n", "not_json_lines"), (b"a.wav\thello\n", "not_json_lines")])
+def test_what_is_no_dataset_at_all_is_said_once(workspace: Workspace, content: bytes | None, key: str):
+    path = workspace.root / "dataset"
+    path.mkdir() if content is None else path.write_bytes(content)
+    assert refusal(read_dataset, path, workspace) == (key, {"path": "dataset"})
+
+
+def test_a_dataset_with_names_that_are_no_text_can_be_shown(workspace: Workspace):
+    path = workspace.root / "recordings.jsonl"
+    path.write_text('{"id": "1", "text": "t", "audio": "\\udcff.wav"}\n')
+    found = read_dataset(path, workspace)
+    assert found.faults == [(1, "dataset.no_audio", {"path": "?.wav"})] and found.first[0][3] == "?.wav"
+
+
 @pytest.mark.parametrize("rest", [[], [5], [5, 6, 7, 8, 9, 10, 11, 12]])
 @pytest.mark.parametrize("replaced", [True, False])
 def test_a_resume_that_cut_the_file_takes_its_points_back(metrics: Path, rest: list[int], replaced: bool):
@@ -831,3 +1045,116 @@ def test_memory_of_machine_process_and_gpus(tmp_path: Path, monkeypatch: pytest.
         {"name": "NVIDIA A100", "used": 1000 << 20, "total": 81920 << 20, "busy_percent": 97},
         {"name": "NVIDIA GB10", "used": None, "total": None, "busy_percent": 3}]
     assert machine.memory(2**22 + 1)["process"] is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Panels
+
+
+def test_of_several_jobs_of_a_kind_the_newest_that_runs_comes_first(workspace: Workspace, sleeper: jobs.Job):
+    later = ended(workspace, jobs.start_job(workspace, "speak", "t", python(""), workspace.root / "other"))
+    found = jobs.list_jobs(workspace)
+    assert panels.newest(found, ["speak"]) == sleeper == panels.first_running(panels.jobs_of(found, ["speak"]))
+    assert panels.newest(found, ["speak"], workspace.root / "other") == later
+    assert panels.newest(found, ["corpus"]) is None
+
+
+def test_a_legend_names_only_the_runs_that_have_a_curve(workspace: Workspace, page: Any):
+    for name in ("empty", "full"):
+        (workspace.root / name / "logs" / "run_1").mkdir(parents=True)
+    (workspace.root / "full/logs/run_1/metrics.jsonl").write_bytes(metrics_line(1, "val", mel_loss=2.0))
+    look = next(watcher.look for watcher in page.watchers if watcher.tab == "checkpoints" and len(watcher.inputs) == 2)
+    choices, key, drawn = look([], "en", [], "val_mel")
+    assert sorted(choices["choices"]) == ["empty", "full"] and "full" in key and "empty" not in key
+    assert drawn.dropna().values.tolist() == [[1, 2.0, "1"]]
+
+
+def test_every_job_that_runs_can_be_stopped_from_its_panel(workspace: Workspace, sleeper: jobs.Job, page: Any):
+    look = next(watcher.look for watcher in page.watchers if watcher.tab == "recordings" and len(watcher.outputs) == 7)
+    offered, shown, *_ = look(jobs.list_jobs(workspace), "en", "")
+    assert shown == sleeper.id and offered["visible"] is False
+    second = jobs.start_job(workspace, "speak", "another", SLEEPER, workspace.root / "other")
+    offered, shown, *_ = look(jobs.list_jobs(workspace), "en", "")
+    assert shown == second.id and offered["visible"] is True
+    assert [job_id for _, job_id in offered["choices"]] == ["", second.id, sleeper.id]
+    assert look(jobs.list_jobs(workspace), "en", sleeper.id)[1] == sleeper.id
+    jobs.kill_job(jobs.load_job(workspace, sleeper.id))
+    ended(workspace, sleeper)
+    offered, shown, *_ = look(jobs.list_jobs(workspace), "en", sleeper.id)
+    assert shown == second.id and offered["value"] == "" and offered["visible"] is False
+    jobs.kill_job(second)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The server
+
+
+def start_server(workspace: Workspace, temporary: Path, *args: str) -> tuple[subprocess.Popen[str], str]:
+    """webui_amharic.py and its address."""
+    temporary.mkdir(exist_ok=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "webui_amharic.py", "--workspace", str(workspace.root), "--server-port", str(port)]
+    server = subprocess.Popen([*command, *args], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              env={**os.environ, "TMPDIR": str(temporary)})
+    assert server.stdout is not None
+    for line in server.stdout:
+        if line.startswith("[Info] Ready"):
+            return server, f"http://127.0.0.1:{port}/"
+    raise AssertionError("the server ended")
+
+
+def status_of(url: str, **headers: str) -> int:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def test_a_page_without_a_password_answers_only_to_names_of_this_machine(workspace: Workspace, tmp_path: Path):
+    """Or a website could give its own name this machine's address, and press Start."""
+    server, url = start_server(workspace, tmp_path / "tmp")
+    try:
+        assert status_of(url) == status_of(url, Host="127.0.0.1:8080") == status_of(url, Host="localhost:1") == 200
+        assert status_of(url, Host="[::1]:7860") == 200  # the ports are those of tunnels
+        for path in ("", "config", "gradio_api/upload", "gradio_api/run/predict"):
+            assert status_of(url + path, Host="evil.example") == status_of(url + path, Host="") == 400
+    finally:
+        server.kill()
+        server.communicate()
+    server, url = start_server(workspace, tmp_path / "tmp", "--auth", "almaz:secret")
+    try:
+        assert status_of(url, Host="voice.example") == 200  # it asks for the password
+    finally:
+        server.kill()
+        server.communicate()
+
+
+def test_uploads_of_a_killed_server_are_removed_and_those_of_a_running_one_are_not(tmp_path: Path):
+    code = ("import sys, webui_amharic as w; from pathlib import Path; w.YOUNG = -1\n"
+            "print(w.os.environ['GRADIO_TEMP_DIR'], flush=True); sys.stdin.read(1)\n"
+            "w.remove_abandoned_folders(Path(sys.argv[1])); print('done', flush=True); sys.stdin.read()")
+
+    def start() -> tuple[subprocess.Popen[str], Path]:
+        server = subprocess.Popen([*python(code), str(tmp_path)], cwd=ROOT, text=True, stdin=subprocess.PIPE,
+                                  stdout=subprocess.PIPE, env={**os.environ, "TMPDIR": str(tmp_path)})
+        assert server.stdout is not None
+        return server, Path(server.stdout.readline().strip())
+
+    (killed, left), (running, kept) = start(), start()
+    (left / "voice.wav").touch()
+    (tmp_path / "webui-amharic-link").symlink_to(ROOT)
+    killed.kill()
+    killed.communicate()
+    assert left.is_dir() and kept.is_dir()
+    other, own = start()
+    assert other.stdin is not None and other.stdout is not None
+    other.stdin.write("x")
+    other.stdin.flush()
+    assert other.stdout.readline() == "done\n"
+    assert not left.exists() and kept.is_dir() and own.is_dir() and (ROOT / "README.md").exists()
+    for server in (other, running):
+        server.communicate()
+    assert not kept.exists() and not own.exists()

@@ -247,13 +247,13 @@ def until(condition: Callable[[], Any], seconds: float = PATIENCE / 1000) -> Any
     return value
 
 
-def fill_training(visitor: Visitor, output_dir: str, **values: object) -> None:
+def fill_training(visitor: Visitor, output_dir: str, resume: bool = False, **values: object) -> None:
     """Tab 6 with the tiny data: a line every step, a checkpoint every ten, until it is stopped."""
     visitor.open("Training")
     visitor.fill("training", train_manifests="data/train_pairs.jsonl", val_manifests="data/val_pairs.jsonl",
                  tokenizer="tokenizers/amharic_extended_bpe.model", output_dir=output_dir, epochs=1_000_000,
                  batch_size=32, resume_path="")
-    visitor.set_resume(False)
+    visitor.set_resume(resume)
     visitor.more_settings()
     visitor.fill("training", log_interval=1, save_interval=10, val_interval=5, **{"max_steps": "", **values})
     visitor.command("training", f"{output_dir} ", "--val-interval 5")
@@ -286,8 +286,12 @@ def test_a_newcomer_starts_stops_resumes_and_finishes_a_run(visitor: Visitor, wo
         "#training-status", "can be resumed"))[1])  # type: ignore[index]
     assert json.loads((workspace / "walk" / "last_exit.json").read_text())["step"] == step
 
-    visitor.click("training-start")
+    # Start goes on with the run unless told otherwise.
+    assert visitor.page.get_by_role("checkbox", name="Resume from checkpoint").is_checked()
+    visitor.set_resume(False)
     visitor.sees("#training-output_dir.problem", "already holds checkpoints")
+    visitor.click("training-start")
+    visitor.sees(".notice", "Not started")
     visitor.set_resume(True)
     told = visitor.sees("#training-resume-state", "Will resume from walk/latest.pth")
     assert f"step {step}, epoch" in told and "verified" in told and re.search(r"loss \d+\.\d{4}", told)
@@ -352,8 +356,7 @@ def test_a_damaged_checkpoint_is_named_with_what_to_do(visitor: Visitor, workspa
     for name in ("model_step4.pth", "latest.pth"):
         (workspace / "damaged" / name).unlink()
         (workspace / "damaged" / name).write_bytes(content)
-    fill_training(visitor, "damaged")
-    visitor.set_resume(True)
+    fill_training(visitor, "damaged", resume=True)
     told = visitor.sees("#training-resume-state", "Will resume from damaged/model_step2.pth: step 2")
     assert re.search(r"Passed over, not usable: model_step4\.pth \(.*damaged", told)
     visitor.fill("training", resume_path="damaged/model_step4.pth")
@@ -366,6 +369,18 @@ def test_a_damaged_checkpoint_is_named_with_what_to_do(visitor: Visitor, workspa
     visitor.command("training", "--resume", "damaged/model_step2.pth")
     visitor.sees("#training-resume-state", "Will resume from damaged/model_step2.pth: step 2")
     assert visitor.page.locator("#training-resume_path.problem").count() == 0
+
+
+def test_start_goes_back_once_and_from_then_on_goes_on_with_the_run(visitor: Visitor, workspace: Path):
+    shutil.copytree(workspace / "voice", workspace / "back")
+    fill_training(visitor, "back", resume=True, max_steps=6)
+    visitor.fill("training", resume_path="back/model_step2.pth")
+    told = visitor.sees("#training-resume-state", "Will resume from back/model_step2.pth: step 2")
+    assert "later checkpoints, up to step 4, will be moved" in told
+    visitor.click("training-start")
+    visitor.sees("#training-status", "finished at step 6")
+    assert visitor.box("training-resume_path").input_value() == ""
+    visitor.command("training", "--output-dir", "--resume auto")
 
 
 def test_mistakes_are_said_beside_their_field_before_anything_starts(visitor: Visitor, workspace: Path):
@@ -423,6 +438,16 @@ def test_a_tokenizer_is_trained_and_handed_on_to_the_next_steps(visitor: Visitor
     visitor.open("Training")
     visitor.reads("training-tokenizer", "tokenizers/new.model")
     (workspace / "tokenizers" / "new.model").unlink()
+
+
+def test_what_one_step_of_a_tab_makes_the_next_step_takes(visitor: Visitor, workspace: Path):
+    visitor.open("Preprocess")
+    visitor.more_settings()
+    visitor.fill("codec", recordings="recordings/recordings.jsonl", output="made/codec.pt", steps=1, num_codes=16)
+    visitor.command("codec", "made/codec.pt", "--num-codes 16")
+    visitor.click("codec-start")
+    visitor.reads("preprocess-codec", r"^made/codec\.pt$")
+    visitor.command("preprocess", "--codec", "made/codec.pt")
 
 
 def test_a_checkpoint_is_chosen_in_the_table_and_speaks(visitor: Visitor, workspace: Path):
@@ -518,8 +543,8 @@ def test_recordings_are_uploaded_listed_and_limited_to_sound_files(visitor: Visi
     visitor.fill("recordings", folder="uploads")
     visitor.sees("#recordings-count", "No recordings")
     visitor.page.locator("#recordings-upload input[type=file]").set_input_files(tmp_path / "ሰላም.wav")
-    visitor.sees(".notice", "1 files uploaded to uploads")
-    visitor.sees("#recordings-count", "1 recordings")
+    visitor.sees(".notice", "Files uploaded to uploads: 1")
+    visitor.sees("#recordings-count", "Recordings: 1")
     assert (workspace / "uploads" / "ሰላም.wav").read_bytes() == (tmp_path / "ሰላም.wav").read_bytes()
     (tmp_path / "page.html").write_text("<script>alert(1)</script>")
     visitor.page.locator("#recordings-upload input[type=file]").set_input_files(tmp_path / "page.html")
@@ -533,7 +558,7 @@ def test_a_dataset_is_checked_line_by_line(visitor: Visitor, workspace: Path):
     (workspace / "recordings" / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines) + "oh\n")
     visitor.open("Dataset")
     visitor.click("dataset-check")
-    visitor.sees(".notice", "8 recordings, 1 speakers.*Every line can be used")
+    visitor.sees(".notice", "Recordings: 8, speakers: 1.*Every line can be used")
     visitor.box("dataset-path").fill("recordings/mixed.jsonl")
     visitor.click("dataset-check")
     told = visitor.sees(".notice", "line 2: no such recording: nothing.wav")
@@ -725,4 +750,4 @@ def test_steps_are_done_by_what_they_made_and_the_next_is_after_the_furthest():
     assert [step for step, state in steps.items() if state == "done"] == ["tokenizer", "preprocess"]
     assert pipeline.next_step(steps) == "training"
     assert pipeline.next_step(dict.fromkeys(pipeline.STEPS, "open")) == "recordings"
-    assert pipeline.next_step(dict.fromkeys(pipeline.STEPS, "done")) == "listen"
+    assert pipeline.next_step(dict.fromkeys(pipeline.STEPS, "done")) == ""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from webui.workspace import Refused, Workspace
+from webui.workspace import Refused, Workspace, as_text
 
 SHOWN_ROWS, SHOWN_FAULTS = 50, 20
 REQUIRED = ("id", "text", "audio")
@@ -28,9 +29,23 @@ class Dataset:
 
 
 def read_dataset(path: Path, workspace: Workspace) -> Dataset:
-    """Raises: OSError."""
+    """Raises: Refused for what is no file of JSON lines at all."""
+    if path.is_dir():
+        raise Refused("not_a_file", path=workspace.show(path))
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise Refused("not_readable", path=workspace.show(path)) from error
+    found = read_lines(content.splitlines(), path.parent, workspace)
+    if found.faults and not found.rows:
+        raise Refused("not_json_lines", path=workspace.show(path))
+    return found
+
+
+def read_lines(lines: Sequence[bytes], folder: Path, workspace: Workspace) -> Dataset:
+    """`folder` is where the recordings' names start."""
     found = Dataset()
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
@@ -44,12 +59,12 @@ def read_dataset(path: Path, workspace: Workspace) -> Dataset:
         found.speakers.add(str(row.get("speaker", "")))
         found.validation += row.get("split") == "val"
         if len(found.first) < SHOWN_ROWS:
-            found.first.append([str(row.get(name, "")) for name in ("id", "speaker", "text", "audio")])
+            found.first.append([as_text(row.get(name, "")) for name in ("id", "speaker", "text", "audio")])
         missing = [name for name in REQUIRED if not row.get(name)]
         if missing:
             found.faults.append((number, "dataset.missing", {"names": ", ".join(missing)}))
-        elif not is_recording(path.parent / str(row["audio"]), workspace):
-            found.faults.append((number, "dataset.no_audio", {"path": str(row["audio"])}))
+        elif not is_recording(folder / str(row["audio"]), workspace):
+            found.faults.append((number, "dataset.no_audio", {"path": as_text(row["audio"])}))
     return found
 
 

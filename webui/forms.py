@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +11,7 @@ import gradio as gr
 
 from webui import pipeline
 from webui.commands import PROGRAMS, Field, Form, Problem, command_for, output_of, preview, problems, typed
-from webui.jobs import start_job
+from webui.jobs import Job, start_job
 from webui.page import QUIET, Page, refusal
 from webui.panels import newest
 from webui.texts import TEXTS, say
@@ -47,7 +49,7 @@ class FormSection:
             self.inputs[name] = self.page.add(gr.Dropdown, key, choices=choices, value="", **options)
         else:
             lines, max_lines = {"text": (3, 6), "manifests": (1, 4)}.get(field.type, (1, 1))
-            self.inputs[name] = self.page.add(gr.Textbox, key, lines=lines, max_lines=max_lines, **options)
+            self.inputs[name] = self.page.add(gr.Textbox, key, value="", lines=lines, max_lines=max_lines, **options)
 
     def command_and_start(self, start_key: str) -> None:
         """The rest of the form, below its fields."""
@@ -55,23 +57,41 @@ class FormSection:
                                      elem_id=f"{self.kind}-command", elem_classes=["command"])
         start = self.page.button(start_key, variant="primary", elem_id=f"{self.kind}-start")
         notice = self.page.notice()
-        inputs = list(self.inputs.values())
-        self.page.refresh_after.append(start.click(self.start, [self.page.language, *inputs], [*inputs, notice],
-                                                   **QUIET))
+        self.page.refresh_after.append(start.click(
+            self.start, [self.untouched, self.page.language, *self.inputs.values()], [*self.checked_into, notice],
+            **QUIET))
+
+    @property
+    def shown(self) -> list[Any]:
+        """What shown_as() gives updates for."""
+        return [*self.inputs.values(), self.preview]
 
     @property
     def opened_into(self) -> list[Any]:
         """What open() gives values for."""
-        return [self.filled, self.untouched, *self.inputs.values()]
+        return [self.filled, self.untouched, *self.shown]
 
-    def connect(self, demo: gr.Blocks) -> None:
+    @property
+    def checked_into(self) -> list[Any]:
+        """What check() gives values for."""
+        return [self.page.drafts[self.kind], *self.shown]
+
+    def connect(self) -> None:
+        """A change of several inputs at once is one check, and what changes in a closed tab is checked when that is
+        opened: each event costs the browser a look at all components of the page."""
         page, inputs = self.page, list(self.inputs.values())
-        tab, draft = page.tabs[self.tab], page.drafts[self.kind]
-        tab.select(self.fill_empty, [page.clock, *self.opened_into], self.opened_into, **QUIET)
+        given = [page.clock, self.filled, self.untouched, page.language, *inputs]
+        offers = gr.Textbox(visible="hidden")  # changes when a program has made something to go on with
+        page.watch(self.tab, [], [offers], lambda jobs, language: [json.dumps(self.offered(jobs))])
+        gr.on([page.tabs[self.tab].select, offers.change], self.fill_empty, given,
+              [self.filled, self.untouched, *self.checked_into], **QUIET)
+        touched = gr.Textbox(visible="hidden")
+        gr.on([*[part.change for part in inputs], page.language.change, *self.check_on], None, [touched], [touched],
+              js=f"(last) => document.getElementById('tab-{self.tab}')?.offsetParent ? String(Date.now()) : last",
+              **QUIET)
         # One event for every reason to check, so that an older answer cannot overtake a newer one.
-        gr.on([*[part.change for part in inputs], page.language.change, tab.select, demo.load, *self.check_on],
-              self.check, [page.clock, self.untouched, page.language, *inputs], [draft, *inputs, self.preview],
-              trigger_mode="always_last", **QUIET)
+        touched.change(self.check, [page.clock, self.untouched, page.language, *inputs], self.checked_into,
+                       trigger_mode="always_last", **QUIET)
 
     # Values
 
@@ -98,63 +118,79 @@ class FormSection:
         """An update of each input: new values for some fields, as if the user had typed them."""
         return [gr.update(value=values[name]) if name in values else gr.skip() for name in self.inputs]
 
-    def open(self, draft: Form) -> list[Any]:
-        """What was typed in this browser; where nothing was, the form of what runs or ran last."""
-        workspace, jobs = self.page.workspace, self.page.jobs()
-        job = newest(jobs, [self.kind])
-        form = self.cleaned(draft or (pipeline.form_of(self.kind, job.argv, workspace) if job else {}))
-        offered = pipeline.suggestions(self.kind, workspace, pipeline.files_made(workspace, jobs))
-        form = {name: form[name] or offered.get(name, self.empty(name)) for name in self.inputs}
-        return [offered, {} if draft else form, *form.values()]
+    def form_of_last(self, job: Job) -> Form:
+        """The form of the job that runs or ran last, where nothing was typed in this browser."""
+        return pipeline.form_of(self.kind, job.argv, self.page.workspace)
 
-    def fill_empty(self, opened: str, filled: Form, untouched: Form, *given: Any) -> list[Any]:
-        """Fills fields that are empty, or that still hold what was filled in, with what was made meanwhile."""
+    def offered(self, jobs: Sequence[Job]) -> Form:
+        """What an empty field is filled with: files that other steps have made, and names for new ones."""
+        workspace = self.page.workspace
+        return pipeline.suggestions(self.kind, workspace, pipeline.files_made(workspace, jobs))
+
+    def open(self, draft: Form, language: str) -> list[Any]:
+        """What was typed in this browser; where nothing was, the form of what runs or ran last."""
+        jobs = self.page.jobs()
+        job, offered = newest(jobs, [self.kind]), self.offered(jobs)
+        form = self.cleaned(draft or (self.form_of_last(job) if job else {}))
+        form = {name: form[name] or offered.get(name, self.empty(name)) for name in self.inputs}
+        filled = {name: value for name, value in form.items() if value != self.empty(name)}
+        return [offered, {} if draft else form, *self.shown_as(language, form, filled)]
+
+    def fill_empty(self, opened: str, filled: Form, untouched: Form, language: str, *given: Any) -> list[Any]:
+        """Fills fields that hold what was filled in before, or nothing as before, with what was made meanwhile."""
         if not opened:  # the draft is still on its way
-            return [gr.skip()] * (2 + len(self.inputs))
-        form, workspace = self.values(given), self.page.workspace
-        offered = pipeline.suggestions(self.kind, workspace, pipeline.files_made(workspace, self.page.jobs()))
-        new = {name: value for name, value in offered.items() if not form[name] or form[name] == filled.get(name)}
-        new = {name: value for name, value in new.items() if value != form[name]}
-        return [offered, {**form, **new} if form == untouched else untouched, *self.change(new)]
+            return [gr.skip()] * (2 + len(self.checked_into))
+        form, offered = self.values(given), self.offered(self.page.jobs())
+        new = {name: value for name, value in offered.items() if form[name] == filled.get(name, "") != value}
+        if form == untouched:
+            untouched = {**form, **new}
+        form = {**form, **new}
+        return [offered, untouched, self.draft(form, untouched), *self.shown_as(language, form, new)]
+
+    def draft(self, form: Form, untouched: Form) -> Form:
+        """None where nothing was typed, so that this browser shows what runs when it comes back."""
+        return {} if form == untouched else form
 
     # What is wrong, and Start
 
     def problems(self, form: Form) -> dict[str, Problem]:
         return problems(self.kind, form, self.page.workspace)
 
-    def infos(self, language: str, form: Form, strict: bool = False) -> list[Any]:
-        """An update of each input: its help, or what is wrong; that a field is empty only when strict."""
+    def shown_as(self, language: str, form: Form, values: Form, strict: bool = False) -> list[Any]:
+        """Updates of the inputs (new values for some; their help, or what is wrong; that a field is empty only when
+        strict) and of the command."""
         found, updates = self.problems(form), []
+        said = {name: problem for name, problem in found.items() if strict or problem[0] != "required"}
         for name in self.inputs:
-            problem, key = found.get(name), f"{self.kind}.{name}.info"
-            if problem and (strict or problem[0] != "required"):
-                updates.append(gr.update(info=say(problem[0], language, **problem[1]), elem_classes=["problem"]))
-            else:
-                updates.append(gr.update(info=say(key, language) if key in TEXTS else "", elem_classes=[]))
-        return updates
+            key = f"{self.kind}.{name}.info"
+            info = say(said[name][0], language, **said[name][1]) if name in said else (
+                say(key, language) if key in TEXTS else "")
+            updates.append(gr.update(info=info, elem_classes=["problem"] if name in said else [],
+                                     **({"value": values[name]} if name in values else {})))
+        command = say("command_blocked", language) if said else preview(
+            command_for(self.kind, form, self.page.workspace))
+        return [*updates, command]
 
     def check(self, opened: str, untouched: Form, language: str, *given: Any) -> list[Any]:
-        """The draft, an update of each input, and the command.
-
-        There is no draft where nothing was typed, so that this browser shows what runs when it comes back.
-        """
+        """The draft, an update of each input, and the command."""
         form = self.values(given)
-        draft = gr.skip() if not opened else {} if form == untouched else form
-        try:
-            command = preview(command_for(self.kind, form, self.page.workspace))
-        except Refused:
-            command = say("command_blocked", language)
-        return [draft, *self.infos(language, form), command]
+        return [self.draft(form, untouched) if opened else gr.skip(), *self.shown_as(language, form, {})]
 
-    def start(self, language: str, *given: Any) -> list[Any]:
+    def after_start(self) -> Form:
+        """Values that the form gets once its program has been started."""
+        return {}
+
+    def start(self, untouched: Form, language: str, *given: Any) -> list[Any]:
         form, workspace = self.values(given), self.page.workspace
+        draft, new = self.draft(form, untouched), {}
         if self.problems(form):
-            return [*self.infos(language, form, strict=True), f"✗ {say('not_started', language)}"]
+            return [draft, *self.shown_as(language, form, {}, strict=True), f"✗ {say('not_started', language)}"]
         try:
             output = output_of(self.kind, form, workspace)
             title = f"{self.kind} {workspace.show(output) if output else ''}"
             start_job(workspace, self.kind, title, command_for(self.kind, form, workspace), output)
-            notice = f"✓ {say('started', language)}"
+            notice, new = f"✓ {say('started', language, time=time.strftime('%H:%M:%S'))}", self.after_start()
         except Refused as refused:
             notice = refusal(refused, language)
-        return [*self.infos(language, form), notice]
+        form = {**form, **new}
+        return [draft and form, *self.shown_as(language, form, new), notice]

@@ -5,7 +5,7 @@ of its own, waits for it, and writes down what happened. Nobody reads a pipe: th
 
     job.json      what was asked for: kind, title, argv, cwd, created, output_dir
     process.json  the program's and the supervisor's process ids, start times and the machine's boot id
-    stop.json     when a stop was asked for
+    stop          empty; its time is when a stop was asked for
     exit.json     exit status (null: nobody was there to see it), end time, the trainer's last_exit.json
     log.txt       standard output and standard error
 
@@ -35,6 +35,8 @@ from webui.workspace import ROOT, Refused, Workspace, read_json, write_json
 
 LIVE = ("starting", "running")
 STARTING_SECONDS = 30  # a job without a process after this time never had one
+STOP_STATUSES = {sign for signum in (signal.SIGINT, signal.SIGTERM) for sign in (-signum, 128 + signum)}
+MOST_OF_A_KIND = 200  # jobs in a list, besides those that run
 JOB_ID = re.compile(r"\d{8}-\d{6}-\d{6}-[0-9a-f]{4}")
 CHECKPOINT = re.compile(r"(latest|best|model_step\d+)\.pth")
 # Colours and cursor movements, and control characters that are no line ends or tabs.
@@ -50,12 +52,10 @@ class Job:
     kind: str
     title: str
     argv: list[str]
-    cwd: str
     output_dir: Path | None
     created: float  # seconds since 1970
     state: str  # starting | running | finished | failed | stopped | killed
     pid: int | None  # of the program
-    ended: float | None
     status: int | None  # exit status; negative: the signal that killed it; None: running, or nobody was there to see it
     step: int | None  # of a training run's last_exit.json
     stop_asked: float | None
@@ -85,6 +85,9 @@ class Job:
         if self.status is None:
             return "job_lost", {}
         return "job_killed", {"signal": next((s.name for s in signal.Signals if s == -self.status), -self.status)}
+
+
+ENDED: dict[Path, tuple[int, Job]] = {}  # folder -> when it changed last, and its job, which is over
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -249,19 +252,20 @@ def start_job(workspace: Workspace, kind: str, title: str, argv: Sequence[str], 
 
 def job_from(folder: Path) -> Job | None:
     """None for a folder that is gone or damaged. Writes down an end that nobody was there to see."""
-    asked, process, ending, stop = (read_json(folder / f"{name}.json") for name in ("job", "process", "exit", "stop"))
+    asked, process = read_json(folder / "job.json"), read_json(folder / "process.json")
     if not {"kind", "title", "argv", "cwd", "created", "output_dir"} <= asked.keys():
         return None
+    ending = ending_of(folder, process)
     if not ending and not may_be_alive(asked, process):
         # The supervisor may have written it just before it left.
-        ending = read_json(folder / "exit.json") or settle(folder, asked, process)
-    last_exit, status, stop_asked = ending.get("last_exit") or {}, ending.get("status"), stop.get("asked")
+        ending = ending_of(folder, process) or settle(folder, asked, process)
+    last_exit, status = ending.get("last_exit") or {}, ending.get("status")
+    stop_asked = stop_asked_at(folder)
     return Job(
-        id=folder.name, folder=folder, kind=asked["kind"], title=asked["title"], argv=asked["argv"], cwd=asked["cwd"],
+        id=folder.name, folder=folder, kind=asked["kind"], title=asked["title"], argv=asked["argv"],
         output_dir=Path(asked["output_dir"]) if asked["output_dir"] else None, created=asked["created"],
         state=state_of(process, ending, last_exit, bool(stop_asked)), pid=process.get("program_pid"),
-        ended=ending.get("ended"), status=last_exit.get("status") if status is None else status,
-        step=last_exit.get("step"),
+        status=last_exit.get("status") if status is None else status, step=last_exit.get("step"),
         stop_asked=stop_asked)
 
 
@@ -272,10 +276,24 @@ def may_be_alive(asked: dict[str, Any], process: dict[str, Any]) -> bool:
     return is_running(process, "program") or is_running(process, "supervisor")
 
 
+def stop_asked_at(folder: Path) -> float | None:
+    """Seconds since 1970; None: nobody asked."""
+    try:
+        return (folder / "stop").stat().st_mtime
+    except OSError:
+        return None
+
+
+def ending_of(folder: Path, process: dict[str, Any]) -> dict[str, Any]:
+    """exit.json; {} also for one that was settled before a slow supervisor had started its program after all."""
+    ending = read_json(folder / "exit.json")
+    return {} if process and ending.get("never_started") else ending
+
+
 def settle(folder: Path, asked: dict[str, Any], process: dict[str, Any]) -> dict[str, Any]:
     """The end of a job whose supervisor is gone too; kept, since a later run replaces last_exit.json."""
     last_exit = last_exit_since(asked["output_dir"], process.get("started", math.inf))
-    ending = {"status": None, "ended": time.time(), "last_exit": last_exit}
+    ending = {"status": None, "ended": time.time(), "last_exit": last_exit, "never_started": not process}
     with contextlib.suppress(OSError):
         write_json(folder / "exit.json", ending)
     return ending
@@ -288,24 +306,54 @@ def state_of(process: dict[str, Any], ending: dict[str, Any], last_exit: dict[st
     status, reason = ending.get("status"), last_exit.get("reason")
     if status == 0 or (status is None and reason == "finished"):
         return "finished"
-    if reason == "stopped" or (stop_asked and status not in (None, -signal.SIGKILL)):
+    # A trainer that was asked to stop may yet fail to save; a tool writes no last_exit.json.
+    if reason == "stopped" or (stop_asked and not reason and status in STOP_STATUSES):
         return "stopped"
     if status is None:
         return "failed" if reason else "killed"
     return "killed" if status < 0 else "failed"
 
 
-def list_jobs(workspace: Workspace, limit: int = 50) -> list[Job]:
-    """Newest first: all live ones, and of the others the newest `limit`."""
-    jobs = []
+def job_in(folder: Path) -> Job | None:
+    """job_from(), but a job that is over is read only once: its folder's time changes with every file that comes."""
+    try:
+        changed = folder.stat().st_mtime_ns
+    except OSError:
+        return None
+    known = ENDED.get(folder)
+    if known and known[0] == changed:
+        return known[1]
+    job = job_from(folder)
+    if job and not job.live and time.time_ns() - changed > 1e9:  # the time of a second change may be the same
+        ENDED[folder] = changed, job
+    return job
+
+
+def all_jobs(workspace: Workspace) -> list[Job]:
+    """Newest first."""
     folders = [path for path in (workspace.private / "jobs").glob("*") if JOB_ID.fullmatch(path.name)]
-    for number, folder in enumerate(sorted(folders, reverse=True)):
-        if number >= limit and (folder / "exit.json").exists():
-            continue
-        job = job_from(folder)
-        if job is not None and (job.live or number < limit):
-            jobs.append(job)
-    return jobs
+    return [job for job in map(job_in, sorted(folders, reverse=True)) if job]
+
+
+def list_jobs(workspace: Workspace, limit: int = 50) -> list[Job]:
+    """Newest first, as worth_showing() chooses."""
+    return worth_showing(all_jobs(workspace), limit)
+
+
+def worth_showing(jobs: Sequence[Job], limit: int) -> list[Job]:
+    """All live jobs; of each kind the newest `limit`, and, however old, what made the output directories that the
+    page knows: of each directory the newest job and the newest that finished. Pure."""
+    shown: list[Job] = []
+    places: set[tuple[Any, ...]] = set()
+    counts = dict.fromkeys((job.kind for job in jobs), 0)
+    for job in jobs:
+        marks = {(job.kind, job.output_dir), (job.kind, job.output_dir, job.state == "finished")}
+        known = marks <= places
+        places |= marks
+        if job.live or counts[job.kind] < (limit if known else MOST_OF_A_KIND):
+            counts[job.kind] += not job.live
+            shown.append(job)
+    return shown
 
 
 def load_job(workspace: Workspace, job_id: str) -> Job:
@@ -318,8 +366,8 @@ def load_job(workspace: Workspace, job_id: str) -> Job:
 
 def holder_of(workspace: Workspace, output_dir: Path) -> tuple[str, dict[str, Any]] | None:
     """Who works in this directory: a key of MESSAGES and its values; None: nobody."""
-    for job in list_jobs(workspace, limit=0):
-        if job.output_dir == output_dir:
+    for job in all_jobs(workspace):
+        if job.live and job.output_dir == output_dir:
             since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(job.created))
             return "directory_in_use", {"path": workspace.show(output_dir), "title": job.title, "since": since,
                                         "pid": job.pid}
@@ -336,10 +384,11 @@ def stop_job(job: Job) -> None:
     process = read_json(job.folder / "process.json")
     if not is_running(process, "program"):
         return
-    if job.stop_asked is None:
-        write_json(job.folder / "stop.json", {"asked": time.time()})
     with contextlib.suppress(ProcessLookupError):
         os.kill(process["program_pid"], signal.SIGTERM if job.kind in ("training", "tensorboard") else signal.SIGINT)
+    if job.stop_asked is None:
+        with contextlib.suppress(OSError):  # an empty file has room on a full disk, as a rule
+            (job.folder / "stop").touch()
 
 
 def kill_job(job: Job) -> None:
@@ -376,18 +425,24 @@ def last_error(log: str) -> str:
     return (errors or lines or [""])[-1]
 
 
-def delete_checkpoint(workspace: Workspace, text: str) -> list[Path]:
-    """Deletes a checkpoint, under all the names it has in its directory. Returns the names that are gone.
-
-    Raises: Refused for what is no checkpoint of ours, and while somebody works in the directory.
-    """
+def deletable(workspace: Workspace, text: str) -> Path:
+    """Raises: Refused for what is no checkpoint of ours, and while somebody works in its directory."""
     path = workspace.inside(text, must_exist=True)
     if not CHECKPOINT.fullmatch(path.name) or not path.is_file():
         raise Refused("not_a_checkpoint", path=workspace.show(path))
+    holder = holder_of(workspace, path.parent)
+    if holder:
+        raise Refused(holder[0], **holder[1])
+    return path
+
+
+def delete_checkpoint(workspace: Workspace, text: str) -> list[Path]:
+    """Deletes a checkpoint, under all the names it has in its directory. Returns the names that are gone.
+
+    Raises: Refused for what is not deletable().
+    """
     with one_at_a_time(workspace):
-        holder = holder_of(workspace, path.parent)
-        if holder:
-            raise Refused(holder[0], **holder[1])
+        path = deletable(workspace, text)
         names = [name for name in path.parent.glob("*.pth") if CHECKPOINT.fullmatch(name.name) and name.samefile(path)]
         try:
             for name in names:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import gradio as gr
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from webui.page import Page
 from webui.tabs import (
@@ -27,6 +29,7 @@ MONO_FONTS = ["ui-monospace", "DejaVu Sans Mono", "Noto Sans Ethiopic", "monospa
 CSS = """
 #header { align-items: center; }
 #heading h1 { margin: 0; font-size: 1.4rem; }
+#pipeline .step { display: inline-block; white-space: nowrap; line-height: 1.4; }
 #pipeline .step { padding: 2px 8px; border-radius: 10px; border: 1px solid var(--border-color-primary); }
 #pipeline .step.done { background: #dcfce7; color: #14532d; }
 #pipeline .step.done::before { content: "✓ "; }
@@ -37,7 +40,12 @@ CSS = """
 .problem .info-text, .problem [class*=info] { color: #b91c1c !important; font-weight: 600; }
 .problem textarea, .problem input { border-color: #b91c1c !important; }
 .command textarea, .log textarea { font-family: var(--font-mono); font-size: 0.8rem; }
-.log textarea { white-space: pre; overflow-x: auto; }
+.log textarea { white-space: pre-wrap; }
+#recordings-upload [data-testid=block-label], #listen-picture [data-testid=block-label] { position: static; }
+#checkpoints-table .table-wrap { overflow-x: auto; }
+#checkpoints-table .table-wrap > .upload-container { min-width: 960px; }
+/* A curve of one point is a line without length: a dot. */
+.mark-line path:not([d*="L"]) { stroke-width: 7px; stroke-linecap: round; }
 #pipeline { padding: 0; }
 #running { margin-top: -8px; }
 .live { position: sticky; top: 8px; align-self: flex-start; }
@@ -78,3 +86,10 @@ def launch_options(workspace: Workspace) -> dict[str, Any]:
             "blocked_paths": [str(workspace.private)], "max_file_size": f"{MAX_UPLOAD_MB}mb", "footer_links": [],
             "ssr_mode": False, "run_history": False, "mcp_server": False, "enable_monitoring": False, "pwa": False,
             "show_error": True, "inbrowser": False}
+
+
+def only_for_hosts(server_name: str) -> dict[str, Any]:
+    """launch(app_kwargs=...) of a page without a password: other websites cannot reach it by giving their own name
+    this machine's address (DNS rebinding)."""
+    hosts = ["localhost", "127.0.0.1", "::1", "[::1]", server_name]
+    return {"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)]}

@@ -60,6 +60,11 @@ def refusal(refused: Refused, language: str) -> str:
     return f"✗ {tell(language, refused.key, **refused.values)}"
 
 
+def beside(refused: Refused, language: str) -> dict[str, Any]:
+    """The update of a box whose content was refused."""
+    return gr.update(info=say(refused.key, language, **refused.values), elem_classes=["problem"])
+
+
 def duration(seconds: float) -> str:
     """3700 -> "1:01:40"."""
     minutes, rest = divmod(round(seconds), 60)
@@ -172,7 +177,7 @@ class Page:
         try:
             return self.workspace.inside(typed, must_exist), gr.update(info="", elem_classes=[])
         except Refused as refused:
-            return None, gr.update(info=say(refused.key, language, **refused.values), elem_classes=["problem"])
+            return None, beside(refused, language)
 
     def file_shown(self, path: Path) -> Marked | None:
         """For output components: they would serve any file of the working directory, so only these pass."""
@@ -224,8 +229,10 @@ class Page:
         steps = pipeline.states(pipeline.files_made(self.workspace, jobs), jobs)
         parts = [f'<span class="step {state}" title="{html.escape(say(f"pipeline_{state}", language))}">'
                  f"{html.escape(say(f'tab.{step}', language))}</span>" for step, state in steps.items()]
-        following = say("pipeline_next", language, tab=say(f"tab.{pipeline.next_step(steps)}", language))
-        way = f'{" → ".join(parts)} <span class="next">{html.escape(following)}</span>'
+        way, following = " → ".join(parts), pipeline.next_step(steps)
+        if following:
+            text = say("pipeline_next", language, tab=say(f"tab.{following}", language))
+            way += f' <span class="next">{html.escape(text)}</span>'
         live = [f"**{self.name(job, language)}** {plain(self.brief(job, language))}" for job in jobs if job.live]
         running = f"{say('runs_now', language)} {' · '.join(live)}" if live else say("nothing_runs", language)
         return [self.banner.get(language, ""), way, running]
@@ -243,7 +250,7 @@ class Page:
         """The events of the whole page, once all tabs are there."""
         forms = list(self.forms.values())
         for form in forms:
-            form.connect(demo)
+            form.connect()
         labels = [component for component, _ in self.labels]
         # One event opens everything, and the clock starts only then: no draft is overwritten by a half-open page.
         demo.load(self.open, [self.view, *(self.drafts[form.kind] for form in forms)],
@@ -274,7 +281,7 @@ class Page:
         language = view.get("language") if view.get("language") in LANGUAGES else LANGUAGES[0]
         tab = view.get("tab")
         tabs = gr.Tabs(selected=tab) if tab in pipeline.STEPS else gr.skip()
-        filled = [form.open(draft) for form, draft in zip(self.forms.values(), drafts, strict=True)]
+        filled = [form.open(draft, language) for form, draft in zip(self.forms.values(), drafts, strict=True)]
         return [language, tabs, *(value for values in filled for value in values)]
 
 
@@ -293,7 +300,7 @@ def progress_text(progress: Progress, language: str) -> str:
     if progress.name == "training":
         text = say("step_of" if progress.total else "step_only", language, done=progress.done, total=progress.total)
     else:
-        text = say("progress_of", language, done=progress.done, total=progress.total)
+        text = f"{progress.name}: {say('progress_of', language, done=progress.done, total=progress.total)}"
     if progress.seconds_left is not None:
         text += " · " + say("seconds_left", language, time=duration(progress.seconds_left))
     return text

@@ -52,10 +52,19 @@ def progress_bar(progress: Progress | None, language: str) -> str:
     return f'<div class="bar">{bar}<span>{html.escape(progress_text(progress, language))}</span></div>'
 
 
+def jobs_of(jobs: Sequence[Job], kinds: Sequence[str], output_dir: Path | None = None) -> list[Job]:
+    """Those of these kinds (and in this output directory). Pure."""
+    return [job for job in jobs if job.kind in kinds and (output_dir is None or job.output_dir == output_dir)]
+
+
+def first_running(jobs: Sequence[Job]) -> Job | None:
+    """The first job that runs, else the first. Pure."""
+    return next((job for job in jobs if job.live), jobs[0] if jobs else None)
+
+
 def newest(jobs: Sequence[Job], kinds: Sequence[str], output_dir: Path | None = None) -> Job | None:
     """Of these kinds (and in this output directory) the newest job that runs, else the newest. Pure."""
-    own = [job for job in jobs if job.kind in kinds and (output_dir is None or job.output_dir == output_dir)]
-    return next((job for job in own if job.live), own[0] if own else None)
+    return first_running(jobs_of(jobs, kinds, output_dir))
 
 
 def does_not_stop(job: Job, now: float) -> bool:
@@ -67,9 +76,12 @@ def create_job_panel(page: Page, tab: str, kinds: Sequence[str], output_dir: Any
                      above_log: Callable[[], None] = lambda: None, name: str = "") -> None:
     """State, progress, Stop and log of the newest job of these kinds, in the folder that the box names, if given.
 
-    name: of the panel, where a tab has several.
+    Where several run, a list offers the others. name: of the panel, where a tab has several.
     """
     name = name or tab
+    # Takes any value: a job may end while its name is on the way.
+    pick = page.add(gr.Dropdown, "shown_job", choices=[("newest_job", "")], value="", visible=False, interactive=True,
+                    allow_custom_value=True, elem_id=f"{name}-job")
     status = gr.Markdown(elem_id=f"{name}-status", elem_classes=["status"])
     bar = gr.HTML(elem_id=f"{name}-progress", padding=False)
     with gr.Row():
@@ -80,17 +92,24 @@ def create_job_panel(page: Page, tab: str, kinds: Sequence[str], output_dir: Any
                    elem_classes=["log"], buttons=["copy"])
     shown = gr.State("")
 
-    def look(jobs: Sequence[Job], language: str, *typed: str) -> list[Any]:
+    def look(jobs: Sequence[Job], language: str, picked: str, *typed: str) -> list[Any]:
         try:
-            job = newest(jobs, kinds, page.workspace.inside(typed[0]) if typed else None)
+            own = jobs_of(jobs, kinds, page.workspace.inside(typed[0]) if typed else None)
         except Refused:
-            job = None
+            own = []
+        running = [job for job in own if job.live]
+        names = [(f"{job.title} ({job.pid})", job.id) for job in running]
+        still = picked if picked in [job.id for job in running] else ""
+        offered = gr.update(choices=[(say("newest_job", language), ""), *names], visible=len(names) > 1,
+                            **({} if still == picked else {"value": still}))
+        job = next((job for job in running if job.id == still), first_running(own))
         if job is None:
-            return ["", say("no_job_yet", language), "", gr.update(interactive=False), gr.update(visible=False), ""]
+            return [offered, "", say("no_job_yet", language), "", gr.update(interactive=False),
+                    gr.update(visible=False), ""]
         key, values = job.message()
         state = f"**{page.name(job, language)}**: {tell(language, key, **values)}"
         progress = progress_bar(progress_of(job.log), language) if job.live else ""
-        return [job.id, state, progress, gr.update(interactive=job.live),
+        return [offered, job.id, state, progress, gr.update(interactive=job.live),
                 gr.update(visible=does_not_stop(job, time.time())), read_tail(job.log)]
 
     def end(how: Callable[[Job], None]) -> Callable[[str], None]:
@@ -103,7 +122,8 @@ def create_job_panel(page: Page, tab: str, kinds: Sequence[str], output_dir: Any
 
         return end_shown
 
-    page.watch(tab, [output_dir] if output_dir else [], [shown, status, bar, stop, kill, log], look)
+    page.watch(tab, [pick, *([output_dir] if output_dir else [])], [pick, shown, status, bar, stop, kill, log], look)
+    page.refresh_on.append(pick.input)
     for button, how in ((stop, stop_job), (kill, kill_job)):
         page.refresh_after.append(button.click(end(how), [shown], None, **QUIET))
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from webui.commands import PROGRAMS, Form
 from webui.jobs import Job
-from webui.readers import checkpoint_names
-from webui.workspace import Refused, Workspace
+from webui.readers import checkpoint_names, files_in
+from webui.workspace import Refused, Workspace, is_text_name
 
 STEPS = ("recordings", "dataset", "corpus", "tokenizer", "preprocess", "training", "checkpoints", "listen")
 STEP_OF = {"speak": "recordings", "corpus": "corpus", "tokenizer": "tokenizer", "codec": "preprocess",
@@ -102,12 +102,9 @@ def files_made(workspace: Workspace, jobs: Sequence[Job]) -> dict[str, str]:
     return {name: workspace.show(path) for name, path in found.items() if path}
 
 
-def recordings_in(folder: Path) -> list[Path]:
-    """Sound files of a folder, by name; [] for one that is not there."""
-    try:
-        return sorted(path for path in folder.iterdir() if path.suffix.lower() in AUDIO and path.name[0] != ".")
-    except OSError:
-        return []
+def recordings_in(folder: Path) -> Iterator[Path]:
+    """Sound files of a folder, by name; none for one that is not there."""
+    return (folder / name for name in files_in(folder, AUDIO))
 
 
 def find_runs(workspace: Workspace, jobs: Sequence[Job]) -> list[Path]:
@@ -124,7 +121,8 @@ def find_runs(workspace: Workspace, jobs: Sequence[Job]) -> list[Path]:
 def folders_in(folder: Path) -> list[os.DirEntry[str]]:
     try:
         with os.scandir(folder) as entries:
-            return [entry for entry in entries if entry.name[0] != "." and entry.is_dir(follow_symlinks=False)]
+            return [entry for entry in entries if entry.name[0] != "." and is_text_name(entry.name)
+                    and entry.is_dir(follow_symlinks=False)]
     except OSError:
         return []
 
@@ -161,9 +159,9 @@ def states(made: dict[str, str], jobs: Sequence[Job]) -> dict[str, str]:
 
 
 def next_step(steps: dict[str, str]) -> str:
-    """The step after the furthest one that is done. Pure."""
+    """The step after the furthest one that is done; "" after the last. Pure."""
     done = [index for index, step in enumerate(STEPS) if steps[step] == "done"]
-    return STEPS[min(done[-1] + 1, len(STEPS) - 1)] if done else STEPS[0]
+    return ([*STEPS, ""][done[-1] + 1]) if done else STEPS[0]
 
 
 def form_of(kind: str, argv: Sequence[str], workspace: Workspace) -> Form:

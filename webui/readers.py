@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import math
 import os
@@ -18,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from webui.jobs import CHECKPOINT, last_error, read_tail
-from webui.workspace import ROOT
+from webui.workspace import ROOT, is_text_name
 
 Point = dict[str, Any]  # a metrics.jsonl line: kind ("train" | "val"), epoch, step, text_loss, mel_loss, ...; and "run"
 READ_AT_ONCE = 16 << 20  # bytes of metrics in one call
@@ -87,20 +89,34 @@ class MetricsReader:
 
     def __init__(self, output_dir: Path) -> None:
         self.output_dir = output_dir
-        self.files: dict[Path, MetricsFile] = {}
+        self.file: MetricsFile | None = None
         self.lock = threading.Lock()  # several browsers ask at once
 
     def points(self) -> list[Point]:
         """All points so far, oldest first. At most 16 MB of a run are read in a call: a long one takes some calls.
 
+        A resumed run goes on in its own file; a file of another run, killed before it saved, is passed over.
+
         Of a very long run every second training point is left out, again and again, so that memory stays bounded.
         """
         with self.lock:
-            paths = sorted(self.output_dir.glob("logs/run_*/metrics.jsonl"))
-            self.files = {path: self.files.get(path) or MetricsFile(path) for path in paths}
-            for file in self.files.values():
-                file.update()
-            return [point for file in self.files.values() for point in file.points]
+            path = newest_of(self.output_dir.glob("logs/run_*/metrics.jsonl"))
+            if path is None:
+                self.file = None
+                return []
+            if self.file is None or self.file.path != path:
+                self.file = MetricsFile(path)
+            self.file.update()
+            return list(self.file.points)
+
+
+def newest_of(paths: Iterable[Path]) -> Path | None:
+    """The one that was written last; of one moment the last by name."""
+    written = []
+    for path in paths:
+        with contextlib.suppress(OSError):  # moved aside this moment
+            written.append((path.stat().st_mtime_ns, path))
+    return max(written)[1] if written else None
 
 
 def curve(points: Sequence[Point], kind: str, name: str, limit: int = 500) -> list[tuple[int, float]]:
@@ -122,6 +138,34 @@ def sample_points(pairs: Sequence[tuple[int, float]], limit: int = 500) -> list[
                                                                             key=lambda k: stretch[k][1])}
         sampled += [stretch[k] for k in sorted(chosen)]
     return [*sampled, pairs[-1]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders
+
+
+def files_in(folder: Path, suffixes: tuple[str, ...]) -> dict[str, int]:
+    """Name -> bytes, by name, of the files with these endings that the page can show; {} where there is no folder.
+
+    A folder of thousands is read when a file comes or goes, and else every ten seconds, in case that one grows.
+    """
+    try:
+        return files_at(folder, suffixes, folder.stat().st_mtime_ns, int(time.monotonic() / 10))
+    except OSError:
+        return {}
+
+
+@functools.lru_cache(maxsize=16)
+def files_at(folder: Path, suffixes: tuple[str, ...], changed: int, moment: int) -> dict[str, int]:
+    """files_in() at a moment. Raises: OSError."""
+    found = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            name = entry.name
+            if name.lower().endswith(suffixes) and name[0] != "." and is_text_name(name):
+                with contextlib.suppress(OSError):  # a file that is gone this moment, a link to nowhere
+                    found.append((name, entry.stat().st_size))
+    return dict(sorted(found))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

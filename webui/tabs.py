@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ from webui import pipeline
 from webui.commands import Form, Problem
 from webui.dataset import EXAMPLE, SHOWN_FAULTS, read_dataset
 from webui.forms import FormSection
-from webui.jobs import Job, delete_checkpoint
-from webui.page import QUIET, Page, plain, refusal, tell
+from webui.jobs import Job, deletable, delete_checkpoint
+from webui.page import QUIET, Page, beside, refusal, tell
 from webui.panels import create_job_panel, create_plot, curves, legend, newest, reason_of
-from webui.readers import curve
+from webui.readers import curve, files_in, sample_points
 from webui.texts import say
 from webui.workspace import Refused, take_upload
 
@@ -79,23 +80,35 @@ def create_recordings_tab(page: Page) -> None:
 
     def look(jobs: Sequence[Job], language: str, typed: str) -> list[Any]:
         path, problem = page.locate(language, typed)
-        files = pipeline.recordings_in(path) if path else []
-        sizes = [pipeline.status_of(file).st_size for file in files]
-        rows = [[file.name, f"{megabytes(size)} MB"] for file, size in zip(files, sizes, strict=True)][:SHOWN_FILES]
-        text = say("recordings.count", language, count=len(files), megabytes=megabytes(sum(sizes)))
+        files = files_in(path, pipeline.AUDIO) if path else {}
+        rows = [[name, f"{megabytes(size)} MB"] for name, size in itertools.islice(files.items(), SHOWN_FILES)]
+        text = say("recordings.count", language, count=len(files), megabytes=megabytes(sum(files.values())))
         headers = [say("column.file", language), say("column.size", language)]
         return [problem, text if files else say("recordings.none", language), {"headers": headers, "data": rows}]
 
     def take(uploaded: list[str], typed: str, language: str) -> tuple[None, str]:
-        try:
-            for name in uploaded:
-                take_upload(page.workspace, Path(name), typed, pipeline.AUDIO, MAX_UPLOAD_MB)
-        except Refused as refused:
-            return None, refusal(refused, language)
-        return None, "✓ " + tell(language, "recordings.uploaded", count=len(uploaded), folder=typed)
+        return None, take_uploads(page, [Path(name) for name in uploaded], typed, language)
 
     page.watch("recordings", [folder], [folder, count, table], look)
     page.refresh_after.append(upload.upload(take, [upload, folder, page.language], [upload, notice], **QUIET))
+
+
+def take_uploads(page: Page, uploaded: Sequence[Path], folder: str, language: str) -> str:
+    """Takes what can be taken. Returns how many that were, which were there before, and what is wrong with others."""
+    there, wrong = [], []
+    for path in uploaded:
+        try:
+            take_upload(page.workspace, path, folder, pipeline.AUDIO, MAX_UPLOAD_MB)
+        except Refused as refused:
+            if refused.key == "file_in_the_way":
+                there.append(path.name)
+            else:
+                wrong.append(refusal(refused, language))
+    count = len(uploaded) - len(there) - len(wrong)
+    lines = ["✓ " + tell(language, "recordings.uploaded", count=count, folder=folder)] if count else []
+    if there:
+        lines.append("✗ " + tell(language, "recordings.there", names=", ".join(there)))
+    return "\n\n".join([*lines, *dict.fromkeys(wrong)])
 
 
 def create_dataset_tab(page: Page) -> None:
@@ -118,13 +131,10 @@ def create_dataset_tab(page: Page) -> None:
     def read(typed: str, language: str) -> list[Any]:
         jobs_made = pipeline.files_made(page.workspace, page.jobs())
         typed = typed or jobs_made.get("dataset", f"{pipeline.RECORDINGS}/recordings.jsonl")
-        file, problem = page.locate(language, typed, must_exist=True)
-        if file is None:
-            return [problem, "", gr.update(visible=False)]
         try:
-            found = read_dataset(file, page.workspace)
-        except OSError as error:
-            return [problem, f"✗ {plain(str(error.strerror))}", gr.update(visible=False)]
+            found = read_dataset(page.workspace.inside(typed, must_exist=True), page.workspace)
+        except Refused as refused:
+            return [beside(refused, language), "", gr.update(visible=False)]
         lines = [say("dataset.summary", language, rows=found.rows, speakers=len(found.speakers),
                      validation=found.validation)]
         lines += [f"- ✗ {tell(language, 'dataset.bad_line', line=number, fault=say(key, language, **values))}"
@@ -134,7 +144,7 @@ def create_dataset_tab(page: Page) -> None:
         lines += [] if found.faults else [f"✓ {say('dataset.good', language)}"]
         headers = ["id", *(say(f"column.{name}", language) for name in ("speaker", "text", "file"))]
         shown = gr.update(visible=True, value={"headers": headers, "data": found.first})
-        return [problem, "\n\n".join(lines), shown]
+        return [gr.update(info="", elem_classes=[]), "\n\n".join(lines), shown]
 
     page.watch("dataset", [], [path], look)
     check.click(read, [path, page.language], [path, report, table], **QUIET)
@@ -248,25 +258,29 @@ def checkpoint_row(run: str, entry: dict[str, Any], language: str) -> list[str]:
 
 
 def connect_deletion(page: Page, chosen: Any, buttons: Sequence[Any], answers: Sequence[Any]) -> None:
-    """Deleting the chosen checkpoint, after a question."""
+    """Deleting the chosen checkpoint, after a question: the one that was asked about, whatever the box says by then."""
     (delete, yes, cancel), (confirmation, question, notice) = buttons, answers
+    asked = gr.State("")
 
     def ask(typed: str, language: str) -> list[Any]:
-        path, problem = page.locate(language, typed, must_exist=True)
-        text = tell(language, "checkpoints.confirm", path=typed)
-        return [problem, gr.update(visible=path is not None), text, ""]
-
-    def remove(typed: str, language: str) -> list[Any]:
         try:
-            gone = delete_checkpoint(page.workspace, typed)
+            path = page.workspace.show(deletable(page.workspace, typed))
+        except Refused as refused:
+            return [beside(refused, language), gr.update(visible=False), "", "", ""]
+        text = tell(language, "checkpoints.confirm", path=path)
+        return [gr.update(info="", elem_classes=[]), gr.update(visible=True), text, "", path]
+
+    def remove(path: str, language: str) -> list[Any]:
+        try:
+            gone = delete_checkpoint(page.workspace, path)
             text = "✓ " + tell(language, "checkpoints.deleted", names=", ".join(map(page.workspace.show, gone)))
         except Refused as refused:
             text = refusal(refused, language)
         return [gr.update(visible=False), text]
 
-    delete.click(ask, [chosen, page.language], [chosen, confirmation, question, notice], **QUIET)
-    page.refresh_after.append(yes.click(remove, [chosen, page.language], [confirmation, notice], **QUIET))
-    cancel.click(lambda: gr.update(visible=False), None, [confirmation], **QUIET)
+    delete.click(ask, [chosen, page.language], [chosen, confirmation, question, notice, asked], **QUIET)
+    page.refresh_after.append(yes.click(remove, [asked, page.language], [confirmation, notice], **QUIET))
+    gr.on([cancel.click, chosen.change], lambda: gr.update(visible=False), None, [confirmation], **QUIET)
 
 
 def connect_use(page: Page, chosen: Any, use: Any, notice: Any) -> None:
@@ -294,11 +308,13 @@ def create_comparison(page: Page) -> None:
 
     def look(jobs: Sequence[Job], language: str, chosen: list[str], name: str) -> list[Any]:
         present = {page.workspace.show(run): run for run in pipeline.find_runs(page.workspace, jobs)}
-        compared = [run for run in chosen or present if run in present][:len(COMPARED)]
+        found = ((run, curve(page.reader(present[run]).points(), *METRICS[name])) for run in chosen or present
+                 if run in present)
+        compared = dict(itertools.islice(((run, pairs) for run, pairs in found if pairs), len(COMPARED)))
         limit = max(50, 1000 // max(1, len(compared)))  # more points than a thousand make the plot drag
-        rows = [(step, value, number) for run, number in zip(compared, COMPARED, strict=False)
-                for step, value in curve(page.reader(present[run]).points(), *METRICS[name], limit=min(500, limit))]
-        return [gr.update(choices=list(present)), legend(compared), curves(rows, COMPARED)]
+        rows = [(step, value, number) for pairs, number in zip(compared.values(), COMPARED, strict=False)
+                for step, value in sample_points(pairs, min(500, limit))]
+        return [gr.update(choices=list(present)), legend(list(compared)), curves(rows, COMPARED)]
 
     page.watch("checkpoints", [runs, metric], [runs, key, plot], look)
 

@@ -14,7 +14,7 @@ from webui.forms import FormSection
 from webui.jobs import Job, holder_of, start_job, stop_job
 from webui.page import QUIET, Page, plain, refusal, tell
 from webui.panels import create_job_panel, create_plot, curves, legend, newest, reason_of
-from webui.readers import Inspection, curve, tensorboard_url
+from webui.readers import Inspection, checkpoint_names, curve, tensorboard_url
 from webui.texts import say
 from webui.workspace import Refused, load_settings, save_settings
 
@@ -26,8 +26,24 @@ PLOTS = {"mel_loss": "training.mel_loss", "text_loss": "training.text_loss", "lr
 PRESET_FIELDS = sorted({name for preset in PRESETS.values() for name in preset})
 
 
+RESUME_AUTO = {"resume": True, "resume_path": ""}
+
+
 class TrainingForm(FormSection):
-    """The trainer's form; a checkpoint that is known to be damaged is a problem of the field that leads to it."""
+    """The trainer's form; a checkpoint that is known to be damaged is a problem of the field that leads to it.
+
+    Once a run was started, Start goes on with it from its newest checkpoint: a path that was typed to go back would
+    throw away at the next Start what was trained since.
+    """
+
+    def form_of_last(self, job: Job) -> Form:
+        """Of a run that has finished only where it is: its limits would end the next one too."""
+        form = super().form_of_last(job)
+        kept = {"output_dir": form.get("output_dir")} if job.state == "finished" else form
+        return {**kept, **RESUME_AUTO}
+
+    def after_start(self) -> Form:
+        return RESUME_AUTO
 
     def problems(self, form: Form) -> dict[str, Problem]:
         found, workspace = super().problems(form), self.page.workspace
@@ -127,8 +143,8 @@ def pick_label(entry: dict[str, Any], language: str) -> str:
 
 def resume_text(page: Page, folder: Path, found: Inspection, resume: bool, resume_path: str, language: str) -> str:
     """What a start would go on from, or why it could not; what is wrong with a path is said beside its box."""
-    if not resume:
-        return say("resume.off", language)
+    if not resume:  # beside the folder it is said if that holds checkpoints
+        return "" if checkpoint_names(folder) else say("resume.off", language)
     if resume_path.strip():
         try:
             path = page.workspace.inside(resume_path, must_exist=True)
@@ -149,8 +165,12 @@ def resume_text(page: Page, folder: Path, found: Inspection, resume: bool, resum
     lines = [] if resume_path.strip() else [
         tell(language, "resume.skipped", path=other["names"][0], reason=reason_of(other))
         for other in found.checkpoints if not other["verified"]]
-    return "\n\n".join([*lines, tell(language, "resume.will", path=page.workspace.show(path), step=entry["step"],
-                                     epoch=entry["epoch"], loss=loss_of(entry))])
+    lines.append(tell(language, "resume.will", path=page.workspace.show(path), step=entry["step"],
+                      epoch=entry["epoch"], loss=loss_of(entry)))
+    newest_step = max((other["step"] for other in found.checkpoints if other["verified"]), default=0)
+    if path.parent == folder and entry["step"] < newest_step:
+        lines.append(say("resume.goes_back", language, step=newest_step))
+    return "\n\n".join(lines)
 
 
 def preset_values(form: TrainingForm, name: str) -> Form:

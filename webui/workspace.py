@@ -26,6 +26,7 @@ MESSAGES: dict[str, tuple[str, ...]] = {
     "not_a_file": ("path",),
     "not_a_directory": ("path",),
     "wrong_suffix": ("path", "suffixes"),
+    "not_readable": ("path",),
     "not_writable": ("path",),
     # Fields
     "required": (),
@@ -64,6 +65,8 @@ MESSAGES: dict[str, tuple[str, ...]] = {
     "file_in_the_way": ("path",),
     "upload_type": ("path", "suffixes"),
     "upload_too_large": ("path", "megabytes"),
+    "not_json_lines": ("path",),
+    "upload_not_sound": ("path",),  # whatever its name says
 }
 
 
@@ -74,6 +77,16 @@ class Refused(Exception):
         assert set(values) == set(MESSAGES[key]), (key, values)
         super().__init__(key, values)
         self.key, self.values = key, values
+
+
+def as_text(value: object) -> str:
+    """As text that a browser can be sent: a file name that is not UTF-8, or half a character, becomes "?"."""
+    return str(value).encode(errors="replace").decode()
+
+
+def is_text_name(name: str) -> bool:
+    """Whether the page can show a file's name; old zip archives make names that are not UTF-8."""
+    return as_text(name) == name
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -126,7 +139,7 @@ class Workspace:
         Raises: Refused for a path outside the workspace, for a hidden one (.webui/, .git/), and for a missing one
         where it must exist.
         """
-        typed = str(text or "").strip()
+        typed = as_text(text or "").strip()
         if not typed:
             raise Refused("path_empty")
         try:
@@ -136,6 +149,8 @@ class Workspace:
             raise Refused("path_impossible", path=typed) from error
         if not path.is_relative_to(self.root):
             raise Refused("path_outside", path=typed, root=str(self.root))
+        if not is_text_name(str(path.relative_to(self.root))):  # behind a link
+            raise Refused("path_impossible", path=typed)
         if any(part.startswith(".") for part in path.relative_to(self.root).parts):
             raise Refused("path_hidden", path=typed)
         if must_exist and not exists:
@@ -214,13 +229,23 @@ def is_settings(content: dict[str, Any]) -> bool:
     return isinstance(content.get("kind"), str) and isinstance(content.get("form"), dict)
 
 
+def is_sound(start: bytes) -> bool:
+    """Whether a file that begins so is WAV, FLAC, Ogg or MP3. Pure."""
+    wav = start[:4] in (b"RIFF", b"RF64") and start[8:12] == b"WAVE"
+    mpeg_frame = start[:1] == b"\xff" and start[1:2] >= b"\xe0"
+    return wav or mpeg_frame or start.startswith((b"fLaC", b"OggS", b"ID3"))
+
+
 def take_upload(workspace: Workspace, uploaded: Path, folder: str, suffixes: Collection[str], megabytes: int) -> Path:
-    """Copies an uploaded file into a folder of the workspace, under its own last name. Raises: Refused."""
+    """Copies an uploaded recording into a folder of the workspace, under its own last name. Raises: Refused."""
     if uploaded.suffix.lower() not in suffixes:
         raise Refused("upload_type", path=uploaded.name, suffixes=" ".join(suffixes))
     if uploaded.stat().st_size > megabytes * 1_000_000:
         raise Refused("upload_too_large", path=uploaded.name, megabytes=megabytes)
     target = workspace.inside(f"{workspace.inside(folder)}/{uploaded.name}")
+    with uploaded.open("rb") as source:
+        if not is_sound(source.read(12)):
+            raise Refused("upload_not_sound", path=uploaded.name)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         handle = target.open("xb")  # never over a file that is there
