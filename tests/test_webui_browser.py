@@ -704,6 +704,8 @@ def test_the_language_switch_changes_every_text_and_nothing_comes_from_elsewhere
         time.sleep(1.5)
         assert visible_texts(visitor) & english, "the comparison below would prove nothing"
         visitor.page.screenshot(path=PICTURES / f"{number}_{tab.lower()}.png", full_page=True)
+    names = [tab.inner_text() for tab in visitor.page.get_by_role("tab").all() if tab.is_visible()]
+    assert names == [f"{number} {tab}" for number, tab in enumerate(TABS, 1)]
     visitor.page.locator("#language").get_by_text("አማርኛ").click()
     visitor.sees("#heading", "የአማርኛ")
     for number, step in enumerate(pipeline.STEPS, 1):

@@ -223,7 +223,7 @@ def create_checkpoints_tab(page: Page) -> tuple[Any, Any, Any]:
             with gr.Column(elem_classes=["live"]):
                 create_job_panel(page, "checkpoints", ["export"])
         create_comparison(page)
-    connect_deletion(page, chosen, (delete, yes, cancel), (confirmation, question, notice))
+        connect_deletion(page, chosen, (delete, yes, cancel), (confirmation, question, notice))
 
     def look(jobs: Sequence[Job], language: str) -> list[Any]:
         runs, rows = pipeline.find_runs(page.workspace, jobs), []
