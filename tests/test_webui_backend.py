@@ -384,14 +384,15 @@ def test_what_a_step_made_is_listed_however_many_jobs_came_later(workspace: Work
 
 def test_a_job_that_is_over_is_read_only_once(workspace: Workspace, monkeypatch: pytest.MonkeyPatch):
     old_job(workspace, 1, "codec", "codec.pt")
-    before = jobs.list_jobs(workspace)
+    over: jobs.Ended = {}
+    before = jobs.list_jobs(workspace, ended=over)
     with monkeypatch.context() as patched:
         patched.setattr(jobs, "read_json", None)
-        assert jobs.list_jobs(workspace) == before
+        assert jobs.list_jobs(workspace, ended=over) == before
     jobs.write_json(before[0].folder / "exit.json", {"status": 1, "ended": 2.0})
-    assert [job.state for job in jobs.list_jobs(workspace)] == ["failed"]
+    assert [job.state for job in jobs.list_jobs(workspace, ended=over)] == ["failed"]
     shutil.rmtree(before[0].folder)
-    assert jobs.list_jobs(workspace) == []
+    assert jobs.list_jobs(workspace, ended=over) == []
 
 
 def test_a_child_that_logs_100_mb_does_not_stall_and_its_tail_is_read_in_little_memory(workspace: Workspace):

@@ -87,7 +87,8 @@ class Job:
         return "job_killed", {"signal": next((s.name for s in signal.Signals if s == -self.status), -self.status)}
 
 
-ENDED: dict[Path, tuple[int, Job]] = {}  # folder -> when it changed last, and its job, which is over
+Ended = dict[Path, tuple[int, Job]]
+"""Jobs that are over, by folder, each with the time of the folder's last change."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -314,30 +315,32 @@ def state_of(process: dict[str, Any], ending: dict[str, Any], last_exit: dict[st
     return "killed" if status < 0 else "failed"
 
 
-def job_in(folder: Path) -> Job | None:
-    """job_from(), but a job that is over is read only once: its folder's time changes with every file that comes."""
+def job_in(folder: Path, ended: Ended) -> Job | None:
+    """job_from(), but one of `ended` is not read again: its folder's time changes with every file that comes."""
     try:
         changed = folder.stat().st_mtime_ns
     except OSError:
         return None
-    known = ENDED.get(folder)
+    known = ended.get(folder)
     if known and known[0] == changed:
         return known[1]
     job = job_from(folder)
     if job and not job.live and time.time_ns() - changed > 1e9:  # the time of a second change may be the same
-        ENDED[folder] = changed, job
+        ended[folder] = changed, job
     return job
 
 
-def all_jobs(workspace: Workspace) -> list[Job]:
-    """Newest first."""
+def all_jobs(workspace: Workspace, ended: Ended | None = None) -> list[Job]:
+    """Newest first. `ended` remembers from call to call what need not be read again."""
+    ended = {} if ended is None else ended
     folders = [path for path in (workspace.private / "jobs").glob("*") if JOB_ID.fullmatch(path.name)]
-    return [job for job in map(job_in, sorted(folders, reverse=True)) if job]
+    found = (job_in(folder, ended) for folder in sorted(folders, reverse=True))
+    return [job for job in found if job]
 
 
-def list_jobs(workspace: Workspace, limit: int = 50) -> list[Job]:
+def list_jobs(workspace: Workspace, limit: int = 50, ended: Ended | None = None) -> list[Job]:
     """Newest first, as worth_showing() chooses."""
-    return worth_showing(all_jobs(workspace), limit)
+    return worth_showing(all_jobs(workspace, ended), limit)
 
 
 def worth_showing(jobs: Sequence[Job], limit: int) -> list[Job]:

@@ -18,7 +18,7 @@ import gradio as gr
 import pandas as pd
 
 from webui import pipeline
-from webui.jobs import Job, list_jobs
+from webui.jobs import Ended, Job, list_jobs
 from webui.readers import CheckpointTable, Machine, MetricsReader, Progress, progress_of
 from webui.texts import LANGUAGES, TEXTS, say
 from webui.workspace import Refused, Workspace, load_or_make_secret
@@ -105,6 +105,7 @@ class Page:
         self.secret = load_or_make_secret(workspace)
         self.checkpoints, self.machine = CheckpointTable(), Machine()
         self.metrics: dict[Path, MetricsReader] = {}
+        self.ended: Ended = {}
         self.banner: dict[str, str] = {}  # language -> what went wrong at the start
         self.labels: list[tuple[Any, Callable[[str], dict[str, Any]]]] = []
         self.notices: list[Any] = []
@@ -170,7 +171,7 @@ class Page:
     # The workspace
 
     def jobs(self) -> list[Job]:
-        return list_jobs(self.workspace)
+        return list_jobs(self.workspace, ended=self.ended)
 
     def locate(self, language: str, typed: str, must_exist: bool = False) -> tuple[Path | None, dict[str, Any]]:
         """The path in a box that belongs to no form, and the update of that box: what is wrong with it, or nothing."""
