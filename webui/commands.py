@@ -170,7 +170,7 @@ PROGRAMS: dict[str, Program] = {
     "tensorboard": Program(("-m", "tensorboard.main", "--host", "127.0.0.1", "--port", "0"), (
         Field("logdir", "--logdir", "directory", required=True),)),
 }
-# Form values for Tab 6. The first is what `make demo` trains with; the others are knowledge.md's.
+# Form values for Tab 6: as many steps of as many samples as `make demo` takes, then knowledge.md's.
 PRESETS: dict[str, Form] = {
     "demo": {"batch_size": 24, "grad_accumulation": 1, "learning_rate": 0.0015, "max_steps": 500, "log_interval": 10,
              "save_interval": 50, "val_interval": 50},
