@@ -26,9 +26,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-# Read when torch loads OpenMP: threads that spin for long while they wait slow each other down on a CPU in shared use.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-
 import numpy as np
 import soundfile
 import torch
