@@ -16,7 +16,6 @@ import argparse
 import hashlib
 import json
 import math
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -679,5 +678,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     run_program(main)
