@@ -105,8 +105,14 @@ class BadFeatureFile(Exception):
     """A feature file that is missing or damaged; its row is skipped up to MAX_BAD_FRACTION."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first sentence: what follows in PyTorch's messages is advice that does not fit here."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)) or type(error).__name__
+    return re.split(r"(?<=[a-z]\.) ", text.strip().splitlines()[0])[0][:300]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# 1. Configuration
+# 1. Settings
 
 
 def setting(default: Any, help: str, **argparse_options: Any) -> Any:
@@ -264,6 +270,10 @@ def choose_batch_split(batch_size: int, grad_accumulation: int, hardware_batch_s
     return (one, share // one) if batch_size else (share // one, one)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Model: IndexTTS2's UnifiedVoice, the part that training uses; its tensor names are the checkpoint's
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Sizes and token numbers of the GPT: IndexTTS2's `gpt:` section."""
@@ -318,6 +328,230 @@ def model_config_from(gpt: Any, source: str, vocab_size: int | None = None) -> M
     raise UserError(f"{source}: " + "; ".join(problems))
 
 
+@dataclass
+class PackedBatch:
+    """Samples end to end in one flat sequence of `total` rows, no padding; B samples, D = model_dim.
+
+    A sample's rows: 32 condition rows, speed_emb[1], speed_emb[0], t + 2 text rows, c + 2 mel rows. Scored are the
+    first t + 1 text rows and the first c + 1 mel rows.
+    """
+
+    rows: list[int]  # data set rows, [B]
+    bad_rows: dict[int, str]  # data set row -> what is wrong with its files
+    error: str  # a row contradicts the manifest or the model; "" if none does
+    lengths: list[int]  # rows of each sample, [B]
+    text_counts: list[int]  # scored text rows of each sample, [B]
+    mel_counts: list[int]
+    condition: Tensor  # [B, 32, D] float32
+    emo_vec: Tensor  # [B, D] float32
+    text_inputs: Tensor  # [sum(t + 2)]
+    text_positions: Tensor
+    mel_inputs: Tensor  # [sum(c + 2)]
+    mel_positions: Tensor
+    pack_order: Tensor  # [total] into cat(condition rows, 2 speed rows, text rows, mel rows)
+    text_scored: Tensor  # flat rows, [sum(t + 1)]
+    text_targets: Tensor
+    mel_scored: Tensor  # flat rows, [sum(c + 1)]
+    mel_targets: Tensor
+    cu_seqlens: Tensor  # [B + 1] int32
+    groups: list[Tensor]  # flat rows [g, longest] of samples of near-equal length, filled up on the right
+    ungroup: Tensor  # [total] into the groups' rows end to end
+
+    def to(self, device: torch.device) -> PackedBatch:
+        move = functools.partial(Tensor.to, device=device, non_blocking=True)
+        return self.map_tensors(move)
+
+    def pin_memory(self) -> PackedBatch:
+        return self.map_tensors(Tensor.pin_memory)
+
+    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
+        changed: dict[str, Any] = {"groups": [change(group) for group in self.groups]}
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, Tensor):
+                changed[item.name] = change(value)
+        return dataclasses.replace(self, **changed)
+
+
+class Conv1D(nn.Module):
+    """GPT-2's linear layer: weight [in, out], y = x W + b."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(inputs, outputs))
+        self.bias = nn.Parameter(torch.empty(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x, self.weight)
+
+
+def padded_attention(qkv: Tensor, batch: PackedBatch) -> Tensor:
+    """The portable path: causal SDPA over groups of samples. qkv [total, 3, H, h] -> [total, H * h]."""
+    _, _, heads, size = qkv.shape
+    dtype, outputs = qkv.dtype, []
+    if qkv.device.type == "cpu":  # its float32 kernels are twice as fast as the 16-bit ones
+        qkv = qkv.float()
+    for rows in batch.groups:
+        grouped = qkv.index_select(0, rows.flatten()).view(*rows.shape, 3, heads, size)
+        q, k, v = grouped.permute(2, 0, 3, 1, 4)
+        with torch.autocast(qkv.device.type, enabled=False):
+            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        outputs.append(attended.transpose(1, 2).reshape(-1, heads * size))
+    return torch.cat(outputs).index_select(0, batch.ungroup).to(dtype)
+
+
+def varlen_attention(qkv: Tensor, batch: PackedBatch) -> Tensor:
+    """The same on CUDA devices of sm_80 and up, 16-bit types, without filling up."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = qkv.unbind(1)
+    longest = max(batch.lengths)
+    out: Any = varlen_attn(q, k, v, batch.cu_seqlens, batch.cu_seqlens, longest, longest, window_size=(-1, 0))
+    return out.flatten(1)
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.heads = config.heads
+        self.c_attn = Conv1D(config.model_dim, 3 * config.model_dim)
+        self.c_proj = Conv1D(config.model_dim, config.model_dim)
+
+    def forward(self, x: Tensor, batch: PackedBatch, attention: Callable[[Tensor, PackedBatch], Tensor]) -> Tensor:
+        qkv = self.c_attn(x).view(len(x), 3, self.heads, -1)
+        return self.c_proj(attention(qkv, batch))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.c_fc = Conv1D(config.model_dim, 4 * config.model_dim)
+        self.c_proj = Conv1D(4 * config.model_dim, config.model_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Pre-norm GPT-2 block, dropout on both residual branches."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.model_dim)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.model_dim)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, batch: PackedBatch, attention: Callable[[Tensor, PackedBatch], Tensor],
+                dropout: float) -> Tensor:
+        x = x + F.dropout(self.attn(self.ln_1(x), batch, attention), dropout, self.training)
+        return x + F.dropout(self.mlp(self.ln_2(x)), dropout, self.training)
+
+
+class GPTStack(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.h = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.ln_f = nn.LayerNorm(config.model_dim)
+
+
+class PositionTable(nn.Module):
+    def __init__(self, length: int, dim: int):
+        super().__init__()
+        self.emb = nn.Embedding(length, dim)
+
+
+class UnifiedVoiceGPT(nn.Module):
+    """Text ids and a speaker condition in, logits for the next text token and the next code out.
+
+    The constructor leaves the weights at PyTorch's defaults; init_fresh_weights or a checkpoint fills them.
+    """
+
+    def __init__(self, config: ModelConfig, dropout: float = 0.0, grad_checkpointing: bool = False):
+        super().__init__()
+        dim = config.model_dim
+        self.config, self.dropout, self.grad_checkpointing = config, dropout, grad_checkpointing
+        self.attention: Callable[[Tensor, PackedBatch], Tensor] = padded_attention
+        self.text_embedding = nn.Embedding(config.number_text_tokens + 1, dim)
+        self.mel_embedding = nn.Embedding(config.number_mel_codes, dim)
+        self.gpt = GPTStack(config)
+        self.mel_pos_embedding = PositionTable(config.max_mel_tokens + 3, dim)
+        self.text_pos_embedding = PositionTable(config.max_text_tokens + 2, dim)
+        self.final_norm = nn.LayerNorm(dim)
+        self.text_head = nn.Linear(dim, config.number_text_tokens + 1)
+        self.mel_head = nn.Linear(dim, config.number_mel_codes)
+        self.speed_emb = nn.Embedding(2, dim)
+
+    def embed(self, batch: PackedBatch) -> Tensor:
+        """[total, D]: the sequence given to the transformer."""
+        condition = batch.condition + batch.emo_vec.unsqueeze(1)
+        text = self.text_embedding(batch.text_inputs) + self.text_pos_embedding.emb(batch.text_positions)
+        mel = self.mel_embedding(batch.mel_inputs) + self.mel_pos_embedding.emb(batch.mel_positions)
+        rows = torch.cat([condition.flatten(0, 1), self.speed_emb.weight, text, mel])
+        return rows.index_select(0, batch.pack_order)
+
+    def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """Returns logits at the scored positions: text [sum(t + 1), V + 1] and mel [sum(c + 1), M]."""
+        x = F.dropout(self.embed(batch), self.dropout, self.training)
+        for block in self.gpt.h:
+            run_block = functools.partial(recompute_in_backward, block, use_reentrant=False) if (
+                self.grad_checkpointing and self.training) else block
+            x = run_block(x, batch, self.attention, self.dropout)
+        scored = torch.cat([x.index_select(0, batch.text_scored), x.index_select(0, batch.mel_scored)])
+        scored = self.final_norm(self.gpt.ln_f(scored))
+        return self.text_head(scored[: len(batch.text_scored)]), self.mel_head(scored[len(batch.text_scored) :])
+
+
+def token_losses(model: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross entropies in nats of every scored text token and code, and whether the code was the likeliest one."""
+    text_logits, mel_logits = model(batch)
+    text = F.cross_entropy(text_logits.float(), batch.text_targets, reduction="none")
+    mel = F.cross_entropy(mel_logits.float(), batch.mel_targets, reduction="none")
+    return text, mel, mel_logits.detach().argmax(-1) == batch.mel_targets
+
+
+def summed_losses(model: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over the micro-batch of what token_losses returns; the caller divides by the whole step's token counts."""
+    text, mel, right = token_losses(model, batch)
+    return text.sum(), mel.sum(), right.sum()
+
+
+def sinusoids(times: Tensor, dim: int, rms: float = 0.02) -> Tensor:
+    """[len(times), dim] sines and cosines of wavelengths from 2 pi to 20,000 pi, as in Attention Is All You Need."""
+    frequencies = torch.exp(-math.log(10_000.0) * torch.arange(0, dim, 2) / dim)
+    angles = times.float().unsqueeze(1) * frequencies
+    return rms * math.sqrt(2) * torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)[:, :dim]
+
+
+def init_fresh_weights(model: UnifiedVoiceGPT, seed: int, codes_per_text_token: float) -> None:
+    """IndexTTS2's initial distributions, except that the position tables start as sinusoids of time.
+
+    Text position i and code position i * codes_per_text_token get the same vector, so that attention finds the text
+    that is being spoken sooner (knowledge.md has figures).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    projection_std = 0.02 / math.sqrt(2 * model.config.layers)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name in ("text_head.weight", "text_head.bias", "mel_head.weight", "mel_head.bias"):
+                bound = 1 / math.sqrt(model.config.model_dim)
+                weight.uniform_(-bound, bound, generator=generator)
+            elif name.endswith("bias") or name == "speed_emb.weight":
+                weight.zero_()
+            elif re.search(r"(ln_1|ln_2|ln_f|final_norm)\.weight$", name):
+                weight.fill_(1)
+            else:
+                std = projection_std if name.endswith("c_proj.weight") else 0.02
+                weight.normal_(0, std, generator=generator)
+        for table, rate in ((model.text_pos_embedding, codes_per_text_token), (model.mel_pos_embedding, 1.0)):
+            times = torch.arange(table.emb.num_embeddings) * rate
+            table.emb.weight.copy_(sinusoids(times, model.config.model_dim))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Data
+
+
 def read_model_yaml(path: Path) -> dict[str, Any]:
     """The whole YAML file as a dict. Raises: UserError."""
     try:
@@ -330,10 +564,6 @@ def read_model_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"--config {path}: no gpt: section. Use IndexTTS2's config.yaml")
     return content
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. Data
 
 
 @dataclass(slots=True)
@@ -440,6 +670,13 @@ def read_manifest(path: Path, check_stop: Callable[[], None]) -> list[Row]:
     if not rows:
         raise UserError(f"manifest {path}: no rows. Build it with tools.build_pairs")
     return rows
+
+
+def value_out_of_range(kind: str, value: int, limit: int) -> str:
+    if kind == "text":
+        return (f"text id {value} is outside 0..{limit - 1}. The manifest was made with another tokenizer: pass that "
+                "one as --tokenizer, or preprocess again")
+    return f"code {value} is outside 0..{limit - 1}. The config's number_mel_codes is not that of the codec"
 
 
 class ManifestDataset(Dataset):
@@ -587,58 +824,6 @@ class ManifestDataset(Dataset):
         return lines
 
 
-def value_out_of_range(kind: str, value: int, limit: int) -> str:
-    if kind == "text":
-        return (f"text id {value} is outside 0..{limit - 1}. The manifest was made with another tokenizer: pass that "
-                "one as --tokenizer, or preprocess again")
-    return f"code {value} is outside 0..{limit - 1}. The config's number_mel_codes is not that of the codec"
-
-
-@dataclass
-class PackedBatch:
-    """Samples end to end in one flat sequence of `total` rows, no padding; B samples, D = model_dim.
-
-    A sample's rows: 32 condition rows, speed_emb[1], speed_emb[0], t + 2 text rows, c + 2 mel rows. Scored are the
-    first t + 1 text rows and the first c + 1 mel rows.
-    """
-
-    rows: list[int]  # data set rows, [B]
-    bad_rows: dict[int, str]  # data set row -> what is wrong with its files
-    error: str  # a row contradicts the manifest or the model; "" if none does
-    lengths: list[int]  # rows of each sample, [B]
-    text_counts: list[int]  # scored text rows of each sample, [B]
-    mel_counts: list[int]
-    condition: Tensor  # [B, 32, D] float32
-    emo_vec: Tensor  # [B, D] float32
-    text_inputs: Tensor  # [sum(t + 2)]
-    text_positions: Tensor
-    mel_inputs: Tensor  # [sum(c + 2)]
-    mel_positions: Tensor
-    pack_order: Tensor  # [total] into cat(condition rows, 2 speed rows, text rows, mel rows)
-    text_scored: Tensor  # flat rows, [sum(t + 1)]
-    text_targets: Tensor
-    mel_scored: Tensor  # flat rows, [sum(c + 1)]
-    mel_targets: Tensor
-    cu_seqlens: Tensor  # [B + 1] int32
-    groups: list[Tensor]  # flat rows [g, longest] of samples of near-equal length, filled up on the right
-    ungroup: Tensor  # [total] into the groups' rows end to end
-
-    def to(self, device: torch.device) -> PackedBatch:
-        move = functools.partial(Tensor.to, device=device, non_blocking=True)
-        return self.map_tensors(move)
-
-    def pin_memory(self) -> PackedBatch:
-        return self.map_tensors(Tensor.pin_memory)
-
-    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
-        changed: dict[str, Any] = {"groups": [change(group) for group in self.groups]}
-        for item in dataclasses.fields(self):
-            value = getattr(self, item.name)
-            if isinstance(value, Tensor):
-                changed[item.name] = change(value)
-        return dataclasses.replace(self, **changed)
-
-
 def near_equal_groups(lengths: Sequence[int], ratio: float = 1.25) -> list[list[int]]:
     """Sample numbers in groups whose longest is at most `ratio` times their shortest."""
     groups: list[list[int]] = []
@@ -706,8 +891,15 @@ def collate_packed(samples: Sequence[Sample | BrokenRow], model: ModelConfig) ->
         **{name: torch.from_numpy(np.concatenate(arrays)) for name, arrays in parts.items()})
 
 
+def idle_batch(config: ModelConfig) -> PackedBatch:
+    """One sample of nothing, for a rank without samples in a step: gradients are exchanged in the backward pass."""
+    condition = np.zeros((CONDITION_ROWS, config.model_dim), np.float32)
+    sample = Sample(np.zeros(1, np.int64), np.zeros(1, np.int64), condition, condition[0])
+    return collate_packed([sample], config)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# 3. Sample order: pure functions of (seed, epoch, position)
+# 4. Sample order: pure functions of (seed, epoch, position)
 
 
 def epoch_sample_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
@@ -788,269 +980,303 @@ def count_micro_steps(position: Position, num_samples: int, config: TrainConfig,
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 4. Model: IndexTTS2's UnifiedVoice, the part that training uses; its tensor names are the checkpoint's
+# 5. Process and state of a run
 
 
-class Conv1D(nn.Module):
-    """GPT-2's linear layer: weight [in, out], y = x W + b."""
+class Stopped(Exception):
+    """A stop signal arrived; carries its number."""
 
-    def __init__(self, inputs: int, outputs: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(inputs, outputs))
-        self.bias = nn.Parameter(torch.empty(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.addmm(self.bias, x, self.weight)
+    def __init__(self, signum: int):
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
 
 
-def padded_attention(qkv: Tensor, batch: PackedBatch) -> Tensor:
-    """The portable path: causal SDPA over groups of samples. qkv [total, 3, H, h] -> [total, H * h]."""
-    _, _, heads, size = qkv.shape
-    dtype, outputs = qkv.dtype, []
-    if qkv.device.type == "cpu":  # its float32 kernels are twice as fast as the 16-bit ones
-        qkv = qkv.float()
-    for rows in batch.groups:
-        grouped = qkv.index_select(0, rows.flatten()).view(*rows.shape, 3, heads, size)
-        q, k, v = grouped.permute(2, 0, 3, 1, 4)
-        with torch.autocast(qkv.device.type, enabled=False):
-            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        outputs.append(attended.transpose(1, 2).reshape(-1, heads * size))
-    return torch.cat(outputs).index_select(0, batch.ungroup).to(dtype)
+class StopSignal:
+    """SIGINT, SIGTERM and SIGHUP set a flag that check() turns into Stopped; a second SIGINT leaves at once."""
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        self.interrupts = 0
+
+    def install(self) -> None:
+        for signum in STOP_SIGNALS:
+            if signal.getsignal(signum) != signal.SIG_IGN:  # nohup, a background job: stays ignored
+                signal.signal(signum, self.receive)
+
+    def receive(self, signum: int, frame: object = None) -> None:
+        self.interrupts += signum == signal.SIGINT
+        if self.interrupts == 2:
+            os._exit(128 + signal.SIGINT)
+        self.signum = self.signum or signum
+
+    def check(self) -> None:
+        if self.signum:
+            raise Stopped(self.signum)
 
 
-def varlen_attention(qkv: Tensor, batch: PackedBatch) -> Tensor:
-    """The same on CUDA devices of sm_80 and up, 16-bit types, without filling up."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    q, k, v = qkv.unbind(1)
-    longest = max(batch.lengths)
-    out: Any = varlen_attn(q, k, v, batch.cu_seqlens, batch.cu_seqlens, longest, longest, window_size=(-1, 0))
-    return out.flatten(1)
+def die_with_parent(signum: signal.Signals) -> None:
+    if platform.system() == "Linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(signum))
 
 
-class CausalSelfAttention(nn.Module):
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.heads = config.heads
-        self.c_attn = Conv1D(config.model_dim, 3 * config.model_dim)
-        self.c_proj = Conv1D(config.model_dim, config.model_dim)
+def start_worker(worker: int, trainer_pid: int) -> None:
+    """Data workers: Ctrl+C reaches the whole process group, and only the trainer decides what it means.
 
-    def forward(self, x: Tensor, batch: PackedBatch, attention: Callable[[Tensor, PackedBatch], Tensor]) -> Tensor:
-        qkv = self.c_attn(x).view(len(x), 3, self.heads, -1)
-        return self.c_proj(attention(qkv, batch))
-
-
-class MLP(nn.Module):
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.c_fc = Conv1D(config.model_dim, 4 * config.model_dim)
-        self.c_proj = Conv1D(4 * config.model_dim, config.model_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
-
-
-class Block(nn.Module):
-    """Pre-norm GPT-2 block, dropout on both residual branches."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.ln_1 = nn.LayerNorm(config.model_dim)
-        self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.model_dim)
-        self.mlp = MLP(config)
-
-    def forward(self, x: Tensor, batch: PackedBatch, attention: Callable[[Tensor, PackedBatch], Tensor],
-                dropout: float) -> Tensor:
-        x = x + F.dropout(self.attn(self.ln_1(x), batch, attention), dropout, self.training)
-        return x + F.dropout(self.mlp(self.ln_2(x)), dropout, self.training)
-
-
-class GPTStack(nn.Module):
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.h = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.ln_f = nn.LayerNorm(config.model_dim)
-
-
-class PositionTable(nn.Module):
-    def __init__(self, length: int, dim: int):
-        super().__init__()
-        self.emb = nn.Embedding(length, dim)
-
-
-class UnifiedVoiceGPT(nn.Module):
-    """Text ids and a speaker condition in, logits for the next text token and the next code out.
-
-    The constructor leaves the weights at PyTorch's defaults; init_fresh_weights or a checkpoint fills them.
+    They die with the trainer. PyTorch's watchdog alone is not enough: it takes the parent that it finds for the
+    trainer, and that is process 1 when the trainer was killed while its worker started.
     """
-
-    def __init__(self, config: ModelConfig, dropout: float = 0.0, grad_checkpointing: bool = False):
-        super().__init__()
-        dim = config.model_dim
-        self.config, self.dropout, self.grad_checkpointing = config, dropout, grad_checkpointing
-        self.attention: Callable[[Tensor, PackedBatch], Tensor] = padded_attention
-        self.text_embedding = nn.Embedding(config.number_text_tokens + 1, dim)
-        self.mel_embedding = nn.Embedding(config.number_mel_codes, dim)
-        self.gpt = GPTStack(config)
-        self.mel_pos_embedding = PositionTable(config.max_mel_tokens + 3, dim)
-        self.text_pos_embedding = PositionTable(config.max_text_tokens + 2, dim)
-        self.final_norm = nn.LayerNorm(dim)
-        self.text_head = nn.Linear(dim, config.number_text_tokens + 1)
-        self.mel_head = nn.Linear(dim, config.number_mel_codes)
-        self.speed_emb = nn.Embedding(2, dim)
-
-    def embed(self, batch: PackedBatch) -> Tensor:
-        """[total, D]: the sequence given to the transformer."""
-        condition = batch.condition + batch.emo_vec.unsqueeze(1)
-        text = self.text_embedding(batch.text_inputs) + self.text_pos_embedding.emb(batch.text_positions)
-        mel = self.mel_embedding(batch.mel_inputs) + self.mel_pos_embedding.emb(batch.mel_positions)
-        rows = torch.cat([condition.flatten(0, 1), self.speed_emb.weight, text, mel])
-        return rows.index_select(0, batch.pack_order)
-
-    def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        """Returns logits at the scored positions: text [sum(t + 1), V + 1] and mel [sum(c + 1), M]."""
-        x = F.dropout(self.embed(batch), self.dropout, self.training)
-        for block in self.gpt.h:
-            run_block = functools.partial(recompute_in_backward, block, use_reentrant=False) if (
-                self.grad_checkpointing and self.training) else block
-            x = run_block(x, batch, self.attention, self.dropout)
-        scored = torch.cat([x.index_select(0, batch.text_scored), x.index_select(0, batch.mel_scored)])
-        scored = self.final_norm(self.gpt.ln_f(scored))
-        return self.text_head(scored[: len(batch.text_scored)]), self.mel_head(scored[len(batch.text_scored) :])
+    for signum in STOP_SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
+    die_with_parent(signal.SIGKILL)
+    if multiprocessing.get_start_method() == "fork" and os.getppid() != trainer_pid:
+        os._exit(1)
 
 
-def token_losses(model: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross entropies in nats of every scored text token and code, and whether the code was the likeliest one."""
-    text_logits, mel_logits = model(batch)
-    text = F.cross_entropy(text_logits.float(), batch.text_targets, reduction="none")
-    mel = F.cross_entropy(mel_logits.float(), batch.mel_targets, reduction="none")
-    return text, mel, mel_logits.detach().argmax(-1) == batch.mel_targets
+@dataclass(frozen=True)
+class World:
+    """The processes that train one model together, as torchrun tells; one alone has no process group."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, on every rank."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def from_rank_0(self, value: Any) -> Any:
+        values = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
+
+    def add_up(self, tensor: Tensor) -> Tensor:
+        """Sums a tensor over the ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
 
 
-def summed_losses(model: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums over the micro-batch of what token_losses returns; the caller divides by the whole step's token counts."""
-    text, mel, right = token_losses(model, batch)
-    return text.sum(), mel.sum(), right.sum()
+def world_from(environ: Mapping[str, str]) -> World:
+    """Reads torchrun's variables."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    if not all(name in environ for name in names) or environ["WORLD_SIZE"] == "1":
+        return World()
+    rank, size, local_rank, local_size = (int(environ[name]) for name in names)
+    return World(rank, size, local_rank, local_size)
 
 
-def init_fresh_weights(model: UnifiedVoiceGPT, seed: int, codes_per_text_token: float) -> None:
-    """IndexTTS2's initial distributions, except that the position tables start as sinusoids of time.
-
-    Text position i and code position i * codes_per_text_token get the same vector, so that attention finds the text
-    that is being spoken sooner (knowledge.md has figures).
-    """
-    generator = torch.Generator().manual_seed(seed)
-    projection_std = 0.02 / math.sqrt(2 * model.config.layers)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if name in ("text_head.weight", "text_head.bias", "mel_head.weight", "mel_head.bias"):
-                bound = 1 / math.sqrt(model.config.model_dim)
-                weight.uniform_(-bound, bound, generator=generator)
-            elif name.endswith("bias") or name == "speed_emb.weight":
-                weight.zero_()
-            elif re.search(r"(ln_1|ln_2|ln_f|final_norm)\.weight$", name):
-                weight.fill_(1)
-            else:
-                std = projection_std if name.endswith("c_proj.weight") else 0.02
-                weight.normal_(0, std, generator=generator)
-        for table, rate in ((model.text_pos_embedding, codes_per_text_token), (model.mel_pos_embedding, 1.0)):
-            times = torch.arange(table.emb.num_embeddings) * rate
-            table.emb.weight.copy_(sinusoids(times, model.config.model_dim))
+@contextlib.contextmanager
+def process_group(world: World) -> Iterator[None]:
+    """gloo for what lives on the CPU (stop flags, token counts), NCCL for gradients on GPUs."""
+    if world.size == 1:
+        yield
+        return
+    die_with_parent(signal.SIGTERM)  # a torchrun that is killed at once would leave its ranks behind, with the lock
+    if torch.cuda.is_available():
+        if world.local_rank >= torch.cuda.device_count():
+            raise UserError(f"torchrun started {world.local_size} processes, this machine has "
+                            f"{torch.cuda.device_count()} GPUs. Start one process per GPU")
+        torch.cuda.set_device(world.local_rank)
+        dist.init_process_group("cpu:gloo,cuda:nccl")
+    else:
+        dist.init_process_group("gloo")
+    yield
+    dist.destroy_process_group()  # after a fault the others may be gone: nothing to say good-bye to
 
 
-def sinusoids(times: Tensor, dim: int, rms: float = 0.02) -> Tensor:
-    """[len(times), dim] sines and cosines of wavelengths from 2 pi to 20,000 pi, as in Attention Is All You Need."""
-    frequencies = torch.exp(-math.log(10_000.0) * torch.arange(0, dim, 2) / dim)
-    angles = times.float().unsqueeze(1) * frequencies
-    return rms * math.sqrt(2) * torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)[:, :dim]
-
-
-# What the training loss never touches: carried from the base checkpoint unchanged.
-CARRIED_PREFIXES = ("conditioning_encoder.", "perceiver_encoder.", "emo_conditioning_encoder.",
-                    "emo_perceiver_encoder.", "emo_layer.", "emovec_layer.")
-# The order of names in IndexTTS2's files.
-NAME_ORDER = (*CARRIED_PREFIXES[:4], "text_embedding.", *CARRIED_PREFIXES[4:], "mel_embedding.", "gpt.",
-              "mel_pos_embedding.", "text_pos_embedding.", "final_norm.", "text_head.", "mel_head.", "speed_emb.")
-VOCAB_TENSORS = ("text_embedding.weight", "text_head.weight", "text_head.bias")
-
-
-def in_name_order(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    def rank(name: str) -> int:
-        return next((i for i, prefix in enumerate(NAME_ORDER) if name.startswith(prefix)), len(NAME_ORDER))
-
-    return {name: tensors[name] for name in sorted(tensors, key=rank)}
-
-
-def read_torch_file(path: Path) -> Any:
-    """Reads tensors and plain values, mapped into memory and never unpickling code. Raises: UserError.
-
-    numpy's arrays and torch's version are let through: the fork keeps them in its files.
-    """
-    rebuild = np.empty(0).__reduce__()[0]  # numpy's function that an unpickled array starts from
-    plain_parts = [np.ndarray, np.dtype, np.dtypes.UInt32DType, rebuild,
-                   (rebuild, "numpy.core.multiarray._reconstruct"), torch.torch_version.TorchVersion]
+@contextlib.contextmanager
+def same_on_all_ranks(world: World) -> Iterator[None]:
+    """For faults that every rank finds at the same point: rank 0 says them, once."""
     try:
-        if zipfile.is_zipfile(path):
-            check_pickle(path)
-        with torch.serialization.safe_globals(plain_parts):  # type: ignore[arg-type]
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        yield
+    except UserError as error:
+        if world.rank > 0:
+            raise SaidByRank0 from error
+        raise
+
+
+def is_lost_contact(error: BaseException) -> bool:
+    """Whether another rank went away, as gloo (a plain RuntimeError) and NCCL report it."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
+
+
+class Console:
+    """Flushed lines, with a progress bar under them on a terminal. A lost output counts as SIGHUP."""
+
+    def __init__(self, stop: StopSignal, out: TextIO):
+        self.stop, self.out, self.bar = stop, out, ""
+        self.progress_due = 0.0
+
+    def write(self, text: str) -> None:
+        try:
+            self.out.write(text)
+            self.out.flush()
+        except OSError as error:
+            if error.errno in FULL_DISK:  # output goes to a file there: what does not fit is dropped
+                return
+            # The reader is gone: a closed pipe, a lost terminal.
+            self.out = open(os.devnull, "w")
+            if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+                self.stop.receive(signal.SIGHUP)
+
+    def say(self, line: str) -> None:
+        blank = "\r" + " " * len(self.bar) + "\r" if self.bar else ""
+        self.write(f"{blank}{line}\n{self.bar}")
+
+    def progress(self, text: str, line: str = "") -> None:
+        """`text` as a bar on a terminal; elsewhere `line` (or `text`) every ten seconds, as the tools print it."""
+        if not self.out.isatty():
+            if time.monotonic() >= self.progress_due:
+                self.progress_due = time.monotonic() + 10
+                self.say(f"[Progress] {line or text}")
+        else:
+            columns = shutil.get_terminal_size().columns - 1
+            longest, self.bar = len(self.bar), text[:columns]
+            self.write(f"\r{self.bar.ljust(min(longest, columns))}")
+
+    def end_progress(self) -> None:
+        if self.bar:
+            self.bar = ""
+            self.write("\n")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary name beside `path`; it takes its place when the block ends well, and is gone otherwise."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.unlink(missing_ok=True)
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)  # replacing one link by another to the same file leaves both names
+
+
+@contextlib.contextmanager
+def writable(output_dir: Path) -> Iterator[None]:
+    """Raises: UserError for an output directory that cannot be made or written to."""
+    try:
+        yield
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from error
-    except DAMAGED_FILE as error:
-        reason = f" ({first_line(error)})" if zipfile.is_zipfile(path) else ""
-        raise UserError(f"{path}: damaged or incomplete, not a readable PyTorch file{reason}") from error
+        raise UserError(f"--output-dir {output_dir}: {error.strerror}. Choose a directory you can write to") from error
 
 
-def check_pickle(path: Path) -> None:
-    """Reads the file's pickle through its checksum, so that a damaged one is never parsed. Raises: BadZipFile."""
-    with zipfile.ZipFile(path) as archive:
-        for name in archive.namelist():
-            if name.endswith(".pkl"):
-                archive.read(name)
+@contextlib.contextmanager
+def lock_output_dir(output_dir: Path) -> Iterator[None]:
+    """One trainer per output directory. Raises: UserError that names the holder.
 
-
-def first_line(error: BaseException) -> str:
-    """The first sentence: what follows in PyTorch's messages is advice that does not fit here."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)) or type(error).__name__
-    return re.split(r"(?<=[a-z]\.) ", text.strip().splitlines()[0])[0][:300]
-
-
-def load_base_checkpoint(model: UnifiedVoiceGPT, path: Path) -> tuple[dict[str, Tensor], int]:
-    """Fills the model from IndexTTS2's gpt.pth (or the fork's, or our own, checkpoints).
-
-    Returns: the tensors to carry along, and the base's number of text tokens. Whatever else is in the file (the
-    inference wrapper's gpt.wte and inference_model, old transformers' masks) is dropped.
-    With another vocabulary size the overlapping rows are copied and the rest stays fresh.
-    Raises: UserError that lists all missing tensors and wrong shapes.
+    A POSIX record lock: children do not inherit it, so data workers of a killed run never hold it.
     """
-    content = read_torch_file(path)
-    tensors = content.get("model", content) if isinstance(content, dict) else None
-    if not isinstance(tensors, dict) or not tensors or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise UserError(f"--base-checkpoint {path}: holds no state dict. Use IndexTTS2's gpt.pth")
-    problems = []
-    with torch.no_grad():
-        for name, weight in model.state_dict().items():
-            source = tensors.get(name)
-            if source is None:
-                problems.append(f"{name} is missing")
-            elif name in VOCAB_TENSORS and source.shape[1:] == weight.shape[1:]:
-                overlap = min(len(source), len(weight))
-                weight[:overlap].copy_(source[:overlap])
-            elif source.shape != weight.shape:
-                problems.append(f"{name} is {list(source.shape)}, the config says {list(weight.shape)}")
-            else:
-                weight.copy_(source)
-    if problems:
-        raise UserError(f"--base-checkpoint {path} does not fit --config: {'; '.join(problems[:8])}"
-                        + (f"; and {len(problems) - 8} more" if len(problems) > 8 else ""))
-    carried = {name: t.to(torch.float32 if t.is_floating_point() else t.dtype, copy=True)
-               for name, t in tensors.items() if name.startswith(CARRIED_PREFIXES)}
-    return carried, len(tensors["text_embedding.weight"]) - 1
+    with writable(output_dir):
+        output_dir.mkdir(parents=True, exist_ok=True)
+        handle = (output_dir / ".lock").open("a+")
+    with handle:
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            handle.seek(0)
+            holder = handle.read().strip() or "another process"
+            raise UserError(f"--output-dir {output_dir} is in use by {holder}. Stop that run, or choose another "
+                            "directory") from error
+        handle.truncate(0)
+        holder = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+        try:
+            os.write(handle.fileno(), holder.encode())
+        except OSError as error:
+            raise UserError(f"--output-dir {output_dir}: {error.strerror}. Free some disk space and "
+                            "start again") from error
+        for leftover in output_dir.glob(".*.pth.partial"):  # only a killed save leaves them
+            leftover.unlink()
+        yield
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 5. Schedule, precision, optimizer
+def ignore_os_errors(failure: threading.ExceptHookArgs) -> None:
+    """Keeps TensorBoard's writer thread from printing stack frames on a full disk; MetricsLog sees that by itself."""
+    if not issubclass(failure.exc_type, OSError):
+        threading.__excepthook__(failure)
+
+
+class MetricsLog:
+    """metrics.jsonl (every value in full precision) and TensorBoard events of one run directory.
+
+    While the disk is full lines wait in memory, and TensorBoard's events are left out.
+    """
+
+    def __init__(self, directory: Path, first_step: int):
+        directory.mkdir(parents=True, exist_ok=True)
+        self.directory = directory
+        self.file = (directory / "metrics.jsonl").open("ab", buffering=0)
+        self.unwritten = b""
+        self.lock = threading.Lock()  # a checkpoint's writer flushes while training writes
+        self.tensorboard: Any = None
+        self.open_tensorboard(first_step)
+
+    def open_tensorboard(self, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        threading.excepthook = ignore_os_errors
+        self.tensorboard = SummaryWriter(str(self.directory), purge_step=first_step)
+
+    def write(self, kind: str, position: Position, values: dict[str, float]) -> None:
+        """kind is "train", "val" or "save"; the line is on its way to the disk when this returns."""
+        line = {"kind": kind, "epoch": position.last_epoch, "step": position.step, **values}
+        with self.lock:
+            self.unwritten += json.dumps(line).encode() + b"\n"
+        with contextlib.suppress(OSError):  # a full disk; flush() will try again, and report it
+            self.write_lines()
+        try:
+            if self.tensorboard is None:
+                self.open_tensorboard(position.step)
+            for name, value in values.items():
+                self.tensorboard.add_scalar(f"{kind}/{name}", value, position.step)
+        except OSError:
+            self.tensorboard = None
+
+    def write_lines(self) -> None:
+        with self.lock:
+            while self.unwritten:
+                self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+
+    def flush(self) -> None:
+        """Everything so far is on the disk when this returns. Raises: OSError."""
+        self.write_lines()
+        os.fsync(self.file.fileno())
+        tensorboard = self.tensorboard
+        if tensorboard is not None:
+            tensorboard.flush()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # the last save was refused too, and said so
+            self.flush()
+        self.file.close()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+
+
+def cut_metrics(path: Path, last_step: int, validation_owed: bool) -> list[str]:
+    """Drops lines that a resumed run will write again, and a torn last line. Returns what was dropped."""
+    if not path.exists():
+        return []
+    kept: list[str] = []
+    dropped: list[str] = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            record = json.loads(line) if line.endswith("\n") else {"step": math.inf}
+        except json.JSONDecodeError:
+            record = {"step": math.inf}
+        again = record["step"] > last_step or (
+            validation_owed and record["step"] == last_step and record["kind"] == "val")
+        (dropped if again else kept).append(line)
+    if dropped:
+        with replacing(path) as partial:
+            partial.write_text("".join(kept), encoding="utf-8")
+    return dropped
 
 
 @dataclass(frozen=True)
@@ -1060,23 +1286,6 @@ class Schedule:
     base_lr: float
     warmup_steps: int
     total_steps: int
-
-
-def get_lr(step: int, schedule: Schedule) -> float:
-    """The learning rate of the optimizer step with this number (from 1)."""
-    if step <= schedule.warmup_steps:
-        return schedule.base_lr * step / schedule.warmup_steps
-    decay_steps = max(1, schedule.total_steps - schedule.warmup_steps)
-    progress = min(1.0, (step - schedule.warmup_steps) / decay_steps)
-    return schedule.base_lr * 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
-def make_schedule(config: TrainConfig, position: Position, num_samples: int) -> Schedule:
-    """The length is --max-steps when given, else the last epoch's end."""
-    to_the_end = position.step + remaining_steps(position, num_samples, config.global_batch, config.epochs)
-    total = config.max_steps or to_the_end
-    warmup = min(1000, total // 10) if config.warmup_steps is None else config.warmup_steps
-    return Schedule(config.learning_rate, warmup, total)
 
 
 @dataclass
@@ -1094,6 +1303,192 @@ class Precision:
     @property
     def needs_scaler(self) -> bool:
         return self.dtype == torch.float16
+
+
+@dataclass
+class TrainState:
+    """What a run remembers besides weights and optimizer; all of it is in every checkpoint."""
+
+    position: Position = Position()
+    schedule: Schedule | None = None
+    best: dict[str, float] | None = None  # {"step", "loss"} of the best validation
+    last_val: dict[str, float] | None = None
+    validation_owed: bool = False
+    recent_checkpoints: list[str] = field(default_factory=list)
+    rotated_out: list[str] = field(default_factory=list)  # deletions that the newest save still has to do
+    run_dir: str = ""  # relative to the output directory
+    base_vocab: int = 0  # text tokens of the base checkpoint, for --freeze-base-vocab
+    tokens_seen: int = 0
+
+
+@dataclass
+class Save:
+    """One checkpoint on its way to the disk, then what came of it."""
+
+    path: Path
+    links: list[Path]  # latest.pth, best.pth
+    delete: list[Path]  # rotated out
+    position: Position
+    best: dict[str, float] | None  # what best.pth holds after this save; None: the save is not the best
+    validation_owed: bool
+    rotation_before: tuple[list[str], list[str]]  # recent_checkpoints and rotated_out, should the disk refuse
+    seconds_blocked: float = 0.0
+    seconds_written: float = 0.0
+    bytes: int = 0
+    error: Exception | None = None
+    link_error: Exception | None = None
+    written: Future[None] | None = None
+
+
+@dataclass
+class Run:
+    """Everything the training loop works with."""
+
+    config: TrainConfig
+    output_dir: Path
+    precision: Precision
+    model: UnifiedVoiceGPT
+    optimizer: torch.optim.AdamW
+    scaler: torch.amp.GradScaler
+    carried: dict[str, Tensor]  # tensors of the base checkpoint that the loss does not use
+    gpt_section: dict[str, Any]
+    tokenizer: dict[str, Any]  # path, sha256, size
+    train_data: ManifestDataset
+    val_data: ManifestDataset
+    state: TrainState
+    console: Console
+    stop: StopSignal
+    workers: int
+    world: World = World()
+    ddp: DistributedDataParallel | None = None  # of the model, with several processes
+    metrics: MetricsLog | None = None  # rank 0's
+    frozen: dict[str, Tensor] = field(default_factory=dict)  # first rows of VOCAB_TENSORS, for --freeze-base-vocab
+    # [updates skipped for non-finite gradients, how many in a row now, the longest row]; on the device, read rarely
+    nonfinite: Tensor = field(default_factory=lambda: torch.zeros(3))
+    writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint writer"))
+    saving: Save | None = None  # at most one in flight
+    saved_step: int = 0
+    best_saved: dict[str, float] | None = None  # TrainState.best of best.pth
+    save_retry_step: int = 0  # after a failed save
+    profiler: Any = None
+
+    def share(self, *numbers: int) -> list[int]:
+        """Sums numbers over the ranks. Raises: Stopped, on every rank once any of them got a signal."""
+        if self.world.size == 1:
+            self.stop.check()
+            return list(numbers)
+        flags = [int(self.stop.signum == signum) for signum in STOP_SIGNALS]
+        flagged, sums = self.world.add_up(torch.tensor([*flags, *numbers])).split([len(flags), len(numbers)])
+        if flagged.any():
+            raise Stopped(STOP_SIGNALS[int(flagged.argmax())])
+        return sums.tolist()
+
+    def check_stop(self) -> None:
+        """Between shared points only a lone process may stop: the others of a torchrun would wait for it for ever."""
+        if self.world.size == 1:
+            self.stop.check()
+
+    @property
+    def finished(self) -> bool:
+        position, config = self.state.position, self.config
+        return position.epoch >= config.epochs or bool(config.max_steps and position.step >= config.max_steps)
+
+    @property
+    def current_schedule(self) -> Schedule:
+        assert self.state.schedule is not None  # set before training starts
+        return self.state.schedule
+
+
+def make_loader(run: Run, data: ManifestDataset, batches: Iterator[list[int]]
+                ) -> tuple[Iterator[PackedBatch], list[multiprocessing.process.BaseProcess]]:
+    """Returns the batches, and the processes that make them."""
+    others = multiprocessing.active_children()
+    cuda = run.precision.device.type == "cuda"
+    loader = iter(DataLoader(data, batch_sampler=batches, num_workers=run.workers, pin_memory=cuda,  # type: ignore
+                             collate_fn=functools.partial(collate_packed, model=data.model),
+                             worker_init_fn=functools.partial(start_worker, trainer_pid=os.getpid())))
+    if run.workers:  # PyTorch's own handler would raise for a killed worker anywhere, in the middle of an update too
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    return loader, [worker for worker in multiprocessing.active_children() if worker not in others]
+
+
+def kill_workers() -> None:
+    """Ends all data workers at once: one that waits for a lock of a killed one would never leave by itself."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
+def load_batches(run: Run, data: ManifestDataset, batches: Callable[[], Iterator[list[int]]]) -> Iterator[PackedBatch]:
+    """Collated batches in order; goes on with new data workers where one was killed.
+
+    Raises: UserError when they die again and again.
+    """
+    done = deaths = 0
+    while True:
+        loader, workers = make_loader(run, data, itertools.islice(batches(), done, None))
+        try:
+            for batch in loader:
+                yield batch
+                done, deaths = done + 1, 0
+            return
+        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:  # a death as its pipe tells it
+            if not workers or not multiprocessing.connection.wait([w.sentinel for w in workers], timeout=1):
+                raise
+            reason = first_line(error)
+        deaths += 1
+        kill_workers()
+        if deaths == MAX_WORKER_DEATHS:
+            raise UserError(f"data workers died {deaths} times in a row ({reason}). If the machine ran out of memory, "
+                            "use fewer: --num-workers 1")
+        run.console.say(f"[Warn] A data worker died ({reason}); going on with new ones")
+
+
+def say_bad_rows(run: Run, data: ManifestDataset, bad_rows: dict[int, str]) -> None:
+    for line in data.note_bad_rows(bad_rows):
+        run.console.say(f"[Warn] {line}")
+
+
+def take_batch(run: Run, data: ManifestDataset, loader: Iterator[PackedBatch]) -> PackedBatch:
+    """The next batch on the device. Raises: Stopped; UserError for rows that contradict the manifest."""
+    run.check_stop()
+    batch = next(loader)
+    if batch.error:
+        raise UserError(batch.error)
+    if run.world.size == 1:
+        say_bad_rows(run, data, batch.bad_rows)
+    else:
+        data.unreported.update(batch.bad_rows)
+    return batch.to(run.precision.device)
+
+
+def share_bad_rows(run: Run, data: ManifestDataset) -> None:
+    """Tells every rank the bad rows that any of them met, so that all count alike."""
+    if run.world.size > 1:
+        with same_on_all_ranks(run.world):
+            for bad_rows in run.world.gather(data.unreported):
+                say_bad_rows(run, data, bad_rows)
+        data.unreported = {}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. Optimisation: schedule, precision, device, AdamW
+
+
+def get_lr(step: int, schedule: Schedule) -> float:
+    """The learning rate of the optimizer step with this number (from 1)."""
+    if step <= schedule.warmup_steps:
+        return schedule.base_lr * step / schedule.warmup_steps
+    decay_steps = max(1, schedule.total_steps - schedule.warmup_steps)
+    progress = min(1.0, (step - schedule.warmup_steps) / decay_steps)
+    return schedule.base_lr * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def make_schedule(config: TrainConfig, position: Position, num_samples: int) -> Schedule:
+    """The length is --max-steps when given, else the last epoch's end."""
+    to_the_end = position.step + remaining_steps(position, num_samples, config.global_batch, config.epochs)
+    total = config.max_steps or to_the_end
+    warmup = min(1000, total // 10) if config.warmup_steps is None else config.warmup_steps
+    return Schedule(config.learning_rate, warmup, total)
 
 
 def choose_precision(amp: str, device: torch.device) -> Precision:
@@ -1211,23 +1606,258 @@ def peak_flops(precision: Precision) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 6. Checkpoints: one writer, one reader
+# 7. Training step
 
 
 @dataclass
-class TrainState:
-    """What a run remembers besides weights and optimizer; all of it is in every checkpoint."""
+class StepStats:
+    """One optimizer step; tensors stay on the device until they are logged.
 
-    position: Position = Position()
-    schedule: Schedule | None = None
-    best: dict[str, float] | None = None  # {"step", "loss"} of the best validation
-    last_val: dict[str, float] | None = None
-    validation_owed: bool = False
-    recent_checkpoints: list[str] = field(default_factory=list)
-    rotated_out: list[str] = field(default_factory=list)  # deletions that the newest save still has to do
-    run_dir: str = ""  # relative to the output directory
-    base_vocab: int = 0  # text tokens of the base checkpoint, for --freeze-base-vocab
-    tokens_seen: int = 0
+    Losses and mel_top1 are this process's part of the token means, tokens and flops those of all processes.
+    """
+
+    text_loss: Tensor
+    mel_loss: Tensor
+    mel_top1: Tensor
+    grad_norm: Tensor
+    lr: float
+    tokens: int
+    flops: float
+
+
+def backward(run: Run, batch: PackedBatch, text_tokens: int, mel_tokens: int, is_last: bool, weight: float = 1.0
+             ) -> Tensor:
+    """Adds one micro-batch's gradients; the last one of a step exchanges them. Returns sums as summed_losses does."""
+    waits = run.ddp.no_sync() if run.ddp and not is_last else contextlib.nullcontext()
+    with waits:
+        with run.precision.autocast():
+            text_sum, mel_sum, right = summed_losses(run.ddp or run.model, batch)
+            loss = (run.config.text_loss_weight * text_sum / text_tokens
+                    + run.config.mel_loss_weight * mel_sum / mel_tokens)
+        loss = loss * (weight * run.world.size)  # DistributedDataParallel divides by the number of processes
+        run.scaler.scale(loss).backward()
+    return weight * torch.stack([text_sum.detach(), mel_sum.detach(), right]).double()
+
+
+def apply_gradients(run: Run) -> Tensor:
+    """Clips and updates; an update with non-finite gradients is skipped on the device. Returns the gradient norm."""
+    parameters = [p for p in run.model.parameters() if p.grad is not None]
+    if not parameters:  # every sample of the step had a damaged file
+        return torch.zeros(())
+    if run.scaler.is_enabled():
+        run.scaler.unscale_(run.optimizer)
+    for name, rows in run.frozen.items():
+        run.model.get_parameter(name).grad[: len(rows)] = 0  # type: ignore[index]
+    grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if run.config.grad_clip:
+        torch.nn.utils.clip_grads_with_norm_(parameters, run.config.grad_clip, grad_norm)
+    found_inf = (~torch.isfinite(grad_norm)).float()
+    counted = found_inf
+    if run.scaler.is_enabled():  # fp16 overflows while the scale comes down are how fp16 works
+        counted = found_inf * (run.scaler.scale(torch.ones_like(found_inf)) <= 1)
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+    else:
+        run.optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # fused AdamW looks at it
+        run.optimizer.step()
+    streak = (run.nonfinite[1] + 1) * counted
+    run.nonfinite = torch.stack([run.nonfinite[0] + found_inf, streak, torch.maximum(run.nonfinite[2], streak)])
+    with torch.no_grad():
+        for name, rows in run.frozen.items():
+            run.model.get_parameter(name)[: len(rows)] = rows
+    return grad_norm
+
+
+def train_step(run: Run, batches: Sequence[PackedBatch]) -> StepStats:
+    """One optimizer step over its micro-batches; the loss is the token mean over all of them, however they are split.
+
+    Raises: Stopped between micro-batches, and torch.OutOfMemoryError; weights are then those of the step before.
+    """
+    config, device, step = run.config, run.precision.device, run.state.position.step + 1
+    text_tokens, mel_tokens, tokens, flops = run.share(
+        sum(sum(batch.text_counts) for batch in batches), sum(sum(batch.mel_counts) for batch in batches),
+        sum(sum(batch.lengths) for batch in batches), int(step_flops(run.model.config, batches)))
+    text_tokens, mel_tokens = max(1, text_tokens), max(1, mel_tokens)
+    lr = get_lr(step, run.current_schedule)
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+    run.model.train()
+    run.optimizer.zero_grad(set_to_none=True)
+    totals = torch.zeros(3, dtype=torch.float64, device=device)
+    batches = [batch for batch in batches if batch.rows]
+    for micro_step, batch in enumerate(batches):
+        run.check_stop()
+        torch.manual_seed(dropout_seed(config.seed, step, micro_step, run.world.rank))
+        totals += backward(run, batch, text_tokens, mel_tokens, is_last=micro_step == len(batches) - 1)
+    if run.ddp and not batches:
+        backward(run, idle_batch(run.model.config).to(device), text_tokens, mel_tokens, is_last=True, weight=0.0)
+    run.check_stop()
+    grad_norm = apply_gradients(run)
+    return StepStats(totals[0] / text_tokens, totals[1] / mel_tokens, totals[2] / mel_tokens, grad_norm, lr, tokens,
+                     flops)
+
+
+def distribute(run: Run) -> None:
+    """Wraps the model for several processes, which then start from rank 0's weights.
+
+    Two backward passes of weight 0 settle in which buckets gradients are exchanged. It would change after the first
+    step otherwise, and a resumed run would add up in another order than the one without a stop.
+    """
+    if run.world.size == 1:
+        return
+    device = run.precision.device
+    run.ddp = DistributedDataParallel(run.model, device_ids=[run.world.local_rank] if device.type == "cuda" else None)
+    run.model.train()
+    for _ in range(2):
+        backward(run, idle_batch(run.model.config).to(device), 1, 1, is_last=True, weight=0.0)
+        run.optimizer.zero_grad(set_to_none=True)
+
+
+def check_finite(run: Run) -> None:
+    """Raises: UserError after too many non-finite gradients in a row. Waits for the device."""
+    if run.nonfinite[2].item() >= MAX_NONFINITE_STREAK:
+        raise UserError(f"the gradients were not finite in {MAX_NONFINITE_STREAK} steps in a row, near step "
+                        f"{run.state.position.step}. Resume from an older checkpoint with a smaller --learning-rate, "
+                        "or with --amp off")
+
+
+def eval_records(data: ManifestDataset, batch: PackedBatch, text: list[float], mel: list[float]
+                 ) -> Iterator[dict[str, Any]]:
+    """The rows of eval.jsonl for one batch."""
+    text_at = mel_at = 0
+    for row, text_count, mel_count in zip(batch.rows, batch.text_counts, batch.mel_counts, strict=True):
+        text_losses, mel_losses = text[text_at : text_at + text_count], mel[mel_at : mel_at + mel_count]
+        text_at, mel_at = text_at + text_count, mel_at + mel_count
+        yield {"id": data.rows[row].id, "text_loss": sum(text_losses) / text_count,
+               "mel_loss": sum(mel_losses) / mel_count, "text_tokens": text_count, "mel_tokens": mel_count,
+               "text_token_losses": text_losses, "mel_token_losses": mel_losses}
+
+
+def evaluate(run: Run, max_batches: int, on_row: Callable[[dict[str, Any]], None] | None = None) -> dict[str, float]:
+    """Token means over the validation rows in their fixed order, without dropout.
+
+    on_row receives a dict for every row: id, mean and per-token losses, token counts. Raises: Stopped.
+    """
+    data, size, world = run.val_data, run.config.val_batch_size or run.config.batch_size, run.world
+    chunks = split_micro_batches(np.arange(len(data)), size)
+    chunks = chunks[:max_batches] if max_batches else chunks
+    own = chunks[world.rank :: world.size]
+    loader = load_batches(run, data, lambda: (chunk.tolist() for chunk in own))
+    sums = torch.zeros(5, dtype=torch.float64, device=run.precision.device)
+    run.model.eval()
+    for done in range(math.ceil(len(chunks) / world.size)):
+        run.share()
+        batch = take_batch(run, data, loader) if done < len(own) else None
+        if batch is None or not batch.rows:
+            continue
+        with torch.no_grad(), run.precision.autocast():
+            text, mel, right = token_losses(run.model, batch)
+        counts = torch.tensor([len(text), len(mel)], device=sums.device)
+        sums += torch.cat([torch.stack([text.double().sum(), mel.double().sum(), right.double().sum()]), counts])
+        if on_row:
+            for record in eval_records(data, batch, text.tolist(), mel.tolist()):
+                on_row(record)
+        run.console.progress(f"validation: {min(len(chunks), (done + 1) * world.size)}/{len(chunks)}")
+    share_bad_rows(run, data)
+    text_sum, mel_sum, right_sum, text_count, mel_count = world.add_up(sums).tolist()
+    return {"text_loss": text_sum / max(1, text_count), "mel_loss": mel_sum / max(1, mel_count),
+            "mel_top1": right_sum / max(1, mel_count)}
+
+
+def say_validation(console: Console, position: Position, values: dict[str, float]) -> None:
+    console.say(f"[Val] epoch={position.last_epoch} step={position.step} text_loss={values['text_loss']:.6f} "
+                f"mel_loss={values['mel_loss']:.6f} mel_top1={values['mel_top1']:.4f}")
+
+
+def validate(run: Run) -> bool:
+    """Validates, logs, remembers the best. Returns whether this is the best so far. Raises: Stopped."""
+    position = run.state.position
+    run.state.validation_owed = True
+    values = evaluate(run, run.config.max_val_batches)
+    loss = run.config.text_loss_weight * values["text_loss"] + run.config.mel_loss_weight * values["mel_loss"]
+    say_validation(run.console, position, values)
+    if run.metrics:
+        run.metrics.write("val", position, {**values, "loss": loss})
+    run.state.validation_owed = False
+    run.state.last_val = {"step": position.step, "loss": loss, **values}
+    if run.state.best is None or loss < run.state.best["loss"]:
+        run.state.best = {"step": position.step, "loss": loss}
+        return True
+    return False
+
+
+def split_after_out_of_memory(run: Run) -> None:
+    """Halves the micro-batch, keeps the global batch. Raises: UserError when it is one sample already."""
+    config = run.config
+    if run.world.size > 1:
+        raise UserError(f"out of GPU memory on rank {run.world.rank}. Start again with a smaller --batch-size and "
+                        "--resume auto: the global batch stays")
+    if config.batch_size == 1:
+        raise UserError("out of GPU memory with one sample in a micro-batch. Use --grad-checkpointing, --amp, or leave "
+                        "out the longest rows")
+    batch_size, grad_accumulation = split_global_batch(config.global_batch, config.batch_size // 2)
+    run.console.say(f"[Warn] Out of GPU memory: micro-batches of {batch_size} x {grad_accumulation} from now on, the "
+                    f"same global batch of {config.global_batch}")
+    run.config = dataclasses.replace(config, batch_size=batch_size, grad_accumulation=grad_accumulation)
+    run.optimizer.zero_grad(set_to_none=True)
+    if run.precision.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def step_if_memory_suffices(run: Run, batches: Sequence[PackedBatch]) -> StepStats | None:
+    """None when the GPU ran out of memory; the exception, which holds the step's tensors, is gone by then."""
+    try:
+        return train_step(run, batches)
+    except torch.OutOfMemoryError:
+        return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 8. Checkpoint file: one writer, one reader
+
+
+# What the training loss never touches: carried from the base checkpoint unchanged.
+CARRIED_PREFIXES = ("conditioning_encoder.", "perceiver_encoder.", "emo_conditioning_encoder.",
+                    "emo_perceiver_encoder.", "emo_layer.", "emovec_layer.")
+# The order of names in IndexTTS2's files.
+NAME_ORDER = (*CARRIED_PREFIXES[:4], "text_embedding.", *CARRIED_PREFIXES[4:], "mel_embedding.", "gpt.",
+              "mel_pos_embedding.", "text_pos_embedding.", "final_norm.", "text_head.", "mel_head.", "speed_emb.")
+VOCAB_TENSORS = ("text_embedding.weight", "text_head.weight", "text_head.bias")
+
+
+def in_name_order(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def rank(name: str) -> int:
+        return next((i for i, prefix in enumerate(NAME_ORDER) if name.startswith(prefix)), len(NAME_ORDER))
+
+    return {name: tensors[name] for name in sorted(tensors, key=rank)}
+
+
+def check_pickle(path: Path) -> None:
+    """Reads the file's pickle through its checksum, so that a damaged one is never parsed. Raises: BadZipFile."""
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            if name.endswith(".pkl"):
+                archive.read(name)
+
+
+def read_torch_file(path: Path) -> Any:
+    """Reads tensors and plain values, mapped into memory and never unpickling code. Raises: UserError.
+
+    numpy's arrays and torch's version are let through: the fork keeps them in its files.
+    """
+    rebuild = np.empty(0).__reduce__()[0]  # numpy's function that an unpickled array starts from
+    plain_parts = [np.ndarray, np.dtype, np.dtypes.UInt32DType, rebuild,
+                   (rebuild, "numpy.core.multiarray._reconstruct"), torch.torch_version.TorchVersion]
+    try:
+        if zipfile.is_zipfile(path):
+            check_pickle(path)
+        with torch.serialization.safe_globals(plain_parts):  # type: ignore[arg-type]
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from error
+    except DAMAGED_FILE as error:
+        reason = f" ({first_line(error)})" if zipfile.is_zipfile(path) else ""
+        raise UserError(f"{path}: damaged or incomplete, not a readable PyTorch file{reason}") from error
 
 
 def digest_tree(value: Any, path: str = "") -> tuple[dict[str, str], Any]:
@@ -1300,145 +1930,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def validate_checkpoint(checkpoint: dict[str, Any], shapes: dict[str, tuple[int, ...]], tokenizer_sha256: str,
-                        train_fingerprint: str, accept_changed_data: bool) -> list[str]:
-    """Everything in which a checkpoint does not fit this run, each with its remedy."""
-    problems = []
-    found = {name: tuple(t.shape) for name, t in checkpoint["model"].items()
-             if not name.startswith(CARRIED_PREFIXES) and name in shapes}
-    differing = [name for name in shapes if found.get(name) != shapes[name]]
-    if differing:
-        name = differing[0]
-        problems.append(f"model: {len(differing)} tensors have another shape, e.g. {name} {found.get(name)} in the "
-                        f"checkpoint, {shapes[name]} here. Resume with the --config and --tokenizer of the run")
-    if checkpoint["tokenizer"]["sha256"] != tokenizer_sha256:
-        problems.append(f"tokenizer differs (sha256 {checkpoint['tokenizer']['sha256'][:12]} in the checkpoint, "
-                        f"{tokenizer_sha256[:12]} here). Pass --tokenizer {checkpoint['tokenizer']['path']} as it was, "
-                        "or start a new run with --base-checkpoint")
-    if checkpoint["train_data"]["fingerprint"] != train_fingerprint and not accept_changed_data:
-        problems.append("training data changed (row ids, lengths or order). Pass the old --train-manifest, or "
-                        "--accept-changed-data: weights, optimizer and step stay, the epoch's order starts anew")
-    return problems
-
-
-def plan_rotation(recent: Sequence[str], name: str, keep: int) -> tuple[list[str], list[str]]:
-    """Returns (the run's checkpoints after saving `name`, those to delete); keep = 0 keeps all."""
-    names = [other for other in recent if other != name] + [name]
-    return (names[-keep:], names[:-keep]) if keep else (names, [])
-
-
-def checkpoint_step(name: str) -> int | None:
-    """'model_step12.pth' -> 12; None for every other name."""
-    match = re.fullmatch(r"model_step(\d+)\.pth", name)
-    return int(match.group(1)) if match else None
-
-
-def list_checkpoints(output_dir: Path) -> list[Path]:
-    """model_step files, newest first."""
-    files = [path for path in output_dir.glob("model_step*.pth")
-             if checkpoint_step(path.name) is not None and path.exists()]  # a link to nowhere does not
-    return sorted(files, key=lambda path: checkpoint_step(path.name) or 0, reverse=True)
-
-
-@dataclass
-class Found:
-    """A verified checkpoint, the path to show for it, and the candidates that were skipped, with reasons."""
-
-    path: Path
-    checkpoint: dict[str, Any]
-    skipped: list[str]
-
-
-def step_inside(path: Path) -> float:
-    """The step that an unverified file claims; a damaged one counts as the newest."""
-    try:
-        content = read_torch_file(path)
-    except UserError:
-        return math.inf
-    return content["step"] if isinstance(content, dict) and isinstance(content.get("step"), int) else math.inf
-
-
-def candidates(output_dir: Path) -> list[Path]:
-    """latest.pth and the model_step files, newest first; a file that is linked as both appears as latest.pth."""
-    files = list_checkpoints(output_dir)
-    latest = output_dir / "latest.pth"
-    if not latest.exists():
-        return files
-    twin = next((file for file in files if file.samefile(latest)), None)
-    if twin is not None:  # a save that was cut short before its link may have left newer files
-        return [latest if file == twin else file for file in files]
-    step = step_inside(latest)
-    older = [file for file in files if (checkpoint_step(file.name) or 0) <= step]
-    return [file for file in files if file not in older] + [latest] + older
-
-
-def find_resumable(output_dir: Path) -> Found | None:
-    """The newest valid checkpoint, or None where there is none at all.
-
-    Raises: ResumeError when there are files but none is valid.
-    """
-    skipped: list[str] = []
-    for path in candidates(output_dir):
-        try:
-            return Found(path, read_checkpoint(path), skipped)
-        except ResumeError as error:
-            skipped.append(str(error))
-    if skipped:
-        raise ResumeError(f"no valid checkpoint in {output_dir}: {'; '.join(skipped)}. Move these files away to start "
-                          "afresh" + (", or --resume best.pth" if (output_dir / "best.pth").exists() else ""))
-    return None
-
-
-def open_resume(resume: str, output_dir: Path, say: Callable[[str], None]) -> Found | None:
-    """Finds, announces and reads the checkpoint that --resume asks for. Raises: ResumeError."""
-    if not resume:
-        return None
-    if resume == "auto":
-        found = find_resumable(output_dir)
-        if found is None:
-            say(f"[Info] Auto-resume: no checkpoint in {output_dir}, starting from the beginning")
-            return None
-        for reason in found.skipped:
-            say(f"[Warn] Auto-resume: skipped {reason}")
-    else:
-        found = Found(Path(resume), read_explicit(Path(resume)), [])
-    say(f"[Info] Auto-resume: found checkpoint at {found.path}")
-    say(f"[Info] Loading checkpoint from {found.path}...")
-    return found
-
-
-def read_explicit(path: Path) -> dict[str, Any]:
-    """Reads the file that was typed. Raises: ResumeError that lists the valid ones beside it."""
-    try:
-        return read_checkpoint(path)
-    except ResumeError as error:
-        valid = []
-        for other in list_checkpoints(path.parent):
-            with contextlib.suppress(ResumeError):
-                read_checkpoint(other)
-                valid.append(str(other))
-        hint = f". Valid checkpoints there: {', '.join(valid)}" if valid else f". No valid checkpoint in {path.parent}"
-        raise ResumeError(f"{error}{hint}") from error
-
-
 def fsync_directory(directory: Path) -> None:
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary name beside `path`; it takes its place when the block ends well, and is gone otherwise."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.unlink(missing_ok=True)
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)  # replacing one link by another to the same file leaves both names
 
 
 def write_checkpoint(path: Path, checkpoint: dict[str, Any]) -> int:
@@ -1472,623 +1969,21 @@ def link_checkpoint(target: Path, link: Path) -> None:
     fsync_directory(link.parent)
 
 
-def move_aside(output_dir: Path, names: Sequence[str], stamp: str) -> Path | None:
-    """Moves files into abandoned_TIMESTAMP/ of the output directory. Returns the folder, or None for no files."""
-    present = [name for name in names if (output_dir / name).exists()]
-    if not present:
-        return None
-    taken = len(list(output_dir.glob(f"abandoned_{stamp}*")))  # by starts within the same second
-    folder = output_dir / (f"abandoned_{stamp}_{taken + 1}" if taken else f"abandoned_{stamp}")
-    for name in present:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(output_dir / name, folder / name)
-    return folder
+def checkpoint_step(name: str) -> int | None:
+    """'model_step12.pth' -> 12; None for every other name."""
+    match = re.fullmatch(r"model_step(\d+)\.pth", name)
+    return int(match.group(1)) if match else None
 
 
-@contextlib.contextmanager
-def writable(output_dir: Path) -> Iterator[None]:
-    """Raises: UserError for an output directory that cannot be made or written to."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"--output-dir {output_dir}: {error.strerror}. Choose a directory you can write to") from error
-
-
-@contextlib.contextmanager
-def lock_output_dir(output_dir: Path) -> Iterator[None]:
-    """One trainer per output directory. Raises: UserError that names the holder.
-
-    A POSIX record lock: children do not inherit it, so data workers of a killed run never hold it.
-    """
-    with writable(output_dir):
-        output_dir.mkdir(parents=True, exist_ok=True)
-        handle = (output_dir / ".lock").open("a+")
-    with handle:
-        try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            handle.seek(0)
-            holder = handle.read().strip() or "another process"
-            raise UserError(f"--output-dir {output_dir} is in use by {holder}. Stop that run, or choose another "
-                            "directory") from error
-        handle.truncate(0)
-        holder = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
-        try:
-            os.write(handle.fileno(), holder.encode())
-        except OSError as error:
-            raise UserError(f"--output-dir {output_dir}: {error.strerror}. Free some disk space and "
-                            "start again") from error
-        for leftover in output_dir.glob(".*.pth.partial"):  # only a killed save leaves them
-            leftover.unlink()
-        yield
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """model_step files, newest first."""
+    files = [path for path in output_dir.glob("model_step*.pth")
+             if checkpoint_step(path.name) is not None and path.exists()]  # a link to nowhere does not
+    return sorted(files, key=lambda path: checkpoint_step(path.name) or 0, reverse=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 7. Processes: stop signals, and the ranks of a torchrun
-
-
-class Stopped(Exception):
-    """A stop signal arrived; carries its number."""
-
-    def __init__(self, signum: int):
-        super().__init__(signal.Signals(signum).name)
-        self.signum = signum
-
-
-class StopSignal:
-    """SIGINT, SIGTERM and SIGHUP set a flag that check() turns into Stopped; a second SIGINT leaves at once."""
-
-    def __init__(self) -> None:
-        self.signum: int | None = None
-        self.interrupts = 0
-
-    def install(self) -> None:
-        for signum in STOP_SIGNALS:
-            if signal.getsignal(signum) != signal.SIG_IGN:  # nohup, a background job: stays ignored
-                signal.signal(signum, self.receive)
-
-    def receive(self, signum: int, frame: object = None) -> None:
-        self.interrupts += signum == signal.SIGINT
-        if self.interrupts == 2:
-            os._exit(128 + signal.SIGINT)
-        self.signum = self.signum or signum
-
-    def check(self) -> None:
-        if self.signum:
-            raise Stopped(self.signum)
-
-
-def start_worker(worker: int, trainer_pid: int) -> None:
-    """Data workers: Ctrl+C reaches the whole process group, and only the trainer decides what it means.
-
-    They die with the trainer. PyTorch's watchdog alone is not enough: it takes the parent that it finds for the
-    trainer, and that is process 1 when the trainer was killed while its worker started.
-    """
-    for signum in STOP_SIGNALS:
-        signal.signal(signum, signal.SIG_IGN)
-    die_with_parent(signal.SIGKILL)
-    if multiprocessing.get_start_method() == "fork" and os.getppid() != trainer_pid:
-        os._exit(1)
-
-
-def die_with_parent(signum: signal.Signals) -> None:
-    if platform.system() == "Linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(signum))
-
-
-@dataclass(frozen=True)
-class World:
-    """The processes that train one model together, as torchrun tells; one alone has no process group."""
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-    local_size: int = 1
-
-    def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, on every rank."""
-        values = [value] * self.size
-        if self.size > 1:
-            dist.all_gather_object(values, value)
-        return values
-
-    def from_rank_0(self, value: Any) -> Any:
-        values = [value]
-        if self.size > 1:
-            dist.broadcast_object_list(values)
-        return values[0]
-
-    def add_up(self, tensor: Tensor) -> Tensor:
-        """Sums a tensor over the ranks, in place."""
-        if self.size > 1:
-            dist.all_reduce(tensor)
-        return tensor
-
-
-def world_from(environ: Mapping[str, str]) -> World:
-    """Reads torchrun's variables."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    if not all(name in environ for name in names) or environ["WORLD_SIZE"] == "1":
-        return World()
-    rank, size, local_rank, local_size = (int(environ[name]) for name in names)
-    return World(rank, size, local_rank, local_size)
-
-
-@contextlib.contextmanager
-def process_group(world: World) -> Iterator[None]:
-    """gloo for what lives on the CPU (stop flags, token counts), NCCL for gradients on GPUs."""
-    if world.size == 1:
-        yield
-        return
-    die_with_parent(signal.SIGTERM)  # a torchrun that is killed at once would leave its ranks behind, with the lock
-    if torch.cuda.is_available():
-        if world.local_rank >= torch.cuda.device_count():
-            raise UserError(f"torchrun started {world.local_size} processes, this machine has "
-                            f"{torch.cuda.device_count()} GPUs. Start one process per GPU")
-        torch.cuda.set_device(world.local_rank)
-        dist.init_process_group("cpu:gloo,cuda:nccl")
-    else:
-        dist.init_process_group("gloo")
-    yield
-    dist.destroy_process_group()  # after a fault the others may be gone: nothing to say good-bye to
-
-
-@contextlib.contextmanager
-def same_on_all_ranks(world: World) -> Iterator[None]:
-    """For faults that every rank finds at the same point: rank 0 says them, once."""
-    try:
-        yield
-    except UserError as error:
-        if world.rank > 0:
-            raise SaidByRank0 from error
-        raise
-
-
-def is_lost_contact(error: BaseException) -> bool:
-    """Whether another rank went away, as gloo (a plain RuntimeError) and NCCL report it."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
-
-
-class Console:
-    """Flushed lines, with a progress bar under them on a terminal. A lost output counts as SIGHUP."""
-
-    def __init__(self, stop: StopSignal, out: TextIO):
-        self.stop, self.out, self.bar = stop, out, ""
-        self.progress_due = 0.0
-
-    def write(self, text: str) -> None:
-        try:
-            self.out.write(text)
-            self.out.flush()
-        except OSError as error:
-            if error.errno in FULL_DISK:  # output goes to a file there: what does not fit is dropped
-                return
-            # The reader is gone: a closed pipe, a lost terminal.
-            self.out = open(os.devnull, "w")
-            if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-                self.stop.receive(signal.SIGHUP)
-
-    def say(self, line: str) -> None:
-        blank = "\r" + " " * len(self.bar) + "\r" if self.bar else ""
-        self.write(f"{blank}{line}\n{self.bar}")
-
-    def progress(self, text: str, line: str = "") -> None:
-        """`text` as a bar on a terminal; elsewhere `line` (or `text`) every ten seconds, as the tools print it."""
-        if not self.out.isatty():
-            if time.monotonic() >= self.progress_due:
-                self.progress_due = time.monotonic() + 10
-                self.say(f"[Progress] {line or text}")
-        else:
-            columns = shutil.get_terminal_size().columns - 1
-            longest, self.bar = len(self.bar), text[:columns]
-            self.write(f"\r{self.bar.ljust(min(longest, columns))}")
-
-    def end_progress(self) -> None:
-        if self.bar:
-            self.bar = ""
-            self.write("\n")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 8. Training
-
-
-def ignore_os_errors(failure: threading.ExceptHookArgs) -> None:
-    """Keeps TensorBoard's writer thread from printing stack frames on a full disk; MetricsLog sees that by itself."""
-    if not issubclass(failure.exc_type, OSError):
-        threading.__excepthook__(failure)
-
-
-class MetricsLog:
-    """metrics.jsonl (every value in full precision) and TensorBoard events of one run directory.
-
-    While the disk is full lines wait in memory, and TensorBoard's events are left out.
-    """
-
-    def __init__(self, directory: Path, first_step: int):
-        directory.mkdir(parents=True, exist_ok=True)
-        self.directory = directory
-        self.file = (directory / "metrics.jsonl").open("ab", buffering=0)
-        self.unwritten = b""
-        self.lock = threading.Lock()  # a checkpoint's writer flushes while training writes
-        self.tensorboard: Any = None
-        self.open_tensorboard(first_step)
-
-    def open_tensorboard(self, first_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        threading.excepthook = ignore_os_errors
-        self.tensorboard = SummaryWriter(str(self.directory), purge_step=first_step)
-
-    def write(self, kind: str, position: Position, values: dict[str, float]) -> None:
-        """kind is "train", "val" or "save"; the line is on its way to the disk when this returns."""
-        line = {"kind": kind, "epoch": position.last_epoch, "step": position.step, **values}
-        with self.lock:
-            self.unwritten += json.dumps(line).encode() + b"\n"
-        with contextlib.suppress(OSError):  # a full disk; flush() will try again, and report it
-            self.write_lines()
-        try:
-            if self.tensorboard is None:
-                self.open_tensorboard(position.step)
-            for name, value in values.items():
-                self.tensorboard.add_scalar(f"{kind}/{name}", value, position.step)
-        except OSError:
-            self.tensorboard = None
-
-    def write_lines(self) -> None:
-        with self.lock:
-            while self.unwritten:
-                self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
-
-    def flush(self) -> None:
-        """Everything so far is on the disk when this returns. Raises: OSError."""
-        self.write_lines()
-        os.fsync(self.file.fileno())
-        tensorboard = self.tensorboard
-        if tensorboard is not None:
-            tensorboard.flush()
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):  # the last save was refused too, and said so
-            self.flush()
-        self.file.close()
-        if self.tensorboard is not None:
-            self.tensorboard.close()
-
-
-def cut_metrics(path: Path, last_step: int, validation_owed: bool) -> list[str]:
-    """Drops lines that a resumed run will write again, and a torn last line. Returns what was dropped."""
-    if not path.exists():
-        return []
-    kept: list[str] = []
-    dropped: list[str] = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-        try:
-            record = json.loads(line) if line.endswith("\n") else {"step": math.inf}
-        except json.JSONDecodeError:
-            record = {"step": math.inf}
-        again = record["step"] > last_step or (
-            validation_owed and record["step"] == last_step and record["kind"] == "val")
-        (dropped if again else kept).append(line)
-    if dropped:
-        with replacing(path) as partial:
-            partial.write_text("".join(kept), encoding="utf-8")
-    return dropped
-
-
-@dataclass
-class Run:
-    """Everything the training loop works with."""
-
-    config: TrainConfig
-    output_dir: Path
-    precision: Precision
-    model: UnifiedVoiceGPT
-    optimizer: torch.optim.AdamW
-    scaler: torch.amp.GradScaler
-    carried: dict[str, Tensor]  # tensors of the base checkpoint that the loss does not use
-    gpt_section: dict[str, Any]
-    tokenizer: dict[str, Any]  # path, sha256, size
-    train_data: ManifestDataset
-    val_data: ManifestDataset
-    state: TrainState
-    console: Console
-    stop: StopSignal
-    workers: int
-    world: World = World()
-    ddp: DistributedDataParallel | None = None  # of the model, with several processes
-    metrics: MetricsLog | None = None  # rank 0's
-    frozen: dict[str, Tensor] = field(default_factory=dict)  # first rows of VOCAB_TENSORS, for --freeze-base-vocab
-    # [updates skipped for non-finite gradients, how many in a row now, the longest row]; on the device, read rarely
-    nonfinite: Tensor = field(default_factory=lambda: torch.zeros(3))
-    writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint writer"))
-    saving: Save | None = None  # at most one in flight
-    saved_step: int = 0
-    best_saved: dict[str, float] | None = None  # TrainState.best of best.pth
-    save_retry_step: int = 0  # after a failed save
-    profiler: Any = None
-
-    def share(self, *numbers: int) -> list[int]:
-        """Sums numbers over the ranks. Raises: Stopped, on every rank once any of them got a signal."""
-        if self.world.size == 1:
-            self.stop.check()
-            return list(numbers)
-        flags = [int(self.stop.signum == signum) for signum in STOP_SIGNALS]
-        flagged, sums = self.world.add_up(torch.tensor([*flags, *numbers])).split([len(flags), len(numbers)])
-        if flagged.any():
-            raise Stopped(STOP_SIGNALS[int(flagged.argmax())])
-        return sums.tolist()
-
-    def check_stop(self) -> None:
-        """Between shared points only a lone process may stop: the others of a torchrun would wait for it for ever."""
-        if self.world.size == 1:
-            self.stop.check()
-
-    @property
-    def finished(self) -> bool:
-        position, config = self.state.position, self.config
-        return position.epoch >= config.epochs or bool(config.max_steps and position.step >= config.max_steps)
-
-    @property
-    def current_schedule(self) -> Schedule:
-        assert self.state.schedule is not None  # set before training starts
-        return self.state.schedule
-
-
-def make_loader(run: Run, data: ManifestDataset, batches: Iterator[list[int]]
-                ) -> tuple[Iterator[PackedBatch], list[multiprocessing.process.BaseProcess]]:
-    """Returns the batches, and the processes that make them."""
-    others = multiprocessing.active_children()
-    cuda = run.precision.device.type == "cuda"
-    loader = iter(DataLoader(data, batch_sampler=batches, num_workers=run.workers, pin_memory=cuda,  # type: ignore
-                             collate_fn=functools.partial(collate_packed, model=data.model),
-                             worker_init_fn=functools.partial(start_worker, trainer_pid=os.getpid())))
-    if run.workers:  # PyTorch's own handler would raise for a killed worker anywhere, in the middle of an update too
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    return loader, [worker for worker in multiprocessing.active_children() if worker not in others]
-
-
-def kill_workers() -> None:
-    """Ends all data workers at once: one that waits for a lock of a killed one would never leave by itself."""
-    for worker in multiprocessing.active_children():
-        worker.kill()
-
-
-def load_batches(run: Run, data: ManifestDataset, batches: Callable[[], Iterator[list[int]]]) -> Iterator[PackedBatch]:
-    """Collated batches in order; goes on with new data workers where one was killed.
-
-    Raises: UserError when they die again and again.
-    """
-    done = deaths = 0
-    while True:
-        loader, workers = make_loader(run, data, itertools.islice(batches(), done, None))
-        try:
-            for batch in loader:
-                yield batch
-                done, deaths = done + 1, 0
-            return
-        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:  # a death as its pipe tells it
-            if not workers or not multiprocessing.connection.wait([w.sentinel for w in workers], timeout=1):
-                raise
-            reason = first_line(error)
-        deaths += 1
-        kill_workers()
-        if deaths == MAX_WORKER_DEATHS:
-            raise UserError(f"data workers died {deaths} times in a row ({reason}). If the machine ran out of memory, "
-                            "use fewer: --num-workers 1")
-        run.console.say(f"[Warn] A data worker died ({reason}); going on with new ones")
-
-
-def take_batch(run: Run, data: ManifestDataset, loader: Iterator[PackedBatch]) -> PackedBatch:
-    """The next batch on the device. Raises: Stopped; UserError for rows that contradict the manifest."""
-    run.check_stop()
-    batch = next(loader)
-    if batch.error:
-        raise UserError(batch.error)
-    if run.world.size == 1:
-        say_bad_rows(run, data, batch.bad_rows)
-    else:
-        data.unreported.update(batch.bad_rows)
-    return batch.to(run.precision.device)
-
-
-def say_bad_rows(run: Run, data: ManifestDataset, bad_rows: dict[int, str]) -> None:
-    for line in data.note_bad_rows(bad_rows):
-        run.console.say(f"[Warn] {line}")
-
-
-def share_bad_rows(run: Run, data: ManifestDataset) -> None:
-    """Tells every rank the bad rows that any of them met, so that all count alike."""
-    if run.world.size > 1:
-        with same_on_all_ranks(run.world):
-            for bad_rows in run.world.gather(data.unreported):
-                say_bad_rows(run, data, bad_rows)
-        data.unreported = {}
-
-
-@dataclass
-class StepStats:
-    """One optimizer step; tensors stay on the device until they are logged.
-
-    Losses and mel_top1 are this process's part of the token means, tokens and flops those of all processes.
-    """
-
-    text_loss: Tensor
-    mel_loss: Tensor
-    mel_top1: Tensor
-    grad_norm: Tensor
-    lr: float
-    tokens: int
-    flops: float
-
-
-def idle_batch(config: ModelConfig) -> PackedBatch:
-    """One sample of nothing, for a rank without samples in a step: gradients are exchanged in the backward pass."""
-    condition = np.zeros((CONDITION_ROWS, config.model_dim), np.float32)
-    sample = Sample(np.zeros(1, np.int64), np.zeros(1, np.int64), condition, condition[0])
-    return collate_packed([sample], config)
-
-
-def backward(run: Run, batch: PackedBatch, text_tokens: int, mel_tokens: int, is_last: bool, weight: float = 1.0
-             ) -> Tensor:
-    """Adds one micro-batch's gradients; the last one of a step exchanges them. Returns sums as summed_losses does."""
-    waits = run.ddp.no_sync() if run.ddp and not is_last else contextlib.nullcontext()
-    with waits:
-        with run.precision.autocast():
-            text_sum, mel_sum, right = summed_losses(run.ddp or run.model, batch)
-            loss = (run.config.text_loss_weight * text_sum / text_tokens
-                    + run.config.mel_loss_weight * mel_sum / mel_tokens)
-        loss = loss * (weight * run.world.size)  # DistributedDataParallel divides by the number of processes
-        run.scaler.scale(loss).backward()
-    return weight * torch.stack([text_sum.detach(), mel_sum.detach(), right]).double()
-
-
-def distribute(run: Run) -> None:
-    """Wraps the model for several processes, which then start from rank 0's weights.
-
-    Two backward passes of weight 0 settle in which buckets gradients are exchanged. It would change after the first
-    step otherwise, and a resumed run would add up in another order than the one without a stop.
-    """
-    if run.world.size == 1:
-        return
-    device = run.precision.device
-    run.ddp = DistributedDataParallel(run.model, device_ids=[run.world.local_rank] if device.type == "cuda" else None)
-    run.model.train()
-    for _ in range(2):
-        backward(run, idle_batch(run.model.config).to(device), 1, 1, is_last=True, weight=0.0)
-        run.optimizer.zero_grad(set_to_none=True)
-
-
-def train_step(run: Run, batches: Sequence[PackedBatch]) -> StepStats:
-    """One optimizer step over its micro-batches; the loss is the token mean over all of them, however they are split.
-
-    Raises: Stopped between micro-batches, and torch.OutOfMemoryError; weights are then those of the step before.
-    """
-    config, device, step = run.config, run.precision.device, run.state.position.step + 1
-    text_tokens, mel_tokens, tokens, flops = run.share(
-        sum(sum(batch.text_counts) for batch in batches), sum(sum(batch.mel_counts) for batch in batches),
-        sum(sum(batch.lengths) for batch in batches), int(step_flops(run.model.config, batches)))
-    text_tokens, mel_tokens = max(1, text_tokens), max(1, mel_tokens)
-    lr = get_lr(step, run.current_schedule)
-    for group in run.optimizer.param_groups:
-        group["lr"] = lr
-    run.model.train()
-    run.optimizer.zero_grad(set_to_none=True)
-    totals = torch.zeros(3, dtype=torch.float64, device=device)
-    batches = [batch for batch in batches if batch.rows]
-    for micro_step, batch in enumerate(batches):
-        run.check_stop()
-        torch.manual_seed(dropout_seed(config.seed, step, micro_step, run.world.rank))
-        totals += backward(run, batch, text_tokens, mel_tokens, is_last=micro_step == len(batches) - 1)
-    if run.ddp and not batches:
-        backward(run, idle_batch(run.model.config).to(device), text_tokens, mel_tokens, is_last=True, weight=0.0)
-    run.check_stop()
-    grad_norm = apply_gradients(run)
-    return StepStats(totals[0] / text_tokens, totals[1] / mel_tokens, totals[2] / mel_tokens, grad_norm, lr, tokens,
-                     flops)
-
-
-def apply_gradients(run: Run) -> Tensor:
-    """Clips and updates; an update with non-finite gradients is skipped on the device. Returns the gradient norm."""
-    parameters = [p for p in run.model.parameters() if p.grad is not None]
-    if not parameters:  # every sample of the step had a damaged file
-        return torch.zeros(())
-    if run.scaler.is_enabled():
-        run.scaler.unscale_(run.optimizer)
-    for name, rows in run.frozen.items():
-        run.model.get_parameter(name).grad[: len(rows)] = 0  # type: ignore[index]
-    grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if run.config.grad_clip:
-        torch.nn.utils.clip_grads_with_norm_(parameters, run.config.grad_clip, grad_norm)
-    found_inf = (~torch.isfinite(grad_norm)).float()
-    counted = found_inf
-    if run.scaler.is_enabled():  # fp16 overflows while the scale comes down are how fp16 works
-        counted = found_inf * (run.scaler.scale(torch.ones_like(found_inf)) <= 1)
-        run.scaler.step(run.optimizer)
-        run.scaler.update()
-    else:
-        run.optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # fused AdamW looks at it
-        run.optimizer.step()
-    streak = (run.nonfinite[1] + 1) * counted
-    run.nonfinite = torch.stack([run.nonfinite[0] + found_inf, streak, torch.maximum(run.nonfinite[2], streak)])
-    with torch.no_grad():
-        for name, rows in run.frozen.items():
-            run.model.get_parameter(name)[: len(rows)] = rows
-    return grad_norm
-
-
-def check_finite(run: Run) -> None:
-    """Raises: UserError after too many non-finite gradients in a row. Waits for the device."""
-    if run.nonfinite[2].item() >= MAX_NONFINITE_STREAK:
-        raise UserError(f"the gradients were not finite in {MAX_NONFINITE_STREAK} steps in a row, near step "
-                        f"{run.state.position.step}. Resume from an older checkpoint with a smaller --learning-rate, "
-                        "or with --amp off")
-
-
-def evaluate(run: Run, max_batches: int, on_row: Callable[[dict[str, Any]], None] | None = None) -> dict[str, float]:
-    """Token means over the validation rows in their fixed order, without dropout.
-
-    on_row receives a dict for every row: id, mean and per-token losses, token counts. Raises: Stopped.
-    """
-    data, size, world = run.val_data, run.config.val_batch_size or run.config.batch_size, run.world
-    chunks = split_micro_batches(np.arange(len(data)), size)
-    chunks = chunks[:max_batches] if max_batches else chunks
-    own = chunks[world.rank :: world.size]
-    loader = load_batches(run, data, lambda: (chunk.tolist() for chunk in own))
-    sums = torch.zeros(5, dtype=torch.float64, device=run.precision.device)
-    run.model.eval()
-    for done in range(math.ceil(len(chunks) / world.size)):
-        run.share()
-        batch = take_batch(run, data, loader) if done < len(own) else None
-        if batch is None or not batch.rows:
-            continue
-        with torch.no_grad(), run.precision.autocast():
-            text, mel, right = token_losses(run.model, batch)
-        counts = torch.tensor([len(text), len(mel)], device=sums.device)
-        sums += torch.cat([torch.stack([text.double().sum(), mel.double().sum(), right.double().sum()]), counts])
-        if on_row:
-            for record in eval_records(data, batch, text.tolist(), mel.tolist()):
-                on_row(record)
-        run.console.progress(f"validation: {min(len(chunks), (done + 1) * world.size)}/{len(chunks)}")
-    share_bad_rows(run, data)
-    text_sum, mel_sum, right_sum, text_count, mel_count = world.add_up(sums).tolist()
-    return {"text_loss": text_sum / max(1, text_count), "mel_loss": mel_sum / max(1, mel_count),
-            "mel_top1": right_sum / max(1, mel_count)}
-
-
-def eval_records(data: ManifestDataset, batch: PackedBatch, text: list[float], mel: list[float]
-                 ) -> Iterator[dict[str, Any]]:
-    """The rows of eval.jsonl for one batch."""
-    text_at = mel_at = 0
-    for row, text_count, mel_count in zip(batch.rows, batch.text_counts, batch.mel_counts, strict=True):
-        text_losses, mel_losses = text[text_at : text_at + text_count], mel[mel_at : mel_at + mel_count]
-        text_at, mel_at = text_at + text_count, mel_at + mel_count
-        yield {"id": data.rows[row].id, "text_loss": sum(text_losses) / text_count,
-               "mel_loss": sum(mel_losses) / mel_count, "text_tokens": text_count, "mel_tokens": mel_count,
-               "text_token_losses": text_losses, "mel_token_losses": mel_losses}
-
-
-def say_validation(console: Console, position: Position, values: dict[str, float]) -> None:
-    console.say(f"[Val] epoch={position.last_epoch} step={position.step} text_loss={values['text_loss']:.6f} "
-                f"mel_loss={values['mel_loss']:.6f} mel_top1={values['mel_top1']:.4f}")
-
-
-def validate(run: Run) -> bool:
-    """Validates, logs, remembers the best. Returns whether this is the best so far. Raises: Stopped."""
-    position = run.state.position
-    run.state.validation_owed = True
-    values = evaluate(run, run.config.max_val_batches)
-    loss = run.config.text_loss_weight * values["text_loss"] + run.config.mel_loss_weight * values["mel_loss"]
-    say_validation(run.console, position, values)
-    if run.metrics:
-        run.metrics.write("val", position, {**values, "loss": loss})
-    run.state.validation_owed = False
-    run.state.last_val = {"step": position.step, "loss": loss, **values}
-    if run.state.best is None or loss < run.state.best["loss"]:
-        run.state.best = {"step": position.step, "loss": loss}
-        return True
-    return False
+# 9. Saving
 
 
 def map_tree(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -2135,52 +2030,10 @@ def make_checkpoint(run: Run) -> dict[str, Any]:
     }
 
 
-@dataclass
-class Save:
-    """One checkpoint on its way to the disk, then what came of it."""
-
-    path: Path
-    links: list[Path]  # latest.pth, best.pth
-    delete: list[Path]  # rotated out
-    position: Position
-    best: dict[str, float] | None  # what best.pth holds after this save; None: the save is not the best
-    validation_owed: bool
-    rotation_before: tuple[list[str], list[str]]  # recent_checkpoints and rotated_out, should the disk refuse
-    seconds_blocked: float = 0.0
-    seconds_written: float = 0.0
-    bytes: int = 0
-    error: Exception | None = None
-    link_error: Exception | None = None
-    written: Future[None] | None = None
-
-
-def save_checkpoint(run: Run, is_best: bool) -> None:
-    """Starts to write model_step{N}.pth; latest.pth (and best.pth) are linked to it once it is whole."""
-    name = f"model_step{run.state.position.step}.pth"
-    start_save(run, name, ["latest.pth", *(["best.pth"] if is_best else [])], is_best)
-
-
-def start_save(run: Run, name: str, links: Sequence[str], is_best: bool) -> None:
-    """Takes a snapshot and leaves the writing to a thread; waits for the save before this one.
-
-    Only rank 0 writes. What came of the save is known after finish_save.
-    """
-    state, out, started = run.state, run.output_dir, time.perf_counter()
-    if run.world.rank > 0:
-        run.saved_step = state.position.step
-        return
-    finish_save(run)
-    check_finite(run)
-    rotation_before = state.recent_checkpoints, state.rotated_out
-    if links:
-        state.recent_checkpoints, state.rotated_out = plan_rotation(state.recent_checkpoints, name,
-                                                                    run.config.keep_checkpoints)
-    save = Save(out / name, [out / link for link in links], rotated_files(run) if links else [], state.position,
-                state.best if is_best else None, state.validation_owed, rotation_before)
-    checkpoint = make_checkpoint(run)
-    save.seconds_blocked = time.perf_counter() - started
-    save.written = run.writer.submit(write_save, save, checkpoint, run.metrics)
-    run.saving = save
+def plan_rotation(recent: Sequence[str], name: str, keep: int) -> tuple[list[str], list[str]]:
+    """Returns (the run's checkpoints after saving `name`, those to delete); keep = 0 keeps all."""
+    names = [other for other in recent if other != name] + [name]
+    return (names[-keep:], names[:-keep]) if keep else (names, [])
 
 
 def rotated_files(run: Run) -> list[Path]:
@@ -2240,165 +2093,320 @@ def finish_save(run: Run, wait: bool = True) -> None:
                                                   "seconds_written": save.seconds_written})
 
 
-def is_due(position: Position, interval: int) -> bool:
-    """Every `interval` steps; 0 means at the end of each epoch."""
-    return position.step % interval == 0 if interval else position.sample_in_epoch == 0
+def start_save(run: Run, name: str, links: Sequence[str], is_best: bool) -> None:
+    """Takes a snapshot and leaves the writing to a thread; waits for the save before this one.
 
-
-class Meter:
-    """Tokens per second and MFU between two log lines, validation and saves left out."""
-
-    def __init__(self, peak: float):
-        self.peak = peak
-        self.first: tuple[float, int] | None = None  # (time, steps done), for the ETA
-        self.steps = 0
-        self.restart()
-
-    def restart(self) -> None:
-        self.started, self.tokens, self.flops = time.perf_counter(), 0, 0.0
-
-    def add(self, stats: StepStats) -> None:
-        self.tokens += stats.tokens
-        self.flops += stats.flops
-        self.steps += 1
-        self.first = self.first or (time.perf_counter(), self.steps)
-
-    def rates(self) -> dict[str, float]:
-        seconds = max(1e-9, time.perf_counter() - self.started)
-        return {"tokens_per_second": self.tokens / seconds, "mfu": self.flops / seconds / self.peak}
-
-    def show_progress(self, run: Run) -> None:
-        position, config = run.state.position, run.config
-        left = remaining_steps(position, len(run.train_data), config.global_batch, config.epochs)
-        left = min(left, config.max_steps - position.step) if config.max_steps else left
-        assert self.first is not None
-        done = self.steps - self.first[1]
-        elapsed = time.perf_counter() - self.first[0]
-        seconds = round(left * elapsed / done) if done else 0
-        eta, about = (datetime.timedelta(seconds=seconds), f", about {seconds} s left") if done else ("?", "")
-        total = position.step + left
-        filled = 30 * position.step // max(1, total)
-        run.console.progress(f"[{'#' * filled}{'.' * (30 - filled)}] step {position.step}/{total} ETA {eta}",
-                             f"training: {position.step}/{total}, {elapsed:.0f} s{about}")
-
-
-def after_step(run: Run, stats: StepStats, meter: Meter) -> None:
-    """Log, validate, save, in this order. Raises: Stopped."""
-    state, config = run.state, run.config
-    position = state.position
-    meter.add(stats)
-    meter.show_progress(run)
-    finish_save(run, wait=False)
-    if position.step % config.log_interval == 0:
-        log_step(run, stats, meter)
-    is_best = False
-    if is_due(position, config.val_interval) or run.finished:
-        if run.saving and run.saving.best:
-            finish_save(run)  # whether there is a best.pth to beat is known then
-        is_best = validate(run)
-        meter.restart()
-    retry = run.save_retry_step and position.step >= run.save_retry_step
-    if (config.save_interval and position.step % config.save_interval == 0) or run.finished or retry:
-        run.save_retry_step = 0
-        save_checkpoint(run, is_best)
-        meter.restart()
-    elif is_best:
-        start_save(run, "best.pth", [], is_best)
-        meter.restart()
-
-
-def log_step(run: Run, stats: StepStats, meter: Meter) -> None:
-    """Prints the [Train] line and writes metrics; the only place of the loop that waits for the device."""
-    position = run.state.position
-    parts = run.world.add_up(torch.stack([stats.text_loss, stats.mel_loss, stats.mel_top1]))
-    text_loss, mel_loss, mel_top1 = parts.tolist()
-    with same_on_all_ranks(run.world):
-        check_finite(run)
-    share_bad_rows(run, run.train_data)
-    run.console.say(f"[Train] epoch={position.last_epoch} step={position.step} text_loss={text_loss:.6f} "
-                    f"mel_loss={mel_loss:.6f} mel_top1={mel_top1:.4f} lr={stats.lr:.3e}")
-    if run.metrics:
-        run.metrics.write("train", position, {
-            "text_loss": text_loss, "mel_loss": mel_loss, "mel_top1": mel_top1, "lr": stats.lr,
-            "grad_norm": stats.grad_norm.item(), "skipped_updates": int(run.nonfinite[0].item()), **meter.rates()})
-    meter.restart()
-
-
-def split_after_out_of_memory(run: Run) -> None:
-    """Halves the micro-batch, keeps the global batch. Raises: UserError when it is one sample already."""
-    config = run.config
-    if run.world.size > 1:
-        raise UserError(f"out of GPU memory on rank {run.world.rank}. Start again with a smaller --batch-size and "
-                        "--resume auto: the global batch stays")
-    if config.batch_size == 1:
-        raise UserError("out of GPU memory with one sample in a micro-batch. Use --grad-checkpointing, --amp, or leave "
-                        "out the longest rows")
-    batch_size, grad_accumulation = split_global_batch(config.global_batch, config.batch_size // 2)
-    run.console.say(f"[Warn] Out of GPU memory: micro-batches of {batch_size} x {grad_accumulation} from now on, the "
-                    f"same global batch of {config.global_batch}")
-    run.config = dataclasses.replace(config, batch_size=batch_size, grad_accumulation=grad_accumulation)
-    run.optimizer.zero_grad(set_to_none=True)
-    if run.precision.device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def step_if_memory_suffices(run: Run, batches: Sequence[PackedBatch]) -> StepStats | None:
-    """None when the GPU ran out of memory; the exception, which holds the step's tensors, is gone by then."""
-    try:
-        return train_step(run, batches)
-    except torch.OutOfMemoryError:
-        return None
-
-
-def train(run: Run) -> None:
-    """The loop. Raises: Stopped, after the last complete step was saved."""
-    state, data, world = run.state, run.train_data, run.world
-    meter = Meter(peak_flops(run.precision) * world.size)
-    loader: Iterator[PackedBatch] | None = None
-    try:
-        if state.validation_owed:
-            run.console.say(f"[Info] Step {state.position.step} still owes its validation")
-            save_checkpoint(run, validate(run))
-        while not run.finished:
-            position, config = state.position, run.config
-            if loader is None:
-                batches = functools.partial(micro_batches_from, position, len(data), config, world.rank)
-                loader = load_batches(run, data, batches)
-            micro_steps = count_micro_steps(position, len(data), config, world.rank)
-            stats = step_if_memory_suffices(run, [take_batch(run, data, loader) for _ in range(micro_steps)])
-            if stats is None:
-                split_after_out_of_memory(run)
-                loader = None
-                continue
-            state.position = position.after_step(len(data), config.global_batch)
-            state.tokens_seen += stats.tokens
-            after_step(run, stats, meter)
-            if run.profiler:
-                run.profiler.step()
-    except Stopped as stopped:
-        run.console.end_progress()
-        run.console.say(f"[Info] {stopped}: stopping at step {state.position.step}")
-        finish_save(run)
-        if state.position.step > run.saved_step:
-            save_checkpoint(run, is_best=False)
-        finish_save(run)
-        if state.position.step > run.saved_step:
-            raise unsaved_error(run) from stopped
-        world.gather(None)
-        raise
+    Only rank 0 writes. What came of the save is known after finish_save.
+    """
+    state, out, started = run.state, run.output_dir, time.perf_counter()
+    if run.world.rank > 0:
+        run.saved_step = state.position.step
+        return
     finish_save(run)
-    if run.saved_step < state.position.step:
-        raise unsaved_error(run)
-    world.gather(None)  # nobody leaves while rank 0 still writes: torchrun might end it then
+    check_finite(run)
+    rotation_before = state.recent_checkpoints, state.rotated_out
+    if links:
+        state.recent_checkpoints, state.rotated_out = plan_rotation(state.recent_checkpoints, name,
+                                                                    run.config.keep_checkpoints)
+    save = Save(out / name, [out / link for link in links], rotated_files(run) if links else [], state.position,
+                state.best if is_best else None, state.validation_owed, rotation_before)
+    checkpoint = make_checkpoint(run)
+    save.seconds_blocked = time.perf_counter() - started
+    save.written = run.writer.submit(write_save, save, checkpoint, run.metrics)
+    run.saving = save
 
 
-def unsaved_error(run: Run) -> UserError:
-    return UserError(f"the last checkpoint could not be saved to {run.output_dir}; the run would go on from step "
-                     f"{run.saved_step}. Free some disk space and resume")
+def save_checkpoint(run: Run, is_best: bool) -> None:
+    """Starts to write model_step{N}.pth; latest.pth (and best.pth) are linked to it once it is whole."""
+    name = f"model_step{run.state.position.step}.pth"
+    start_save(run, name, ["latest.pth", *(["best.pth"] if is_best else [])], is_best)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 9. Main
+# 10. Resuming
+
+
+def step_inside(path: Path) -> float:
+    """The step that an unverified file claims; a damaged one counts as the newest."""
+    try:
+        content = read_torch_file(path)
+    except UserError:
+        return math.inf
+    return content["step"] if isinstance(content, dict) and isinstance(content.get("step"), int) else math.inf
+
+
+def candidates(output_dir: Path) -> list[Path]:
+    """latest.pth and the model_step files, newest first; a file that is linked as both appears as latest.pth."""
+    files = list_checkpoints(output_dir)
+    latest = output_dir / "latest.pth"
+    if not latest.exists():
+        return files
+    twin = next((file for file in files if file.samefile(latest)), None)
+    if twin is not None:  # a save that was cut short before its link may have left newer files
+        return [latest if file == twin else file for file in files]
+    step = step_inside(latest)
+    older = [file for file in files if (checkpoint_step(file.name) or 0) <= step]
+    return [file for file in files if file not in older] + [latest] + older
+
+
+@dataclass
+class Found:
+    """A verified checkpoint, the path to show for it, and the candidates that were skipped, with reasons."""
+
+    path: Path
+    checkpoint: dict[str, Any]
+    skipped: list[str]
+
+
+def find_resumable(output_dir: Path) -> Found | None:
+    """The newest valid checkpoint, or None where there is none at all.
+
+    Raises: ResumeError when there are files but none is valid.
+    """
+    skipped: list[str] = []
+    for path in candidates(output_dir):
+        try:
+            return Found(path, read_checkpoint(path), skipped)
+        except ResumeError as error:
+            skipped.append(str(error))
+    if skipped:
+        raise ResumeError(f"no valid checkpoint in {output_dir}: {'; '.join(skipped)}. Move these files away to start "
+                          "afresh" + (", or --resume best.pth" if (output_dir / "best.pth").exists() else ""))
+    return None
+
+
+def read_explicit(path: Path) -> dict[str, Any]:
+    """Reads the file that was typed. Raises: ResumeError that lists the valid ones beside it."""
+    try:
+        return read_checkpoint(path)
+    except ResumeError as error:
+        valid = []
+        for other in list_checkpoints(path.parent):
+            with contextlib.suppress(ResumeError):
+                read_checkpoint(other)
+                valid.append(str(other))
+        hint = f". Valid checkpoints there: {', '.join(valid)}" if valid else f". No valid checkpoint in {path.parent}"
+        raise ResumeError(f"{error}{hint}") from error
+
+
+def open_resume(resume: str, output_dir: Path, say: Callable[[str], None]) -> Found | None:
+    """Finds, announces and reads the checkpoint that --resume asks for. Raises: ResumeError."""
+    if not resume:
+        return None
+    if resume == "auto":
+        found = find_resumable(output_dir)
+        if found is None:
+            say(f"[Info] Auto-resume: no checkpoint in {output_dir}, starting from the beginning")
+            return None
+        for reason in found.skipped:
+            say(f"[Warn] Auto-resume: skipped {reason}")
+    else:
+        found = Found(Path(resume), read_explicit(Path(resume)), [])
+    say(f"[Info] Auto-resume: found checkpoint at {found.path}")
+    say(f"[Info] Loading checkpoint from {found.path}...")
+    return found
+
+
+def refuse_other_checkpoints(output_dir: Path, found: Found | None, resume: str) -> None:
+    """Raises: UserError where a run would mix its files with those of another."""
+    present = [*list_checkpoints(output_dir), *(output_dir / n for n in ("latest.pth", "best.pth")
+                                                if (output_dir / n).exists())]
+    if not present:
+        return
+    if not resume:
+        raise UserError(f"{output_dir} already holds checkpoints ({present[0].name}). Add --resume auto to go on with "
+                        "that run, or choose another --output-dir")
+    if found is None:
+        raise ResumeError(f"no model_step*.pth or latest.pth in {output_dir}, only {present[0].name}. Go on from it "
+                          f"with --resume {present[0]}, or move it away to start afresh")
+    if found.path.resolve().parent != output_dir.resolve():
+        raise UserError(f"{output_dir} already holds checkpoints of another run ({present[0].name}). Choose another "
+                        f"--output-dir, or leave it out to go on in {found.path.parent}")
+
+
+def validate_checkpoint(checkpoint: dict[str, Any], shapes: dict[str, tuple[int, ...]], tokenizer_sha256: str,
+                        train_fingerprint: str, accept_changed_data: bool) -> list[str]:
+    """Everything in which a checkpoint does not fit this run, each with its remedy."""
+    problems = []
+    found = {name: tuple(t.shape) for name, t in checkpoint["model"].items()
+             if not name.startswith(CARRIED_PREFIXES) and name in shapes}
+    differing = [name for name in shapes if found.get(name) != shapes[name]]
+    if differing:
+        name = differing[0]
+        problems.append(f"model: {len(differing)} tensors have another shape, e.g. {name} {found.get(name)} in the "
+                        f"checkpoint, {shapes[name]} here. Resume with the --config and --tokenizer of the run")
+    if checkpoint["tokenizer"]["sha256"] != tokenizer_sha256:
+        problems.append(f"tokenizer differs (sha256 {checkpoint['tokenizer']['sha256'][:12]} in the checkpoint, "
+                        f"{tokenizer_sha256[:12]} here). Pass --tokenizer {checkpoint['tokenizer']['path']} as it was, "
+                        "or start a new run with --base-checkpoint")
+    if checkpoint["train_data"]["fingerprint"] != train_fingerprint and not accept_changed_data:
+        problems.append("training data changed (row ids, lengths or order). Pass the old --train-manifest, or "
+                        "--accept-changed-data: weights, optimizer and step stay, the epoch's order starts anew")
+    return problems
+
+
+def require_fit(run: Run, found: Found, accept_changed_data: bool) -> None:
+    """Raises: ResumeError with every problem at once."""
+    shapes = {name: tuple(t.shape) for name, t in run.model.state_dict().items()}
+    problems = validate_checkpoint(found.checkpoint, shapes, run.tokenizer["sha256"], run.train_data.fingerprint,
+                                   accept_changed_data)
+    if problems:
+        raise ResumeError(f"{found.path} does not fit this run: {'; '.join(problems)}")
+
+
+def position_of(checkpoint: dict[str, Any]) -> Position:
+    return Position(checkpoint["epoch"], checkpoint["sample_in_epoch"], checkpoint["step"])
+
+
+def restore_model(model: UnifiedVoiceGPT, carried: dict[str, Tensor], checkpoint: dict[str, Any],
+                  say: Callable[[str], None]) -> None:
+    say("[Info] Restoring model state...")
+    own = model.state_dict()
+    with torch.no_grad():
+        for name, tensor in checkpoint["model"].items():
+            if name in own:
+                own[name].copy_(tensor)
+            else:
+                carried[name] = tensor.clone()
+
+
+def restore_schedule(run: Run, checkpoint: dict[str, Any], say: Callable[[str], None]) -> None:
+    """Goes on with the same schedule; a changed one is recomputed, and what that does to the learning rate is said."""
+    say("[Info] Restoring scheduler state...")
+    wanted = make_schedule(run.config, run.state.position, len(run.train_data))
+    saved = checkpoint.get("scheduler")
+    step = run.state.position.step
+    if not saved:
+        say("[Warn] No scheduler state in the checkpoint: continuing with a fresh one")
+    else:
+        old = Schedule(saved["base_lr"], saved["warmup_steps"], saved["total_steps"])
+        if old != wanted:
+            say(f"[Info] lr at step {step}: {get_lr(step, old):.6e} -> {get_lr(step, wanted):.6e}")
+    run.state.schedule = wanted
+
+
+def restore(run: Run, found: Found) -> None:
+    """Applies a verified checkpoint, cloned out of the mapped file, so that a deleted file frees its disk.
+
+    Raises: ResumeError with every problem at once.
+    """
+    checkpoint, config, say, device = found.checkpoint, run.config, run.console.say, run.precision.device
+    require_fit(run, found, config.accept_changed_data)
+    restore_model(run.model, run.carried, checkpoint, say)
+    say("[Info] Restoring optimizer state...")
+    run.optimizer.load_state_dict(map_tree(checkpoint["optimizer"], Tensor.clone))
+    for group in run.optimizer.param_groups:
+        if group["weight_decay"]:
+            group["weight_decay"] = config.weight_decay
+    state = run.state
+    state.position = position_of(checkpoint)
+    if checkpoint["train_data"]["fingerprint"] != run.train_data.fingerprint:
+        say(f"[Warn] Training data changed: epoch {state.position.epoch} starts anew with {len(run.train_data)} rows")
+        state.position = dataclasses.replace(state.position, sample_in_epoch=0)
+    for name in ("best", "last_val", "validation_owed", "run_dir", "base_vocab", "tokens_seen"):
+        setattr(state, name, checkpoint[name])
+    own = [name for name in checkpoint["recent_checkpoints"] if (run.output_dir / name).exists()]
+    state.recent_checkpoints, state.rotated_out = own, list(checkpoint["rotated_out"])
+    run.nonfinite = checkpoint["nonfinite"].clone().to(device)
+    restore_schedule(run, checkpoint, say)
+    say("[Info] Restoring gradient scaler state...")
+    if run.scaler.is_enabled() and checkpoint.get("scaler"):
+        run.scaler.load_state_dict(checkpoint["scaler"])
+    elif run.scaler.is_enabled():
+        say("[Warn] AMP enabled but no scaler state: continuing with a fresh one")
+    run.saved_step, run.best_saved = state.position.step, state.best
+    say(f"[Info] ✅ Successfully resumed from {found.path}")
+    say(f"[Info]    Epoch: {state.position.epoch}, Step: {state.position.step}")
+    say(f"[Info]    Recent checkpoints: {len(state.recent_checkpoints)}")
+
+
+def restore_weights_only(run: Run, found: Found) -> None:
+    """--eval-only needs a checkpoint's weights and tokenizer to fit, not its training data."""
+    require_fit(run, found, accept_changed_data=True)
+    restore_model(run.model, run.carried, found.checkpoint, run.console.say)
+    run.state.position = position_of(found.checkpoint)
+
+
+def move_aside(output_dir: Path, names: Sequence[str], stamp: str) -> Path | None:
+    """Moves files into abandoned_TIMESTAMP/ of the output directory. Returns the folder, or None for no files."""
+    present = [name for name in names if (output_dir / name).exists()]
+    if not present:
+        return None
+    taken = len(list(output_dir.glob(f"abandoned_{stamp}*")))  # by starts within the same second
+    folder = output_dir / (f"abandoned_{stamp}_{taken + 1}" if taken else f"abandoned_{stamp}")
+    for name in present:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(output_dir / name, folder / name)
+    return folder
+
+
+def go_back(run: Run, resumed: Path) -> None:
+    """Moves what lies after an explicitly chosen older checkpoint into abandoned_TIMESTAMP/, and relinks latest.pth."""
+    step, output_dir = run.state.position.step, run.output_dir
+    later = [path.name for path in list_checkpoints(output_dir) if (checkpoint_step(path.name) or 0) > step]
+    for name in ("latest.pth", "best.pth"):
+        path = output_dir / name
+        if path.exists() and not path.samefile(resumed) and step_inside(path) > step:
+            later.append(name)
+    stamp = time.strftime("%Y%m%d_%H%M%S")
+    folder = move_aside(output_dir, later, stamp)
+    dropped = cut_metrics(output_dir / run.state.run_dir / "metrics.jsonl", step, run.state.validation_owed)
+    if folder is None:
+        return
+    if dropped:
+        (folder / "metrics.jsonl").write_text("".join(dropped), encoding="utf-8")
+    link_checkpoint(resumed, output_dir / "latest.pth")
+    best = output_dir / f"model_step{run.state.best['step']}.pth" if run.state.best else None
+    if "best.pth" in later and best and best.exists():
+        link_checkpoint(best, output_dir / "best.pth")
+    run.console.say(f"[Info] Going back to step {step}: later checkpoints and log lines are now in {folder}")
+
+
+def finish_links(run: Run, resumed: Path) -> None:
+    """Does what a kill between a save and its links and deletions left undone."""
+    state, best = run.state, run.output_dir / "best.pth"
+    is_best = state.best is not None and state.best["step"] == state.position.step
+    if is_best and (not best.exists() or step_inside(best) != state.position.step):
+        link_checkpoint(resumed, best)
+    for path in rotated_files(run):
+        path.unlink(missing_ok=True)
+
+
+def load_base_checkpoint(model: UnifiedVoiceGPT, path: Path) -> tuple[dict[str, Tensor], int]:
+    """Fills the model from IndexTTS2's gpt.pth (or the fork's, or our own, checkpoints).
+
+    Returns: the tensors to carry along, and the base's number of text tokens. Whatever else is in the file (the
+    inference wrapper's gpt.wte and inference_model, old transformers' masks) is dropped.
+    With another vocabulary size the overlapping rows are copied and the rest stays fresh.
+    Raises: UserError that lists all missing tensors and wrong shapes.
+    """
+    content = read_torch_file(path)
+    tensors = content.get("model", content) if isinstance(content, dict) else None
+    if not isinstance(tensors, dict) or not tensors or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise UserError(f"--base-checkpoint {path}: holds no state dict. Use IndexTTS2's gpt.pth")
+    problems = []
+    with torch.no_grad():
+        for name, weight in model.state_dict().items():
+            source = tensors.get(name)
+            if source is None:
+                problems.append(f"{name} is missing")
+            elif name in VOCAB_TENSORS and source.shape[1:] == weight.shape[1:]:
+                overlap = min(len(source), len(weight))
+                weight[:overlap].copy_(source[:overlap])
+            elif source.shape != weight.shape:
+                problems.append(f"{name} is {list(source.shape)}, the config says {list(weight.shape)}")
+            else:
+                weight.copy_(source)
+    if problems:
+        raise UserError(f"--base-checkpoint {path} does not fit --config: {'; '.join(problems[:8])}"
+                        + (f"; and {len(problems) - 8} more" if len(problems) > 8 else ""))
+    carried = {name: t.to(torch.float32 if t.is_floating_point() else t.dtype, copy=True)
+               for name, t in tensors.items() if name.startswith(CARRIED_PREFIXES)}
+    return carried, len(tensors["text_embedding.weight"]) - 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 11. Run
 
 
 def resolve_output_dir(typed: dict[str, Any]) -> Path:
@@ -2557,130 +2565,6 @@ def say_batches(config: TrainConfig, workers: int, say: Callable[[str], None]) -
         f"{config.global_batch}; {workers} data workers; peak learning rate {config.learning_rate:g}")
 
 
-def require_fit(run: Run, found: Found, accept_changed_data: bool) -> None:
-    """Raises: ResumeError with every problem at once."""
-    shapes = {name: tuple(t.shape) for name, t in run.model.state_dict().items()}
-    problems = validate_checkpoint(found.checkpoint, shapes, run.tokenizer["sha256"], run.train_data.fingerprint,
-                                   accept_changed_data)
-    if problems:
-        raise ResumeError(f"{found.path} does not fit this run: {'; '.join(problems)}")
-
-
-def restore(run: Run, found: Found) -> None:
-    """Applies a verified checkpoint, cloned out of the mapped file, so that a deleted file frees its disk.
-
-    Raises: ResumeError with every problem at once.
-    """
-    checkpoint, config, say, device = found.checkpoint, run.config, run.console.say, run.precision.device
-    require_fit(run, found, config.accept_changed_data)
-    restore_model(run.model, run.carried, checkpoint, say)
-    say("[Info] Restoring optimizer state...")
-    run.optimizer.load_state_dict(map_tree(checkpoint["optimizer"], Tensor.clone))
-    for group in run.optimizer.param_groups:
-        if group["weight_decay"]:
-            group["weight_decay"] = config.weight_decay
-    state = run.state
-    state.position = position_of(checkpoint)
-    if checkpoint["train_data"]["fingerprint"] != run.train_data.fingerprint:
-        say(f"[Warn] Training data changed: epoch {state.position.epoch} starts anew with {len(run.train_data)} rows")
-        state.position = dataclasses.replace(state.position, sample_in_epoch=0)
-    for name in ("best", "last_val", "validation_owed", "run_dir", "base_vocab", "tokens_seen"):
-        setattr(state, name, checkpoint[name])
-    own = [name for name in checkpoint["recent_checkpoints"] if (run.output_dir / name).exists()]
-    state.recent_checkpoints, state.rotated_out = own, list(checkpoint["rotated_out"])
-    run.nonfinite = checkpoint["nonfinite"].clone().to(device)
-    restore_schedule(run, checkpoint, say)
-    say("[Info] Restoring gradient scaler state...")
-    if run.scaler.is_enabled() and checkpoint.get("scaler"):
-        run.scaler.load_state_dict(checkpoint["scaler"])
-    elif run.scaler.is_enabled():
-        say("[Warn] AMP enabled but no scaler state: continuing with a fresh one")
-    run.saved_step, run.best_saved = state.position.step, state.best
-    say(f"[Info] ✅ Successfully resumed from {found.path}")
-    say(f"[Info]    Epoch: {state.position.epoch}, Step: {state.position.step}")
-    say(f"[Info]    Recent checkpoints: {len(state.recent_checkpoints)}")
-
-
-def position_of(checkpoint: dict[str, Any]) -> Position:
-    return Position(checkpoint["epoch"], checkpoint["sample_in_epoch"], checkpoint["step"])
-
-
-def restore_model(model: UnifiedVoiceGPT, carried: dict[str, Tensor], checkpoint: dict[str, Any],
-                  say: Callable[[str], None]) -> None:
-    say("[Info] Restoring model state...")
-    own = model.state_dict()
-    with torch.no_grad():
-        for name, tensor in checkpoint["model"].items():
-            if name in own:
-                own[name].copy_(tensor)
-            else:
-                carried[name] = tensor.clone()
-
-
-def restore_schedule(run: Run, checkpoint: dict[str, Any], say: Callable[[str], None]) -> None:
-    """Goes on with the same schedule; a changed one is recomputed, and what that does to the learning rate is said."""
-    say("[Info] Restoring scheduler state...")
-    wanted = make_schedule(run.config, run.state.position, len(run.train_data))
-    saved = checkpoint.get("scheduler")
-    step = run.state.position.step
-    if not saved:
-        say("[Warn] No scheduler state in the checkpoint: continuing with a fresh one")
-    else:
-        old = Schedule(saved["base_lr"], saved["warmup_steps"], saved["total_steps"])
-        if old != wanted:
-            say(f"[Info] lr at step {step}: {get_lr(step, old):.6e} -> {get_lr(step, wanted):.6e}")
-    run.state.schedule = wanted
-
-
-def refuse_other_checkpoints(output_dir: Path, found: Found | None, resume: str) -> None:
-    """Raises: UserError where a run would mix its files with those of another."""
-    present = [*list_checkpoints(output_dir), *(output_dir / n for n in ("latest.pth", "best.pth")
-                                                if (output_dir / n).exists())]
-    if not present:
-        return
-    if not resume:
-        raise UserError(f"{output_dir} already holds checkpoints ({present[0].name}). Add --resume auto to go on with "
-                        "that run, or choose another --output-dir")
-    if found is None:
-        raise ResumeError(f"no model_step*.pth or latest.pth in {output_dir}, only {present[0].name}. Go on from it "
-                          f"with --resume {present[0]}, or move it away to start afresh")
-    if found.path.resolve().parent != output_dir.resolve():
-        raise UserError(f"{output_dir} already holds checkpoints of another run ({present[0].name}). Choose another "
-                        f"--output-dir, or leave it out to go on in {found.path.parent}")
-
-
-def go_back(run: Run, resumed: Path) -> None:
-    """Moves what lies after an explicitly chosen older checkpoint into abandoned_TIMESTAMP/, and relinks latest.pth."""
-    step, output_dir = run.state.position.step, run.output_dir
-    later = [path.name for path in list_checkpoints(output_dir) if (checkpoint_step(path.name) or 0) > step]
-    for name in ("latest.pth", "best.pth"):
-        path = output_dir / name
-        if path.exists() and not path.samefile(resumed) and step_inside(path) > step:
-            later.append(name)
-    stamp = time.strftime("%Y%m%d_%H%M%S")
-    folder = move_aside(output_dir, later, stamp)
-    dropped = cut_metrics(output_dir / run.state.run_dir / "metrics.jsonl", step, run.state.validation_owed)
-    if folder is None:
-        return
-    if dropped:
-        (folder / "metrics.jsonl").write_text("".join(dropped), encoding="utf-8")
-    link_checkpoint(resumed, output_dir / "latest.pth")
-    best = output_dir / f"model_step{run.state.best['step']}.pth" if run.state.best else None
-    if "best.pth" in later and best and best.exists():
-        link_checkpoint(best, output_dir / "best.pth")
-    run.console.say(f"[Info] Going back to step {step}: later checkpoints and log lines are now in {folder}")
-
-
-def finish_links(run: Run, resumed: Path) -> None:
-    """Does what a kill between a save and its links and deletions left undone."""
-    state, best = run.state, run.output_dir / "best.pth"
-    is_best = state.best is not None and state.best["step"] == state.position.step
-    if is_best and (not best.exists() or step_inside(best) != state.position.step):
-        link_checkpoint(resumed, best)
-    for path in rotated_files(run):
-        path.unlink(missing_ok=True)
-
-
 def open_run_dir(run: Run, found: Found | None, resume: str) -> None:
     """Continues the run directory of a resumed run without doubled lines, or makes a new one."""
     output_dir, state = run.output_dir, run.state
@@ -2770,13 +2654,6 @@ def prepare(typed: dict[str, Any], found: Found | None, output_dir: Path, stop: 
     return run
 
 
-def restore_weights_only(run: Run, found: Found) -> None:
-    """--eval-only needs a checkpoint's weights and tokenizer to fit, not its training data."""
-    require_fit(run, found, accept_changed_data=True)
-    restore_model(run.model, run.carried, found.checkpoint, run.console.say)
-    run.state.position = position_of(found.checkpoint)
-
-
 def run_evaluation(typed: dict[str, Any], output_dir: Path, stop: StopSignal, console: Console) -> None:
     """--eval-only. Raises: UserError, Stopped."""
     if not typed.get("resume") and not typed.get("base_checkpoint"):
@@ -2817,6 +2694,137 @@ def prepare_everywhere(typed: dict[str, Any], found: Found | None, output_dir: P
     if world.rank > 0:
         raise SaidByRank0
     raise error or UserError(f"on rank {failed[0]}: {errors[failed[0]]}")
+
+
+def is_due(position: Position, interval: int) -> bool:
+    """Every `interval` steps; 0 means at the end of each epoch."""
+    return position.step % interval == 0 if interval else position.sample_in_epoch == 0
+
+
+class Meter:
+    """Tokens per second and MFU between two log lines, validation and saves left out."""
+
+    def __init__(self, peak: float):
+        self.peak = peak
+        self.first: tuple[float, int] | None = None  # (time, steps done), for the ETA
+        self.steps = 0
+        self.restart()
+
+    def restart(self) -> None:
+        self.started, self.tokens, self.flops = time.perf_counter(), 0, 0.0
+
+    def add(self, stats: StepStats) -> None:
+        self.tokens += stats.tokens
+        self.flops += stats.flops
+        self.steps += 1
+        self.first = self.first or (time.perf_counter(), self.steps)
+
+    def rates(self) -> dict[str, float]:
+        seconds = max(1e-9, time.perf_counter() - self.started)
+        return {"tokens_per_second": self.tokens / seconds, "mfu": self.flops / seconds / self.peak}
+
+    def show_progress(self, run: Run) -> None:
+        position, config = run.state.position, run.config
+        left = remaining_steps(position, len(run.train_data), config.global_batch, config.epochs)
+        left = min(left, config.max_steps - position.step) if config.max_steps else left
+        assert self.first is not None
+        done = self.steps - self.first[1]
+        elapsed = time.perf_counter() - self.first[0]
+        seconds = round(left * elapsed / done) if done else 0
+        eta, about = (datetime.timedelta(seconds=seconds), f", about {seconds} s left") if done else ("?", "")
+        total = position.step + left
+        filled = 30 * position.step // max(1, total)
+        run.console.progress(f"[{'#' * filled}{'.' * (30 - filled)}] step {position.step}/{total} ETA {eta}",
+                             f"training: {position.step}/{total}, {elapsed:.0f} s{about}")
+
+
+def log_step(run: Run, stats: StepStats, meter: Meter) -> None:
+    """Prints the [Train] line and writes metrics; the only place of the loop that waits for the device."""
+    position = run.state.position
+    parts = run.world.add_up(torch.stack([stats.text_loss, stats.mel_loss, stats.mel_top1]))
+    text_loss, mel_loss, mel_top1 = parts.tolist()
+    with same_on_all_ranks(run.world):
+        check_finite(run)
+    share_bad_rows(run, run.train_data)
+    run.console.say(f"[Train] epoch={position.last_epoch} step={position.step} text_loss={text_loss:.6f} "
+                    f"mel_loss={mel_loss:.6f} mel_top1={mel_top1:.4f} lr={stats.lr:.3e}")
+    if run.metrics:
+        run.metrics.write("train", position, {
+            "text_loss": text_loss, "mel_loss": mel_loss, "mel_top1": mel_top1, "lr": stats.lr,
+            "grad_norm": stats.grad_norm.item(), "skipped_updates": int(run.nonfinite[0].item()), **meter.rates()})
+    meter.restart()
+
+
+def after_step(run: Run, stats: StepStats, meter: Meter) -> None:
+    """Log, validate, save, in this order. Raises: Stopped."""
+    state, config = run.state, run.config
+    position = state.position
+    meter.add(stats)
+    meter.show_progress(run)
+    finish_save(run, wait=False)
+    if position.step % config.log_interval == 0:
+        log_step(run, stats, meter)
+    is_best = False
+    if is_due(position, config.val_interval) or run.finished:
+        if run.saving and run.saving.best:
+            finish_save(run)  # whether there is a best.pth to beat is known then
+        is_best = validate(run)
+        meter.restart()
+    retry = run.save_retry_step and position.step >= run.save_retry_step
+    if (config.save_interval and position.step % config.save_interval == 0) or run.finished or retry:
+        run.save_retry_step = 0
+        save_checkpoint(run, is_best)
+        meter.restart()
+    elif is_best:
+        start_save(run, "best.pth", [], is_best)
+        meter.restart()
+
+
+def unsaved_error(run: Run) -> UserError:
+    return UserError(f"the last checkpoint could not be saved to {run.output_dir}; the run would go on from step "
+                     f"{run.saved_step}. Free some disk space and resume")
+
+
+def train(run: Run) -> None:
+    """The loop. Raises: Stopped, after the last complete step was saved."""
+    state, data, world = run.state, run.train_data, run.world
+    meter = Meter(peak_flops(run.precision) * world.size)
+    loader: Iterator[PackedBatch] | None = None
+    try:
+        if state.validation_owed:
+            run.console.say(f"[Info] Step {state.position.step} still owes its validation")
+            save_checkpoint(run, validate(run))
+        while not run.finished:
+            position, config = state.position, run.config
+            if loader is None:
+                batches = functools.partial(micro_batches_from, position, len(data), config, world.rank)
+                loader = load_batches(run, data, batches)
+            micro_steps = count_micro_steps(position, len(data), config, world.rank)
+            stats = step_if_memory_suffices(run, [take_batch(run, data, loader) for _ in range(micro_steps)])
+            if stats is None:
+                split_after_out_of_memory(run)
+                loader = None
+                continue
+            state.position = position.after_step(len(data), config.global_batch)
+            state.tokens_seen += stats.tokens
+            after_step(run, stats, meter)
+            if run.profiler:
+                run.profiler.step()
+    except Stopped as stopped:
+        run.console.end_progress()
+        run.console.say(f"[Info] {stopped}: stopping at step {state.position.step}")
+        finish_save(run)
+        if state.position.step > run.saved_step:
+            save_checkpoint(run, is_best=False)
+        finish_save(run)
+        if state.position.step > run.saved_step:
+            raise unsaved_error(run) from stopped
+        world.gather(None)
+        raise
+    finish_save(run)
+    if run.saved_step < state.position.step:
+        raise unsaved_error(run)
+    world.gather(None)  # nobody leaves while rank 0 still writes: torchrun might end it then
 
 
 def run_training(typed: dict[str, Any], output_dir: Path, stop: StopSignal, console: Console, ending: Ending,
