@@ -37,7 +37,7 @@ def main() -> None:
     args = parser.parse_args()
     gpt = yaml.safe_load((DATA / "config.yaml").read_text(encoding="utf-8"))["gpt"]
     config = trainer.model_config_from(gpt, "config.yaml")
-    data = trainer.ManifestDataset([str(DATA / "train_pairs.jsonl")], config, lambda: None)
+    data = trainer.ManifestDataset([str(DATA / "train_pairs.jsonl")], config)
     model = trainer.UnifiedVoiceGPT(config)
     trainer.init_fresh_weights(model, 0, 2.5)
     optimizer = trainer.make_optimizer(model, 0.01)
@@ -52,8 +52,8 @@ def main() -> None:
                 started = time.perf_counter()
                 optimizer.zero_grad(set_to_none=True)
                 with trainer.Precision(torch.device("cpu"), dtype).autocast():
-                    text, mel, _ = trainer.summed_losses(model, batch)
-                (text / 500 + mel / 1000).backward()
+                    text, mel, _ = trainer.token_losses(model, batch)
+                (text.sum() / 500 + mel.sum() / 1000).backward()
                 optimizer.step()
             seconds[name].append(time.perf_counter() - started)
     tokens = sum(batch.lengths)

@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +132,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 def resumable_state(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """Digests of everything a run's future depends on; equal digests mean equal bits."""
     keys = ("model", "optimizer", "scheduler", "scaler", "epoch", "step", "sample_in_epoch", "best", "last_val",
-            "nonfinite", "tokens_seen", "validation_owed")
-    return {key: trainer.digest_tree(checkpoint[key]) for key in keys}
+            "nonfinite", "tokens_seen", "nonfinite_rows", "suspect_rows", "left_out")
+    return {key: trainer.digest_tree(checkpoint[key]) for key in keys if key in checkpoint}
 
 
 def metrics_of(output_dir: Path) -> list[dict[str, Any]]:
@@ -148,13 +148,13 @@ def metrics_of(output_dir: Path) -> list[dict[str, Any]]:
 STOP_SIGNALS = trainer.STOP_SIGNALS
 
 
-def call_trainer(*args: object, status: int = 0) -> str:
+def call_trainer(*args: object, status: int = 0, on_event: Callable[..., None] = trainer.no_event) -> str:
     """The trainer's main() in this process, which saves the seconds of importing torch. Returns all that it printed."""
     handlers = {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}
     printed = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)
     try:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-            found = trainer.main([str(arg) for arg in args])
+            found = trainer.main([str(arg) for arg in args], on_event)
     finally:
         for signum, handler in handlers.items():
             signal.signal(signum, handler)

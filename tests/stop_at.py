@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -21,53 +22,29 @@ from trainers import train_gpt_v2 as trainer
 def main() -> int:
     moment, step, signal_name, samples_file, *argv = sys.argv[1:]
     at_step, signum = int(step), getattr(signal, signal_name, 0)
-    sent = []
     rank, signalled = os.environ.get("RANK", "0"), "1" if "RANK" in os.environ else "0"
+    samples = open(samples_file if rank == "0" else f"{samples_file}.{rank}", "a")
+    sent, validated = [], []
 
-    def send_once() -> None:
-        if not sent and rank == signalled:
+    def is_the_moment(event: str, run: Any) -> bool:
+        done = run.state.position.step
+        if event == "validation_batch":
+            validated.append(done)
+        return (moment, event) in {
+            ("mid_epoch", "micro_step"), ("epoch_end", "step_done"), ("after_save", "save"),
+            ("validation", "validation_batch")} and {
+            "mid_epoch": done + 1 == at_step, "epoch_end": run.state.position.sample_in_epoch == 0,
+            "after_save": done == at_step, "validation": done >= at_step and validated.count(done) == 2}[moment]
+
+    def on_event(event: str, run: Any, *details: Any) -> None:
+        if event == "step":
+            rows = [row for batch in details[0] for row in batch.rows]
+            print(run.state.position.step + 1, *rows, file=samples, flush=True)
+        if not sent and rank == signalled and is_the_moment(event, run):
             sent.append(True)
             os.kill(os.getpid(), signum)
 
-    def wrap(name: str, before=None, after=None) -> None:
-        original = getattr(trainer, name)
-
-        def wrapped(*args, **kwargs):
-            if before:
-                before(*args)
-            result = original(*args, **kwargs)
-            if after:
-                after(*args)
-            return result
-
-        setattr(trainer, name, wrapped)
-
-    current = []
-    samples = open(samples_file if rank == "0" else f"{samples_file}.{rank}", "a")
-
-    def note_step(run, batches) -> None:
-        current[:] = [run.state.position.step + 1]
-        rows = [row for batch in batches for row in batch.rows]
-        print(current[0], *rows, file=samples, flush=True)
-
-    wrap("train_step", before=note_step)
-    if moment == "mid_epoch":
-        wrap("summed_losses", before=lambda *_: current == [at_step] and send_once())
-    elif moment == "epoch_end":
-        wrap("after_step", before=lambda run, *_: run.state.position.sample_in_epoch == 0 and send_once())
-    elif moment == "after_save":
-        wrap("save_checkpoint", after=lambda run, *_: run.state.position.step == at_step and send_once())
-    elif moment == "validation":
-        calls: list[int] = []
-
-        def before_batch(model, batch) -> None:
-            if not model.training:
-                calls.append(current[0])
-                if current[0] >= at_step and calls.count(current[0]) == 2:
-                    send_once()
-
-        wrap("token_losses", before=before_batch)
-    return trainer.main(argv)
+    return trainer.main(argv, on_event)
 
 
 if __name__ == "__main__":

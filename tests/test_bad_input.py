@@ -367,7 +367,7 @@ def test_a_run_reads_manifests_whose_paths_contain_equals_and_at_signs(data: Pat
     call_trainer("--train-manifest", f"{manifest}::am", "--val-manifest", folder / "val_pairs.jsonl", "--tokenizer",
                  TOKENIZER, "--output-dir", data.parent / "out", *QUICK)
     manifests = load_checkpoint(data.parent / "out" / "latest.pth")["manifests"]
-    assert manifests["train"] == [{"path": str(manifest), "language": "am", "rows": 41, "codec_sha256": ""}]
+    assert manifests["train"] == [{"path": str(manifest), "language": "am", "rows": 41, "made_with": {}}]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -439,6 +439,6 @@ def test_a_feature_file_with_any_bit_of_its_header_flipped_never_ends_in_stack_f
         for bit in range(8):
             path.write_bytes(original[:at] + bytes([original[at] ^ 1 << bit]) + original[at + 1 :])
             try:
-                trainer.ManifestDataset([str(data_files / "val_pairs.jsonl")], model, lambda: None)
+                trainer.ManifestDataset([str(data_files / "val_pairs.jsonl")], model)
             except trainer.UserError as error:
                 assert "val_pairs.jsonl:1" in str(error)

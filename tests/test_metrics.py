@@ -17,7 +17,7 @@ def test_lines_beyond_the_resumed_step_and_a_torn_last_line_are_dropped(tmp_path
     write_lines(path, ("train", 1), ("train", 2), ("val", 2), ("train", 3))
     with path.open("a") as handle:
         handle.write('{"kind": "train", "st')
-    dropped = trainer.cut_metrics(path, last_step=2, validation_owed=False)
+    dropped = trainer.cut_metrics(path, last_step=2, validates_again=False)
     assert [(line["kind"], line["step"]) for line in read_jsonl(path)] == [("train", 1), ("train", 2), ("val", 2)]
     assert len(dropped) == 2
 
@@ -25,7 +25,7 @@ def test_lines_beyond_the_resumed_step_and_a_torn_last_line_are_dropped(tmp_path
 def test_a_validation_that_will_be_repeated_leaves_no_second_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     write_lines(path, ("train", 2), ("val", 2))
-    trainer.cut_metrics(path, last_step=2, validation_owed=True)
+    trainer.cut_metrics(path, last_step=2, validates_again=True)
     assert [(line["kind"], line["step"]) for line in read_jsonl(path)] == [("train", 2)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from conftest import (
     load_checkpoint,
     make_dataset,
     metrics_of,
-    mistake,
     read_jsonl,
     trainer,
 )
@@ -114,8 +114,8 @@ def test_recomputed_activations_change_no_gradient():
         model = random_model(dropout=0.1).train()
         model.grad_checkpointing = recompute
         torch.manual_seed(3)
-        text, mel, _ = trainer.summed_losses(model, batch)
-        (text + mel).backward()
+        text, mel, _ = trainer.token_losses(model, batch)
+        (text.sum() + mel.sum()).backward()
         gradients.append([p.grad for p in model.parameters()])
     for plain, recomputed in zip(*gradients, strict=True):
         assert torch.equal(plain, recomputed)
@@ -126,16 +126,18 @@ def prepare(data: Path, out: Path, *flags: object) -> trainer.Run:
     typed = trainer.parse_args([*data_args(data), "--output-dir", str(out), *map(str, flags)])
     stop = trainer.StopSignal()
     out.mkdir(parents=True, exist_ok=True)
-    run = trainer.prepare(typed, None, out, stop, trainer.Console(stop, sys.stderr), trainer.World())
+    run = trainer.prepare(typed, None, out, trainer.Process(stop, trainer.Console(stop, sys.stderr)))
     run.state.run_dir = "logs/run_test"
     return run
 
 
-def first_batches(run: trainer.Run) -> list[trainer.PackedBatch]:
-    indices = trainer.step_sample_indices(trainer.epoch_sample_order(len(run.train_data), 1234, 0), 0,
-                                          run.config.global_batch)
-    return [trainer.collate_packed([run.train_data[int(i)] for i in part], run.train_data.model)
-            for part in trainer.split_micro_batches(indices, run.config.batch_size)]
+def first_batches(run: trainer.Run) -> list[Future[trainer.PackedBatch]]:
+    """The micro-batches of the first step, as a reading thread hands them over."""
+    step = next(trainer.steps_from(trainer.Position(), len(run.train_data), run.config))
+    futures: list[Future[trainer.PackedBatch]] = [Future() for _ in step]
+    for future, rows in zip(futures, step, strict=True):
+        future.set_result(trainer.make_reader(run, run.train_data)(rows))
+    return futures
 
 
 def test_one_loss_and_one_gradient_however_the_step_is_split(tiny, tmp_path):
@@ -172,8 +174,8 @@ def test_an_update_with_non_finite_gradients_is_skipped_and_ten_in_a_row_are_an_
     batches = first_batches(run)
     trainer.train_step(run, batches)
     before, moments = weights_of(run), trainer.digest_tree(run.optimizer.state_dict()["state"])
-    plain = trainer.summed_losses
-    monkeypatch.setattr(trainer, "summed_losses", lambda *args: tuple(x * math.nan for x in plain(*args)))
+    plain = trainer.token_losses
+    monkeypatch.setattr(trainer, "token_losses", lambda *args: tuple(x * math.nan for x in plain(*args)))
     for _ in range(9):
         trainer.train_step(run, batches)
         trainer.check_finite(run)
@@ -189,8 +191,8 @@ def test_fp16_overflows_count_only_once_the_scale_is_down_to_one(tiny, tmp_path,
     run = prepare(tiny, tmp_path, "--batch-size", 4, "--grad-accumulation", 1, "--amp", "fp16")
     batches = first_batches(run)
     before = weights_of(run)
-    plain = trainer.summed_losses
-    monkeypatch.setattr(trainer, "summed_losses", lambda *args: tuple(x * math.inf for x in plain(*args)))
+    plain = trainer.token_losses
+    monkeypatch.setattr(trainer, "token_losses", lambda *args: tuple(x * math.inf for x in plain(*args)))
     for _ in range(17):  # 65536 halves to 0.5
         trainer.train_step(run, batches)
     assert run.scaler.get_scale() == 0.5
@@ -198,31 +200,44 @@ def test_fp16_overflows_count_only_once_the_scale_is_down_to_one(tiny, tmp_path,
     assert all(torch.equal(before[name], tensor) for name, tensor in run.model.state_dict().items())
 
 
-def test_out_of_memory_splits_the_micro_batch_keeps_the_samples_and_saves_the_split(tiny, tmp_path, monkeypatch):
-    plain, seen = trainer.summed_losses, []
+def test_out_of_memory_splits_the_micro_batch_keeps_the_samples_and_saves_the_split(tiny, tmp_path):
+    seen: list[int] = []
 
-    def small_memory(model: Any, batch: trainer.PackedBatch):
-        if len(batch.rows) > 2:
+    def small_memory(event: str, run: Any, *details: Any) -> None:
+        if event == "micro_step" and len(details[0].rows) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory (as a test)")
-        seen.extend(batch.rows)
-        return plain(model, batch)
+        seen.extend(details[0].rows if event == "micro_step" else ())
 
-    monkeypatch.setattr(trainer, "summed_losses", small_memory)
     call_trainer(*data_args(tiny), "--output-dir", tmp_path, "--epochs", 1, "--batch-size", 8, "--grad-accumulation", 1,
-                 "--log-interval", 1)
+                 "--log-interval", 1, on_event=small_memory)
     assert sorted(seen) == list(range(41))
     config = load_checkpoint(tmp_path / "latest.pth")["config"]
     assert (config["batch_size"], config["grad_accumulation"]) == (2, 4)
     assert [line["step"] for line in metrics_of(tmp_path) if line["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
 
 
-def test_out_of_memory_with_one_sample_is_an_error_with_the_remedy(tiny, tmp_path, monkeypatch):
-    def no_memory(*args):
-        raise torch.OutOfMemoryError("CUDA out of memory (as a test)")
+@pytest.mark.parametrize("moment", ["micro_step", "validation_batch"])
+def test_out_of_memory_with_one_sample_is_an_error_with_the_remedy(tiny, tmp_path, moment):
+    def no_memory(event: str, *_: Any) -> None:
+        if event == moment:
+            raise torch.OutOfMemoryError("CUDA out of memory (as a test)")
 
-    monkeypatch.setattr(trainer, "summed_losses", no_memory)
-    args = [*data_args(tiny), "--output-dir", tmp_path, "--batch-size", 2, "--grad-accumulation", 1]
-    assert "--grad-checkpointing" in mistake(*args)
+    output = call_trainer(*data_args(tiny), "--output-dir", tmp_path, "--batch-size", 2, "--grad-accumulation", 1,
+                          "--max-steps", 1, status=1, on_event=no_memory)
+    assert "[Error] out of GPU memory with one sample" in output and "--grad-checkpointing" in output
+
+
+def test_a_validation_that_runs_out_of_memory_is_split_like_a_step_and_gives_the_same_losses(tiny, tmp_path):
+    def small_memory(event: str, run: Any, *details: Any) -> None:
+        if event == "validation_batch" and len(details[0].rows) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory (as a test)")
+
+    losses = []
+    for name, on_event in (("roomy", trainer.no_event), ("tight", small_memory)):
+        out = tmp_path / name
+        call_trainer(*data_args(tiny), "--output-dir", out, "--max-steps", 1, "--val-batch-size", 6, on_event=on_event)
+        losses.append(load_checkpoint(out / "latest.pth")["last_val"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 @pytest.fixture

@@ -160,7 +160,7 @@ def test_the_trainer_reads_the_result(clips: Path, single: Path, tmp_path: Path)
     truth, seen = resolved(single), set()
     for split in ("train", "val"):
         manifest = data / f"{split}_pairs.jsonl"
-        dataset = trainer.ManifestDataset([str(manifest)], model, lambda: None)
+        dataset = trainer.ManifestDataset([str(manifest)], model)
         for sample, pair in zip(dataset, read_jsonl(manifest), strict=True):
             target, prompt = truth[pair["target_id"]], truth[pair["prompt_id"]]
             assert sample.codes.tolist() == target["codes"] and sample.text_ids.tolist() == target["text_ids"]
@@ -203,7 +203,7 @@ def test_merged_shards_equal_the_single_run_row_for_row(clips: Path, single: Pat
         build_pairs.main(["--data-dir", str(tmp_path / "data")])
     model = trainer.model_config_from(yaml.safe_load((single / "config.yaml").read_text())["gpt"], "config.yaml")
     manifest = tmp_path / "data/train_pairs.jsonl"
-    for sample, pair in zip(trainer.ManifestDataset([str(manifest)], model, lambda: None), read_jsonl(manifest),
+    for sample, pair in zip(trainer.ManifestDataset([str(manifest)], model), read_jsonl(manifest),
                             strict=True):
         assert sample.codes.tolist() == whole[pair["target_id"]]["codes"]
 

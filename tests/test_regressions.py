@@ -239,16 +239,16 @@ def test_a_resumed_run_lets_go_of_the_file_it_came_from(tiny, tmp_path, monkeypa
     """A file that is mapped still fills the disk after it was deleted."""
     args = [*data_args(tiny), *SETTINGS, "--output-dir", tmp_path, "--keep-checkpoints", 1]
     call_trainer(*args, "--max-steps", 2)
-    log_step, mapped = trainer.log_step, []
+    mapped = []
 
-    def note(run: Any, *others: Any) -> None:
-        log_step(run, *others)
+    def note(event: str, *_: Any) -> None:
+        if event != "logged":
+            return
         maps = Path("/proc/self/maps").read_text().splitlines()
         found = {line.split(maxsplit=5)[5] for line in maps if str(tmp_path) in line}
         mapped.append([path for path in found if ".partial" not in path])  # a save is read back meanwhile
 
-    monkeypatch.setattr(trainer, "log_step", note)
-    call_trainer(*args, "--max-steps", 8, "--resume", "auto")
+    call_trainer(*args, "--max-steps", 8, "--resume", "auto", on_event=note)
     assert len(mapped) == 6 and not any(mapped), mapped[-1]
 
 
@@ -271,13 +271,11 @@ def test_three_starts_in_one_second_that_leave_no_checkpoint_keep_all_their_logs
     clock = time.strftime
     monkeypatch.setattr(time, "strftime", lambda text, *moment: clock(text, *moment or (time.gmtime(0),)))
 
-    def stop_at_once(run: Any) -> None:
+    def stop_at_once(event: str, *_: Any) -> None:
         raise trainer.Stopped(15)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer, "train", stop_at_once)
-        for _ in range(3):
-            call_trainer(*args, status=143)
+    for _ in range(3):
+        call_trainer(*args, status=143, on_event=stop_at_once)
     call_trainer(*args, "--max-steps", 2)
     assert load_checkpoint(tmp_path / "latest.pth")["step"] == 2
     assert len(list(tmp_path.glob("abandoned_*/logs/run_*"))) == 3

@@ -23,15 +23,12 @@ def test_the_order_is_the_one_that_existing_checkpoints_were_trained_with():
 
 
 @pytest.mark.parametrize("split", [(8, 1), (4, 2), (1, 8), (3, 3)])
-def test_micro_batches_from_any_position_go_on_exactly_where_the_whole_run_would_be(split):
+def test_steps_from_any_position_go_on_exactly_where_the_whole_run_would_be(split):
     config = trainer.TrainConfig(batch_size=split[0], grad_accumulation=split[1], epochs=3, seed=1)
-    whole = list(trainer.micro_batches_from(Position(), 41, config))
-    position, micro_batches_done = Position(), 0
-    for _ in range(9):
-        rest = list(trainer.micro_batches_from(position, 41, config))
-        assert rest == whole[micro_batches_done:]
-        samples = min(config.global_batch, 41 - position.sample_in_epoch)
-        micro_batches_done += -(-samples // config.batch_size)
+    whole = list(trainer.steps_from(Position(), 41, config))
+    position = Position()
+    for step in range(9):
+        assert list(trainer.steps_from(position, 41, config)) == whole[step:]
         position = position.after_step(41, config.global_batch)
 
 
@@ -39,17 +36,16 @@ def test_no_step_crosses_an_epoch_and_its_last_step_takes_what_is_left():
     config = trainer.TrainConfig(batch_size=4, grad_accumulation=2, epochs=2)
     position = Position(0, 40, 5)
     assert position.after_step(41, config.global_batch) == Position(1, 0, 6)
-    assert next(trainer.micro_batches_from(position, 41, config)) == [
-        int(trainer.epoch_sample_order(41, config.seed, 0)[40])]
+    assert next(trainer.steps_from(position, 41, config)) == [[int(trainer.epoch_sample_order(41, config.seed, 0)[40])]]
 
 
 def test_a_changed_global_batch_repeats_and_drops_no_sample():
     before, after = (trainer.TrainConfig(batch_size=size, grad_accumulation=1, epochs=1) for size in (4, 6))
     position = Position().after_step(41, 4).after_step(41, 4)
-    first = list(trainer.micro_batches_from(Position(), 41, before))[:2]
-    rest = list(trainer.micro_batches_from(position, 41, after))
-    assert sorted(sum(first + rest, [])) == list(range(41))
-    assert trainer.remaining_steps(position, 41, 6, epochs=1) == len(rest)
+    first = list(trainer.steps_from(Position(), 41, before))[:2]
+    rest = list(trainer.steps_from(position, 41, after))
+    assert sorted(sum(sum(first + rest, []), [])) == list(range(41))
+    assert trainer.last_step(position, 41, after) == position.step + len(rest)
 
 
 def test_every_micro_step_has_its_own_dropout_seed():
@@ -68,11 +64,13 @@ def test_the_learning_rate_warms_up_linearly_and_ends_at_zero_on_half_a_cosine()
     assert trainer.get_lr(1, Schedule(1.0, 0, 10)) < 1.0
 
 
-def test_the_schedule_ends_at_max_steps_when_typed_else_at_the_last_epochs_end():
+def test_the_schedule_ends_where_the_run_ends_at_max_steps_or_the_last_epoch_whichever_comes_first():
     config = trainer.TrainConfig(batch_size=4, grad_accumulation=1, epochs=10, learning_rate=1e-3)
     assert trainer.make_schedule(config, Position(), 41) == Schedule(1e-3, 11, 110)
     config.max_steps = 30
     assert trainer.make_schedule(config, Position(), 41) == Schedule(1e-3, 3, 30)
+    config.max_steps = 200_000
+    assert trainer.make_schedule(config, Position(), 41) == Schedule(1e-3, 11, 110)
     config.max_steps, config.warmup_steps = 0, 7
     assert trainer.make_schedule(config, Position(3, 8, 35), 41) == Schedule(1e-3, 7, 110)
 
@@ -116,22 +114,19 @@ def test_the_ranks_of_a_torchrun_share_every_step_among_them_in_order(world_size
     config = trainer.TrainConfig(batch_size=2, grad_accumulation=3, epochs=2, world_size=world_size)
     order, position = trainer.epoch_sample_order(41, 1234, 0), Position()
     while position.epoch == 0:
-        parts = [trainer.step_micro_batches(order, position, config, rank) for rank in range(world_size)]
-        together = [int(i) for part in parts for micro_batch in part for i in micro_batch]
-        expected = trainer.step_sample_indices(order, position.sample_in_epoch, config.global_batch)
-        assert together == expected.tolist()
-        assert [len(part) for part in parts] == [
-            trainer.count_micro_steps(position, 41, config, rank) for rank in range(world_size)]
+        parts = [next(trainer.steps_from(position, 41, config, rank)) for rank in range(world_size)]
+        together = [i for part in parts for micro_batch in part for i in micro_batch]
+        assert together == order[position.sample_in_epoch :][: config.global_batch].tolist()
         assert max(map(len, parts)) <= 3 and all(len(m) <= 2 for part in parts for m in part)
         position = position.after_step(41, config.global_batch)
 
 
-def test_the_hardware_decides_batch_size_and_workers():
+def test_the_hardware_decides_batch_size_and_reading_threads():
     assert trainer.auto_hardware("cuda", 79.2, 12) == (32, 12)
     assert trainer.auto_hardware("cuda", 39.4, 12) == (16, 12)
     assert trainer.auto_hardware("cuda", 22.5, 8) == (8, 8)
     assert trainer.auto_hardware("cuda", 14.7, 4) == (4, 4)
-    assert trainer.auto_hardware("cpu", 0, 2) == (16, 0)
+    assert trainer.auto_hardware("cpu", 0, 2) == (16, 1)
 
 
 def test_rotation_keeps_the_newest_and_names_only_the_runs_own_files():

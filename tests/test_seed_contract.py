@@ -441,15 +441,12 @@ def test_last_exit_tells_how_the_run_ended_and_is_absent_while_it_runs(tiny, tmp
     mistake(*args)  # no --resume
     assert last_exit(tmp_path) == {"reason": "user_error", "status": 1, "step": None}
 
-    log_step = trainer.log_step
-
-    def log_and_stop(run, stats, meter):
+    def stop_after_logging(event, run, *_):
         assert not (tmp_path / "last_exit.json").exists()
-        log_step(run, stats, meter)
-        run.stop.receive(signal.SIGTERM)
+        if event == "logged":
+            run.process.stop.receive(signal.SIGTERM)
 
-    monkeypatch.setattr(trainer, "log_step", log_and_stop)
-    call_trainer(*args, "--resume", "auto", "--max-steps", 9, status=143)
+    call_trainer(*args, "--resume", "auto", "--max-steps", 9, status=143, on_event=stop_after_logging)
     assert last_exit(tmp_path) == {"reason": "stopped", "status": 143, "step": 3}
 
 

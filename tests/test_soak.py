@@ -40,8 +40,8 @@ import soak
 trainer = soak.trainer
 trainer.dropout_seed = lambda seed, step, micro_step, rank=0: 1000 * os.getpid() + step
 trainer.digest_problem = lambda checkpoint: None
-write = trainer.Ending.write
-trainer.Ending.write = lambda ending, reason, status: reason == "stopped" or write(ending, reason, status)
+record = trainer.record_exit
+trainer.record_exit = lambda path, reason, *rest: reason == "stopped" or record(path, reason, *rest)
 sys.exit(soak.main(sys.argv[1:]))
 """
 

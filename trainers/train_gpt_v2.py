@@ -4,20 +4,35 @@ Two minutes on a laptop CPU, with the data that ships with the project:
 
     python trainers/train_gpt_v2.py --max-steps 200 --output-dir training_output --resume auto
 
-Fine-tune the real model on one GPU; type the same line again after any interruption:
+Own data, as tools.preprocess and tools.build_pairs write it; type the same line again after any interruption:
 
-    python trainers/train_gpt_v2.py \\
-      --train-manifest processed_data/train_pairs.jsonl --val-manifest processed_data/val_pairs.jsonl \\
-      --tokenizer tokenizers/amharic_extended_bpe.model --config checkpoints/config.yaml \\
-      --base-checkpoint checkpoints/gpt.pth --output-dir training_output --amp --resume auto
+    python trainers/train_gpt_v2.py --train-manifest my_data/train_pairs.jsonl \\
+      --tokenizer tokenizers/amharic_extended_bpe.model --output-dir training_output --amp --resume auto
 
 Losses of every validation row, without training:
 
     python trainers/train_gpt_v2.py --output-dir training_output --resume auto --eval-only
 
-Reading order: configuration, data, sample order, model, schedule and precision, checkpoints, processes, training, main.
-The sample order, the dropout masks and the learning rate are pure functions of (seed, position), so a checkpoint holds
-no random-number state and a resumed run repeats the uninterrupted one bit for bit.
+The file is read top to bottom: a function stands above its callers. Its sections are
+
+    1 settings   2 model   3 data   4 sample order   5 process and state of a run   6 optimisation   7 training step
+    8 checkpoint file   9 saving   10 resuming   11 run
+
+The life of a run: main() takes the lock of the output directory and removes last_exit.json; the newest valid
+checkpoint is found and read; settings, data and model are prepared, and the checkpoint is applied; step after step is
+read ahead, trained, logged, validated and saved; last_exit.json says how it ended. The sample order, the dropout masks
+and the learning rate are pure functions of (seed, position), so a checkpoint holds no random-number state, and a
+resumed run repeats the uninterrupted one bit for bit.
+
+What a kill leaves, by its moment:
+
+    before the first save      a log directory, which the next start moves to abandoned_TIMESTAMP/
+    while a step is trained    the newest checkpoint; the resumed run cuts the log back to its step
+    while a file is written    .model_stepN.pth.partial, which the next start removes; latest.pth is the file before
+    between rename and links   model_stepN.pth, newer than latest.pth and therefore taken; links, deletions and best.pth
+                               that were still owed are in it, and done at the next start
+    while it resumes           what was there: nothing is changed before the checkpoint has been found to fit
+    at any moment              no last_exit.json
 """
 
 from __future__ import annotations
@@ -31,25 +46,20 @@ import errno
 import fcntl
 import functools
 import hashlib
-import itertools
 import json
 import math
-import multiprocessing.connection
-import multiprocessing.process
 import os
-import pickle
 import platform
 import re
+import resource
 import shutil
 import signal
 import socket
-import struct
 import sys
 import threading
 import time
-import tokenize
 import zipfile
-import zlib
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -67,26 +77,18 @@ import yaml
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
-from torch.utils.data import DataLoader, Dataset
 
-FORMAT_VERSION = 1
-REQUIRED_KEYS = ("model", "optimizer", "epoch", "step")
+FORMAT_VERSION = 2  # of checkpoints; 1 is read too: it had validation_owed, and codec_sha256 instead of made_with
+ARITHMETIC = 1  # raised when the same settings give other bits; said on resume
 CONDITION_ROWS = 32  # the perceiver's latents
 LEADING_ROWS = CONDITION_ROWS + 2  # and the two speed rows
 TARGET_GLOBAL_BATCH = 32
 MAX_BAD_FRACTION = 0.01  # of a data set's rows may have unreadable feature files
 MAX_NONFINITE_STREAK = 10
-MAX_WORKER_DEATHS = 3  # in a row, without a batch between them
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# What numpy's, zipfile's and torch's readers have been seen to raise on damaged bytes, or may raise.
-DAMAGED_FILE = (ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, RuntimeError, SyntaxError,
-                TypeError, ValueError, pickle.UnpicklingError, struct.error, tokenize.TokenError, zipfile.BadZipFile,
-                zlib.error)
+LOWEST_FP16_SCALE = 1e-4
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-CHECKED_ROWS = 1000  # rows with files of their own that are opened before training starts
-# Dense 16-bit peak of one device (vendors' data sheets), for MFU.
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 125e12, "T4": 65e12,
-              "V100": 125e12}
+NOT_OFFERED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)  # by this file system: a lock, an fsync
 
 
 class UserError(Exception):
@@ -107,18 +109,19 @@ class BadFeatureFile(Exception):
 
 def first_line(error: BaseException) -> str:
     """The first sentence: what follows in PyTorch's messages is advice that does not fit here."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)) or type(error).__name__
-    return re.split(r"(?<=[a-z]\.) ", text.strip().splitlines()[0])[0][:300]
+    text = (re.sub(r"\x1b\[[0-9;]*m", "", str(error)) or type(error).__name__).strip() or type(error).__name__
+    return re.split(r"(?<=[a-z]\.) ", text.splitlines()[0])[0][:300]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Settings
 
 
-def setting(default: Any, help: str, **argparse_options: Any) -> Any:
-    """A TrainConfig field whose command-line flag has this help text and these argparse options."""
+def setting(default: Any, help: str, lowest: float | None = None, highest: float = 2**31 - 1, **options: Any) -> Any:
+    """A TrainConfig field: its default, its flag's help, the numbers it may have, and argparse's options."""
     factory = {"default_factory": list} if default == [] else {"default": default}
-    return field(**factory, metadata={"help": help, "options": argparse_options})  # type: ignore[call-overload]
+    metadata = {"help": help, "lowest": lowest, "highest": highest, "options": options}
+    return field(**factory, metadata=metadata)  # type: ignore[call-overload]
 
 
 @dataclass
@@ -127,38 +130,43 @@ class TrainConfig:
 
     train_manifest: list[str] = setting([], "training pairs, JSON lines, optional ::lang; repeatable "
                                         "(processed_data/train_pairs.jsonl)", action="append", metavar="PATH[::LANG]")
-    val_manifest: list[str] = setting([], "validation pairs, likewise (processed_data/val_pairs.jsonl)",
-                                      action="append", metavar="PATH[::LANG]")
+    val_manifest: list[str] = setting([], "validation pairs, likewise (val_pairs.jsonl beside the first training "
+                                      "manifest)", action="append", metavar="PATH[::LANG]")
     tokenizer: str = setting("", "SentencePiece model (tokenizers/amharic_extended_bpe.model)", metavar="PATH")
-    config: str = setting("", "IndexTTS2 YAML with a gpt: section (config.yaml beside the first train manifest, "
+    config: str = setting("", "IndexTTS2 YAML with a gpt: section (config.yaml beside the first training manifest, "
                           "else checkpoints/config.yaml)", metavar="PATH")
     base_checkpoint: str = setting("", "IndexTTS2 weights to start from, e.g. checkpoints/gpt.pth", metavar="PATH")
     output_dir: str = setting("training_output", "checkpoints, logs (training_output)", metavar="DIR")
     resume: str = setting("", "'auto' (newest valid checkpoint of the output directory) or a file", metavar="auto|PATH")
-    batch_size: int = setting(0, "samples in a micro-batch (by the hardware)", type=int)
-    grad_accumulation: int = setting(0, "micro-batches in a step (to a global batch of 32)", type=int)
-    epochs: int = setting(10, "passes over the training data (10)", type=int)
-    learning_rate: float = setting(0.0, "peak learning rate (2e-5 with a base checkpoint, 1e-3 from scratch)",
+    batch_size: int = setting(0, "samples in a micro-batch (by the hardware)", 0, type=int)
+    grad_accumulation: int = setting(0, "micro-batches in a step (to a global batch of 32)", 0, type=int)
+    epochs: int = setting(10, "passes over the training data (10)", 1, type=int)
+    learning_rate: float = setting(0.0, "peak learning rate (2e-5 with a base checkpoint, 1e-3 from scratch)", 0, 1,
                                    type=float)
-    weight_decay: float = setting(0.01, "AdamW's, on matrices only (0.01)", type=float)
-    warmup_steps: int | None = setting(None, "linear warm-up (1000, at most a tenth of the run)", type=int)
-    max_steps: int = setting(0, "stop after this many steps; the schedule's length too (0 = no limit)", type=int)
-    log_interval: int = setting(100, "steps between [Train] lines (100)", type=int)
-    val_interval: int = setting(1000, "steps between validations (1000; 0 = once per epoch)", type=int)
-    val_batch_size: int = setting(0, "samples in a validation batch (the batch size)", type=int)
-    max_val_batches: int = setting(200, "batches in a validation (200; 0 = all)", type=int)
-    num_workers: int = setting(0, "data loading processes (by the hardware)", type=int)
-    grad_clip: float = setting(1.0, "largest gradient norm (1.0; 0 = no clipping)", type=float)
-    text_loss_weight: float = setting(0.2, "weight of text_loss (0.2)", type=float)
-    mel_loss_weight: float = setting(0.8, "weight of mel_loss (0.8)", type=float)
+    weight_decay: float = setting(0.01, "AdamW's, on matrices only (0.01)", 0, type=float)
+    warmup_steps: int | None = setting(None, "linear warm-up (1000, at most a tenth of the run)", 0, type=int)
+    max_steps: int = setting(0, "stop after this many steps (0 = no limit)", 0, type=int)
+    log_interval: int | None = setting(None, "steps between [Train] lines (100, at most a tenth of the run)", 1,
+                                       type=int)
+    val_interval: int | None = setting(None, "steps between validations; 0 = once per epoch (1000, at most half of the "
+                                       "run)", 0, type=int)
+    val_batch_size: int = setting(0, "samples in a validation batch (the batch size)", 0, type=int)
+    max_val_batches: int = setting(200, "validation rows, in batches of the size the run began with, spread evenly "
+                                   "over all rows (200; 0 = all)", 0, type=int)
+    num_workers: int = setting(0, "threads that read data (by the hardware)", 0, 256, type=int)
+    grad_clip: float = setting(1.0, "largest gradient norm (1.0; 0 = no clipping)", 0, type=float)
+    text_loss_weight: float = setting(0.2, "weight of text_loss (0.2)", 0, type=float)
+    mel_loss_weight: float = setting(0.8, "weight of mel_loss (0.8)", 0, type=float)
     amp: str = setting("off", "mixed precision; alone: bf16 where the hardware has it, else fp16", nargs="?",
                        const="auto", choices=("auto", "bf16", "fp16", "off"))
     grad_checkpointing: bool = setting(False, "recompute blocks in the backward pass: less memory, slower",
                                        action=argparse.BooleanOptionalAction)
-    save_interval: int = setting(1000, "steps between checkpoints (1000; 0 = only at the end)", type=int)
-    keep_checkpoints: int = setting(3, "newest checkpoints kept (3; 0 = all)", type=int)
-    seed: int = setting(1234, "of the sample order, dropout and fresh weights (1234)", type=int)
-    dropout: float = setting(0.1, "on embeddings and residuals (0.1)", type=float)
+    save_interval: int = setting(1000, "steps between checkpoints (1000; 0 = only at the end)", 0, type=int)
+    save_minutes: float = setting(30.0, "a checkpoint at least every so many minutes (30; 0 = by steps only)", 0,
+                                  type=float)
+    keep_checkpoints: int = setting(3, "newest checkpoints kept (3; 0 = all)", 0, type=int)
+    seed: int = setting(1234, "of the sample order, dropout and fresh weights (1234)", 0, 2**63 - 1, type=int)
+    dropout: float = setting(0.1, "on embeddings and residuals (0.1)", 0, 0.99, type=float)
     eval_only: bool = setting(False, "print the [Val] line, write eval.jsonl, train nothing", action="store_true")
     accept_changed_data: bool = setting(False, "resume although the training data changed; the epoch starts anew",
                                         action="store_true")
@@ -176,6 +184,7 @@ class TrainConfig:
 
 # Settings of one process, not of the run: a resumed run does not inherit them.
 PER_PROCESS = ("resume", "output_dir", "eval_only", "accept_changed_data", "profile", "world_size")
+ZERO_IS_CHOSEN = ("batch_size", "grad_accumulation", "learning_rate")
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -197,19 +206,26 @@ def parse_args(argv: Sequence[str] | None = None) -> dict[str, Any]:
     return vars(parser.parse_args(argv))
 
 
+def output_dir_of(typed: Mapping[str, Any]) -> Path:
+    """--output-dir; `--resume PATH` alone goes on in that file's folder."""
+    resume = typed.get("resume", "")
+    if "output_dir" in typed or resume in ("", "auto"):
+        return Path(typed.get("output_dir", TrainConfig().output_dir))
+    return Path(resume).parent
+
+
 def config_problems(config: TrainConfig) -> list[str]:
     """Everything that is wrong with the settings themselves, before any file is opened."""
     problems = []
-    at_least = {"batch_size": 0, "grad_accumulation": 0, "epochs": 1, "weight_decay": 0, "max_steps": 0,
-                "learning_rate": 0, "log_interval": 1, "val_interval": 0, "val_batch_size": 0, "max_val_batches": 0,
-                "num_workers": 0, "grad_clip": 0, "text_loss_weight": 0, "mel_loss_weight": 0, "save_interval": 0,
-                "keep_checkpoints": 0, "seed": 0, "warmup_steps": 0, "dropout": 0}
-    for name, lowest in at_least.items():
-        value = getattr(config, name)
-        if value is not None and not (math.isfinite(value) and value >= lowest):
-            problems.append(f"--{name.replace('_', '-')} {value}: must be at least {lowest}")
-    if config.dropout >= 1:
-        problems.append(f"--dropout {config.dropout}: must be below 1")
+    for item in dataclasses.fields(config):
+        value, lowest, highest = getattr(config, item.name), item.metadata.get("lowest"), item.metadata.get("highest")
+        flag = f"--{item.name.replace('_', '-')} {value}"
+        if lowest is None or value is None:
+            continue
+        if not (math.isfinite(value) and value >= lowest):
+            problems.append(f"{flag}: must be at least {lowest}")
+        elif value > highest:
+            problems.append(f"{flag}: must be at most {highest}")
     if config.text_loss_weight + config.mel_loss_weight == 0:
         problems.append("--text-loss-weight and --mel-loss-weight are both 0: nothing would be learned")
     if config.accept_changed_data and not config.resume:
@@ -223,9 +239,9 @@ def available_cores() -> int:
 
 
 def auto_hardware(device_type: str, memory_gib: float, cpu_count: int) -> tuple[int, int]:
-    """Returns (largest batch size, data workers) for a device."""
+    """Returns (largest batch size, reading threads) for a device."""
     if device_type != "cuda":
-        return 16, 0  # the arithmetic needs every core
+        return 16, 1  # the arithmetic needs every core
     for at_least_gib, batch_size in ((70, 32), (36, 16), (20, 8), (14, 4)):
         if memory_gib >= at_least_gib:
             return batch_size, min(cpu_count, 16)
@@ -256,9 +272,9 @@ def choose_batch_split(batch_size: int, grad_accumulation: int, hardware_batch_s
         if grad_accumulation:
             return min(hardware_batch_size, max(1, share // grad_accumulation)), grad_accumulation
         return split_global_batch(share, hardware_batch_size)
-    global_batch = math.prod(checkpoint_split)
     if not one and same_device and checkpoint_split[2] == world_size:
         return checkpoint_split[:2]
+    global_batch = math.prod(checkpoint_split)
     share, rest = divmod(global_batch, world_size)
     if rest or (one and share % one):
         flag = "--batch-size" if batch_size else "--grad-accumulation"
@@ -353,16 +369,11 @@ class PackedBatch:
     text_targets: Tensor
     mel_scored: Tensor  # flat rows, [sum(c + 1)]
     mel_targets: Tensor
+    text_bounds: Tensor  # [B + 1]: sample i has the scored text rows text_bounds[i] .. text_bounds[i + 1] - 1
+    mel_bounds: Tensor
     cu_seqlens: Tensor  # [B + 1] int32
     groups: list[Tensor]  # flat rows [g, longest] of samples of near-equal length, filled up on the right
     ungroup: Tensor  # [total] into the groups' rows end to end
-
-    def to(self, device: torch.device) -> PackedBatch:
-        move = functools.partial(Tensor.to, device=device, non_blocking=True)
-        return self.map_tensors(move)
-
-    def pin_memory(self) -> PackedBatch:
-        return self.map_tensors(Tensor.pin_memory)
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
         changed: dict[str, Any] = {"groups": [change(group) for group in self.groups]}
@@ -371,6 +382,12 @@ class PackedBatch:
             if isinstance(value, Tensor):
                 changed[item.name] = change(value)
         return dataclasses.replace(self, **changed)
+
+    def to(self, device: torch.device) -> PackedBatch:
+        return self.map_tensors(functools.partial(Tensor.to, device=device, non_blocking=True))
+
+
+Attention = Callable[[Tensor, PackedBatch], Tensor]
 
 
 class Conv1D(nn.Module):
@@ -417,7 +434,7 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = Conv1D(config.model_dim, 3 * config.model_dim)
         self.c_proj = Conv1D(config.model_dim, config.model_dim)
 
-    def forward(self, x: Tensor, batch: PackedBatch, attention: Callable[[Tensor, PackedBatch], Tensor]) -> Tensor:
+    def forward(self, x: Tensor, batch: PackedBatch, attention: Attention) -> Tensor:
         qkv = self.c_attn(x).view(len(x), 3, self.heads, -1)
         return self.c_proj(attention(qkv, batch))
 
@@ -442,8 +459,7 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.model_dim)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, batch: PackedBatch, attention: Callable[[Tensor, PackedBatch], Tensor],
-                dropout: float) -> Tensor:
+    def forward(self, x: Tensor, batch: PackedBatch, attention: Attention, dropout: float) -> Tensor:
         x = x + F.dropout(self.attn(self.ln_1(x), batch, attention), dropout, self.training)
         return x + F.dropout(self.mlp(self.ln_2(x)), dropout, self.training)
 
@@ -471,7 +487,7 @@ class UnifiedVoiceGPT(nn.Module):
         super().__init__()
         dim = config.model_dim
         self.config, self.dropout, self.grad_checkpointing = config, dropout, grad_checkpointing
-        self.attention: Callable[[Tensor, PackedBatch], Tensor] = padded_attention
+        self.attention: Attention = padded_attention
         self.text_embedding = nn.Embedding(config.number_text_tokens + 1, dim)
         self.mel_embedding = nn.Embedding(config.number_mel_codes, dim)
         self.gpt = GPTStack(config)
@@ -510,10 +526,13 @@ def token_losses(model: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor, 
     return text, mel, mel_logits.detach().argmax(-1) == batch.mel_targets
 
 
-def summed_losses(model: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums over the micro-batch of what token_losses returns; the caller divides by the whole step's token counts."""
-    text, mel, right = token_losses(model, batch)
-    return text.sum(), mel.sum(), right.sum()
+def nonfinite_samples(text: Tensor, mel: Tensor, batch: PackedBatch) -> Tensor:
+    """[B] bool, on the device: the samples of whose losses (as token_losses returns them) one is not finite."""
+    counts = []
+    for losses, bounds in ((text, batch.text_bounds), (mel, batch.mel_bounds)):
+        so_far = F.pad(losses.isfinite().logical_not().cumsum(0), (1, 0))
+        counts.append(so_far.index_select(0, bounds).diff())
+    return (counts[0] + counts[1]) > 0
 
 
 def sinusoids(times: Tensor, dim: int, rms: float = 0.02) -> Tensor:
@@ -548,40 +567,26 @@ def init_fresh_weights(model: UnifiedVoiceGPT, seed: int, codes_per_text_token: 
             table.emb.weight.copy_(sinusoids(times, model.config.model_dim))
 
 
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. Data
 
-
-def read_model_yaml(path: Path) -> dict[str, Any]:
-    """The whole YAML file as a dict. Raises: UserError."""
-    try:
-        with path.open(encoding="utf-8") as handle:
-            content = yaml.safe_load(handle)
-    except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: not a YAML file: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"--config {path}: no gpt: section. Use IndexTTS2's config.yaml")
-    return content
+KINDS = ("text_ids", "codes", "condition", "emo_vec")
+CHECKED_ROWS = 1000  # rows with files of their own that are read before training starts
+RATE_OF_INDEXTTS2 = 50.0  # codes a second
 
 
 @dataclass(slots=True)
 class Row:
-    """One line of a manifest. A start of None means that the file holds this utterance alone."""
+    """One line of a manifest. parts: of each of KINDS the file, and where in it this utterance begins; a start of None
+    means that the file holds this utterance alone."""
 
     id: str
-    place: str  # "manifest:line", for messages
+    manifest: int
+    line: int
     text_len: int
     code_len: int
-    text_path: str
-    text_start: int | None
-    codes_path: str
-    codes_start: int | None
-    condition_path: str
-    condition_start: int | None
-    emo_path: str
-    emo_start: int | None
+    parts: tuple[tuple[str, int | None], ...]
 
 
 @dataclass
@@ -604,6 +609,19 @@ class BrokenRow:
     fatal: bool
 
 
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds a dict. Raises: UserError."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: not a YAML file: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path}: no gpt: section. Use IndexTTS2's config.yaml")
+    return content
+
+
 def split_language(manifest: str) -> tuple[str, str | None]:
     """'a.jsonl::am' -> ('a.jsonl', 'am'); only ::lang is a suffix, '@' and '=' belong to the path."""
     path, separator, language = manifest.rpartition("::")
@@ -612,103 +630,209 @@ def split_language(manifest: str) -> tuple[str, str | None]:
     return manifest, None
 
 
-def recorded_sha256(manifest: Path, name: str) -> str:
-    """Of the tokenizer or codec (name) that a manifest was made with: dataset.NAME_sha256 of the config.yaml beside it.
-
-    "" where none is recorded. Raises: UserError.
-    """
-    beside = manifest.with_name("config.yaml")
-    dataset = read_model_yaml(beside).get("dataset") if beside.is_file() else None
-    return str(dataset.get(f"{name}_sha256") or "") if isinstance(dataset, dict) else ""
-
-
-def parse_row(record: Any, place: str, folder: Path) -> Row:
-    """Raises: UserError that names what is missing or wrong in the row."""
+def parse_row(record: Any, manifest: int, line: int, folder: Path) -> Row:
+    """Raises: UserError that names what is missing or wrong in the row, without its place."""
     if not isinstance(record, dict):
-        raise UserError(f"{place}: not a JSON object. Each line is one pair, as tools.build_pairs writes it")
+        raise UserError("not a JSON object. Each line is one pair, as tools.build_pairs writes it")
     emo = "prompt_emo_vec" if record.get("prompt_emo_vec_path") else "target_emo_vec"
-    paths = ("target_text_ids", "target_codes", "prompt_condition", emo)
+    names = ("target_text_ids", "target_codes", "prompt_condition", emo)
     missing = [key for key in ("id", "target_text_len", "target_code_len") if record.get(key) in (None, "")]
-    missing += [f"{name}_path" for name in paths if not isinstance(record.get(f"{name}_path"), str)]
+    missing += [f"{name}_path" for name in names if not isinstance(record.get(f"{name}_path"), str)]
     if missing:
         hint = ("A manifest of single clips? Pair it with tools.build_pairs" if "codes_path" in record else
                 "Build the manifest with tools.build_pairs, or delete the line")
-        raise UserError(f"{place}: missing {', '.join(missing)}. {hint}")
-    numbers = ["target_text_len", "target_code_len"] + [f"{name}_start" for name in paths if f"{name}_start" in record]
+        raise UserError(f"missing {', '.join(missing)}. {hint}")
+    numbers = ["target_text_len", "target_code_len"] + [f"{name}_start" for name in names if f"{name}_start" in record]
     for key in numbers:
         value, lowest = record[key], 1 if key.endswith("_len") else 0
         if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
-            raise UserError(f"{place}: {key} is {value!r}, not a whole number of at least {lowest}")
-    located: list[Any] = []
-    for name in paths:
-        # Interned: a shard's name stands in every row.
-        located += [sys.intern(str(folder / record[f"{name}_path"])), record.get(f"{name}_start")]
-    return Row(str(record["id"]), place, record["target_text_len"], record["target_code_len"], *located)
+            raise UserError(f"{key} is {value!r}, not a whole number of at least {lowest}")
+    # Interned: a shard's name stands in every row.
+    parts = tuple((sys.intern(str(folder / record[f"{name}_path"])), record.get(f"{name}_start")) for name in names)
+    return Row(str(record["id"]), manifest, line, record["target_text_len"], record["target_code_len"], parts)
 
 
-def read_manifest(path: Path, check_stop: Callable[[], None]) -> list[Row]:
-    """Raises: UserError for a missing or empty file, and for a bad line with its number."""
-    rows = []
+def manifest_records(path: Path) -> Iterator[tuple[int, Any]]:
+    """(line number, JSON value) of every line that is not blank. Raises: UserError."""
     try:
-        with path.open(encoding="utf-8") as handle:
+        with path.open(encoding="utf-8-sig") as handle:
             for number, line in enumerate(handle, 1):
-                if number % 1000 == 0:
-                    check_stop()
-                if not line.strip():
-                    continue
-                place = f"{path}:{number}"
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise UserError(f"{place}: broken JSON ({error.msg} at column {error.colno}). "
-                                    "Mend or delete the line") from error
-                rows.append(parse_row(record, place, path.parent))
+                if line.strip():
+                    yield number, json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{number}: broken JSON ({error.msg} at column {error.colno}). Mend or delete the line"
+                        ) from error
+    except RecursionError as error:
+        raise UserError(f"{path}:{number}: JSON nested too deeply. Mend or delete the line") from error
     except OSError as error:
         raise UserError(f"manifest {path}: {error.strerror}. Check --train-manifest and --val-manifest") from error
     except UnicodeDecodeError as error:
         raise UserError(f"manifest {path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+
+
+def read_manifest(path: Path, number: int) -> tuple[list[Row], float | None]:
+    """Returns the rows, and the median of codes a second over prompts that are targets too, where lengths tell it.
+
+    Raises: UserError for a missing or empty file, and for a bad line with its number.
+    """
+    rows, seconds, codes = [], {}, {}
+    for line, record in manifest_records(path):
+        try:
+            rows.append(parse_row(record, number, line, path.parent))
+        except UserError as error:
+            raise UserError(f"{path}:{line}: {error}") from error
+        if isinstance(record.get("prompt_duration"), (int, float)):
+            seconds[record.get("prompt_id")] = record["prompt_duration"]
+        codes[record.get("target_id")] = rows[-1].code_len
     if not rows:
         raise UserError(f"manifest {path}: no rows. Build it with tools.build_pairs")
-    return rows
+    rates = [codes[id] / duration for id, duration in seconds.items() if id in codes and duration > 0]
+    return rows, float(np.median(rates)) if rates else None
+
+
+def read_at(descriptor: int, into: memoryview, offset: int) -> int:
+    """Fills `into` from a place in a file, without the interpreter's lock; returns the bytes read, 0 at the end."""
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, [into], offset)
+    content = os.pread(descriptor, len(into), offset)  # macOS
+    into[: len(content)] = content
+    return len(content)
+
+
+# What codes, conditions and text ids were made with; recorded beside manifests, in checkpoints and in exports.
+MADE_WITH = {"features": "features", "codec_sha256": "codec", "num_codes": "number of codes",
+             "codes_per_second": "codes a second", "tokenizer_sha256": "tokenizer", "text_rules": "text rules"}
+
+
+def recorded_beside(manifest: Path) -> dict[str, Any]:
+    """What a manifest was made with: the dataset: section of the config.yaml beside it. Raises: UserError."""
+    beside = manifest.with_name("config.yaml")
+    dataset = read_yaml(beside).get("dataset") if beside.is_file() else None
+    return {key: dataset[key] for key in MADE_WITH if dataset.get(key)} if isinstance(dataset, dict) else {}
+
+
+def recorded_in(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The same from a checkpoint or an export of ours; nothing for other files."""
+    if isinstance(content.get("made_with"), dict):
+        return dict(content["made_with"])
+    with contextlib.suppress(LookupError, TypeError, AttributeError):  # format 1, or somebody else's
+        recorded = {"codec_sha256": content["manifests"]["train"][0].get("codec_sha256"),
+                    "tokenizer_sha256": content["tokenizer"]["sha256"]}
+        return {key: value for key, value in recorded.items() if value}
+    return {}
+
+
+def check_made_with(records: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
+    """Compares what was recorded wherever two of them meet; records are (what it is, its record).
+
+    Returns: everything that is known. Raises: UserError that names both sides of every contradiction.
+    """
+    known: dict[str, tuple[str, Any]] = {}
+    problems = []
+    for name, record in records:
+        for key, value in record.items():
+            other, first = known.setdefault(key, (name, value))
+            if first != value:
+                problems.append(f"{other} ({MADE_WITH[key]} {str(first)[:12]}) does not match {name}, made with "
+                                f"{str(value)[:12]}")
+    if problems:
+        raise UserError("; ".join(problems) + ". Codes, conditions and text ids belong to the codec, features and "
+                        "tokenizer that they were made with: pass those, or preprocess again")
+    return {key: value for key, (_, value) in known.items()}
+
+
+class ArrayFile:
+    """A .npy file, read piece by piece: a page fault of a mapping on a disk that hangs would hold the interpreter.
+
+    Raises: BadFeatureFile; UserError when this process may not open more files.
+    """
+
+    def __init__(self, path: str):
+        self.path, self.descriptor = path, -1
+        try:
+            self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            with open(self.descriptor, "rb", closefd=False) as handle:
+                version = np.lib.format.read_magic(handle)
+                read_header = {(1, 0): np.lib.format.read_array_header_1_0,
+                               (2, 0): np.lib.format.read_array_header_2_0}[version]
+                self.shape, self.by_columns, self.dtype = read_header(handle)
+                self.offset, size = handle.tell(), os.fstat(self.descriptor).st_size
+            needed = self.offset + math.prod(self.shape) * self.dtype.itemsize
+            if self.dtype.hasobject or not self.shape or size < needed:
+                raise ValueError(f"cut off: {size} bytes of {needed}" if self.shape else "no array of numbers in rows")
+        except MemoryError as error:
+            raise UserError(f"{path}: not enough memory to read it. Close other programs") from error
+        except Exception as error:  # a damaged header: numpy's reader raises whatever its bytes make it meet
+            self.close()
+            if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+                raise UserError(f"{path}: {error.strerror}. Raise the limit: ulimit -n; or merge the shards") from error
+            raise BadFeatureFile(f"{path}: {first_line(error)}") from error
+
+    def close(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Rows start .. start + count - 1, fewer at the end of the array."""
+        if self.by_columns and len(self.shape) > 1:
+            flat = self.read_bytes(0, math.prod(self.shape))
+            return flat.reshape(self.shape[::-1]).T[start : start + count]
+        width, count = math.prod(self.shape[1:]), max(0, min(count, self.shape[0] - start))
+        return self.read_bytes(start * width, count * width).reshape(count, *self.shape[1:])
+
+    def read_bytes(self, first: int, count: int) -> np.ndarray:
+        content = bytearray(count * self.dtype.itemsize)
+        at, rest = self.offset + first * self.dtype.itemsize, memoryview(content)
+        try:
+            while rest:
+                done = read_at(self.descriptor, rest, at)
+                if not done:
+                    raise BadFeatureFile(f"{self.path}: cut off while it was read")
+                at, rest = at + done, rest[done:]
+        except OSError as error:
+            raise BadFeatureFile(f"{self.path}: {error.strerror}") from error
+        return np.frombuffer(content, self.dtype)
 
 
 def value_out_of_range(kind: str, value: int, limit: int) -> str:
-    if kind == "text":
+    if kind == "text_ids":
         return (f"text id {value} is outside 0..{limit - 1}. The manifest was made with another tokenizer: pass that "
                 "one as --tokenizer, or preprocess again")
     return f"code {value} is outside 0..{limit - 1}. The config's number_mel_codes is not that of the codec"
 
 
-class ManifestDataset(Dataset):
-    """Rows of one or more manifests; item i is a Sample, or a BrokenRow."""
+class ManifestDataset:
+    """Rows of one or more manifests; item i is a Sample, or a BrokenRow. May be read by several threads.
 
-    def __init__(self, manifests: Sequence[str], model: ModelConfig, check_stop: Callable[[], None]):
+    Raises: UserError for bad manifests, and for files of which many rows would miss something.
+    """
+
+    def __init__(self, manifests: Sequence[str], model: ModelConfig):
         self.model = model
         self.rows: list[Row] = []
         self.manifests: list[dict[str, Any]] = []
-        self.arrays: dict[str, np.ndarray] = {}
-        for manifest in manifests:
+        self.rates: list[float | None] = []
+        self.highest_code, self.codes_seen = 0, 0  # of the arrays that were read at the start
+        self.shards: dict[str, ArrayFile] = {}
+        for number, manifest in enumerate(manifests):
             path, language = split_language(manifest)
-            rows = read_manifest(Path(path), check_stop)
+            rows, rate = read_manifest(Path(path), number)
             self.rows += rows
+            self.rates.append(rate)
             self.manifests.append({"path": path, "language": language, "rows": len(rows),
-                                   "codec_sha256": recorded_sha256(Path(path), "codec")})
+                                   "made_with": recorded_beside(Path(path))})
+        self.bad_rows: dict[int, str] = {}  # skipped so far, and why
+        self.unreported: dict[int, str] = {}  # met by this process, not yet known to the others
         self.check_lengths()
         self.check_shards()
-        self.bad_rows: dict[int, str] = {}  # skipped so far, and why
-        self.bad_rows_at_start: dict[int, str] = {}
-        self.unreported: dict[int, str] = {}  # met by this process, not yet known to the others
-        with_own_files = [i for i, row in enumerate(self.rows) if row.codes_start is None or row.text_start is None]
-        for i in with_own_files[:CHECKED_ROWS]:
-            check_stop()
-            broken = self[i]
-            if isinstance(broken, BrokenRow):
-                if broken.fatal:
-                    raise UserError(broken.reason)
-                self.bad_rows_at_start[i] = broken.reason
+        self.check_first_files()
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def place(self, row: Row) -> str:
+        return f"{self.manifests[row.manifest]['path']}:{row.line}"
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -718,107 +842,136 @@ class ManifestDataset(Dataset):
             digest.update(json.dumps([row.id, row.text_len, row.code_len]).encode())
         return digest.hexdigest()
 
+    def expected(self, row: Row, kind: str) -> tuple[int, tuple[int, ...]]:
+        """Rows of the array that an utterance has, and the shape of each."""
+        counts = {"text_ids": row.text_len, "codes": row.code_len, "condition": CONDITION_ROWS, "emo_vec": 1}
+        return counts[kind], () if kind in ("text_ids", "codes") else (self.model.model_dim,)
+
     def check_lengths(self) -> None:
         longest_text, longest_codes = self.model.max_text_tokens, self.model.max_code_len
         long = [row for row in self.rows if row.text_len > longest_text or row.code_len > longest_codes]
         if long:
             row = long[0]
-            raise UserError(f"{row.place}: {row.text_len} text tokens and {row.code_len} codes; the model takes at "
-                            f"most {longest_text} and {longest_codes}. {len(long)} of {len(self.rows)} rows are too "
+            raise UserError(f"{self.place(row)}: {row.text_len} text tokens and {row.code_len} codes; the model takes "
+                            f"at most {longest_text} and {longest_codes}. {len(long)} of {len(self.rows)} rows are too "
                             "long: leave them out (tools.build_pairs has length limits)")
 
     def check_shards(self) -> None:
-        """Bounds and value range of every shard array, at once. Raises: UserError that names the row."""
-        limits = {"text": self.model.number_text_tokens, "codes": self.model.code_count}
-        for kind, limit in limits.items():
-            by_file: dict[str, list[Row]] = {}
+        """Opens every shard: one that is missing, or too short, or holds a wrong number, is an error at once."""
+        for at, kind in enumerate(KINDS):
+            rows_of: dict[str, list[Row]] = {}
             for row in self.rows:
-                if getattr(row, f"{kind}_start") is not None:
-                    by_file.setdefault(getattr(row, f"{kind}_path"), []).append(row)
-            for path, rows in by_file.items():
-                self.check_shard(path, rows, kind, limit)
+                path, start = row.parts[at]
+                if start is not None:
+                    rows_of.setdefault(path, []).append(row)
+            for path, rows in rows_of.items():
+                try:
+                    self.shards[path] = self.shards.get(path) or ArrayFile(path)
+                    self.check_shard(self.shards[path], rows, kind, at)
+                except BadFeatureFile as error:
+                    raise UserError(f"{self.place(rows[0])}: {kind} of {len(rows)} of {len(self)} rows cannot be read: "
+                                    f"{error}. Bring the file back, or preprocess again") from error
 
-    def check_shard(self, path: str, rows: list[Row], kind: str, limit: int) -> None:
-        if not Path(path).is_file():
-            return  # a bad feature file, counted when its rows are read
-        try:
-            array = self.open_array(path, shard=True)
-        except BadFeatureFile:
-            return  # likewise
-        starts = np.array([row.text_start if kind == "text" else row.codes_start for row in rows])
-        ends = starts + [row.text_len if kind == "text" else row.code_len for row in rows]
-        outside = np.flatnonzero(ends > len(array))
+    def check_shard(self, file: ArrayFile, rows: list[Row], kind: str, at: int) -> None:
+        self.check_type(file, rows[0], kind)
+        starts = np.array([row.parts[at][1] for row in rows])
+        ends = starts + [self.expected(row, kind)[0] for row in rows]
+        outside = np.flatnonzero(ends > file.shape[0])
         if len(outside):
             i = int(outside[0])
-            raise UserError(f"{rows[i].place}: {kind} {starts[i]} to {ends[i]} lie beyond the end of {path} "
-                            f"({len(array)} values). Manifest and arrays are not of one run of tools.preprocess")
-        wrong = np.flatnonzero((np.asarray(array) < 0) | (np.asarray(array) >= limit))
-        for at in wrong:
-            hit = np.flatnonzero((starts <= at) & (at < ends))
-            if len(hit):
-                place = rows[int(hit[0])].place
-                raise UserError(f"{place}: {value_out_of_range(kind, int(array[at]), limit)} ({path})")
+            raise UserError(f"{self.place(rows[i])}: {kind} {starts[i]} to {ends[i]} lie beyond the end of {file.path} "
+                            f"({file.shape[0]} values). Manifest and arrays are not of one run of tools.preprocess")
+        if kind not in ("text_ids", "codes"):
+            return
+        limit, piece = self.limit(kind), 2**22
+        for first in range(0, file.shape[0], piece):
+            values = file.read(first, piece)
+            self.note_codes(kind, values)
+            for wrong in np.flatnonzero((values < 0) | (values >= limit)):
+                hit = np.flatnonzero((starts <= first + wrong) & (first + wrong < ends))
+                if len(hit):
+                    raise UserError(f"{self.place(rows[int(hit[0])])}: "
+                                    f"{value_out_of_range(kind, int(values[wrong]), limit)} ({file.path})")
 
-    def open_array(self, path: str, shard: bool) -> np.ndarray:
-        """Raises: BadFeatureFile."""
-        if path in self.arrays:
-            return self.arrays[path]
+    def limit(self, kind: str) -> int:
+        return self.model.number_text_tokens if kind == "text_ids" else self.model.code_count
+
+    def note_codes(self, kind: str, values: np.ndarray) -> None:
+        if kind == "codes" and len(values):
+            self.highest_code = max(self.highest_code, int(values.max()))
+            self.codes_seen += len(values)
+
+    def check_first_files(self) -> None:
+        """Reads the first rows that have files of their own, before anything depends on them."""
+        own = [i for i, row in enumerate(self.rows) if any(start is None for _, start in row.parts)]
+        for i in own[:CHECKED_ROWS]:
+            sample = self[i]
+            if isinstance(sample, Sample):
+                self.note_codes("codes", sample.codes)
+            elif sample.fatal:
+                raise UserError(sample.reason)
+            else:
+                self.unreported[i] = sample.reason
+
+    def check_type(self, file: ArrayFile, row: Row, kind: str) -> None:
+        """Raises: UserError for an array that no utterance can be read from."""
+        shape = self.expected(row, kind)[1]
+        if not shape and (file.dtype.kind not in "iu" or len(file.shape) != 1):
+            raise UserError(f"{self.place(row)}: {file.path} is {file.dtype} {list(file.shape)}, not a row of whole "
+                            "numbers")
+        if shape and (file.dtype.kind != "f" or file.shape[-1:] != shape):
+            of = "" if file.dtype.kind == "f" else f" of {file.dtype}"
+            raise UserError(f"{self.place(row)}: {file.path} holds {list(file.shape)}{of}, the model needs "
+                            f"{[CONDITION_ROWS, *shape] if kind == 'condition' else list(shape)}. Use the config the "
+                            "features were made for")
+
+    def read_part(self, row: Row, kind: str) -> np.ndarray:
+        """One utterance's values of a kind. Raises: BadFeatureFile; UserError where they contradict the manifest."""
+        path, start = row.parts[KINDS.index(kind)]
+        count, shape = self.expected(row, kind)
+        file = self.shards[path] if start is not None else ArrayFile(path)
         try:
-            array = np.load(path, mmap_mode="r" if shard else None, allow_pickle=False)
-        except (OSError, MemoryError, *DAMAGED_FILE) as error:
-            raise BadFeatureFile(f"{path}: {first_line(error)}") from error
-        if not isinstance(array, np.ndarray):
-            raise BadFeatureFile(f"{path}: not a .npy array")
-        if shard:
-            self.arrays[path] = array
-        return array
-
-    def read_ids(self, row: Row, kind: str, path: str, start: int | None, length: int, limit: int) -> np.ndarray:
-        array = self.open_array(path, shard=start is not None)
-        if array.ndim != 1 or array.dtype.kind not in "iu":
-            raise UserError(f"{row.place}: {path} is {array.dtype} {list(array.shape)}, not a row of whole numbers")
-        values = array[start or 0 : (start or 0) + length].astype(np.int64)
-        if len(values) != length or (start is None and len(array) != length):
-            raise UserError(f"{row.place}: the manifest says {length} {kind}, {path} has {len(array)}. "
-                            "Preprocess the recording again")
-        if values.min() < 0 or values.max() >= limit:
+            self.check_type(file, row, kind)
+            values = file.read(start or 0, count if start is not None else file.shape[0])
+        finally:
+            if start is None:
+                file.close()
+        if not shape:
+            if len(values) != count:
+                raise UserError(f"{self.place(row)}: the manifest says {count} {kind}, {path} has {len(values)}. "
+                                "Preprocess the recording again")
+            values = values.astype(np.int64)
             worst = int(values.min() if values.min() < 0 else values.max())
-            raise UserError(f"{row.place}: {value_out_of_range(kind, worst, limit)} ({path})")
-        return values
-
-    def read_vectors(self, row: Row, path: str, start: int | None, shape: tuple[int, ...]) -> np.ndarray:
-        array = self.open_array(path, shard=start is not None)
-        if start is not None:
-            array = array[start : start + (shape[0] if len(shape) == 2 else 1)]
-        values = np.array(array, dtype=np.float32)
-        if len(shape) == 1:
-            values = values.reshape(-1)
-        if values.shape != shape:
-            raise UserError(f"{row.place}: {path} holds {list(values.shape)}, the model needs {list(shape)}. "
+            if not 0 <= worst < self.limit(kind):
+                raise UserError(f"{self.place(row)}: {value_out_of_range(kind, worst, self.limit(kind))} ({path})")
+            return values
+        wanted = (count, *shape) if kind == "condition" else shape
+        if values.size != math.prod(wanted):
+            raise UserError(f"{self.place(row)}: {path} holds {list(values.shape)}, the model needs {list(wanted)}. "
                             "Use the config the features were made for")
+        values = values.astype(np.float32).reshape(wanted)
         if not np.isfinite(values).all():
             raise BadFeatureFile(f"{path}: not finite")
         return values
 
     def __getitem__(self, index: int) -> Sample | BrokenRow:
-        row, model = self.rows[index], self.model
+        row = self.rows[index]
         try:
-            return Sample(
-                self.read_ids(row, "text", row.text_path, row.text_start, row.text_len, model.number_text_tokens),
-                self.read_ids(row, "codes", row.codes_path, row.codes_start, row.code_len, model.code_count),
-                self.read_vectors(row, row.condition_path, row.condition_start, (CONDITION_ROWS, model.model_dim)),
-                self.read_vectors(row, row.emo_path, row.emo_start, (model.model_dim,)),
-                index)
-        except (BadFeatureFile, UserError) as error:  # returned: an exception from a worker would lose its shape
+            if index in self.bad_rows:
+                raise BadFeatureFile(self.bad_rows[index])
+            text_ids, codes, condition, emo_vec = (self.read_part(row, kind) for kind in KINDS)
+            return Sample(text_ids, codes, condition, emo_vec, index)
+        except (BadFeatureFile, UserError) as error:  # returned: the other rows of the batch are good
             return BrokenRow(index, str(error), fatal=isinstance(error, UserError))
 
-    def note_bad_rows(self, found: dict[int, str]) -> list[str]:
-        """Remembers skipped rows; returns one line for each new one. Raises: UserError above MAX_BAD_FRACTION."""
+    def note_bad_rows(self, found: Mapping[int, str]) -> list[str]:
+        """Remembers rows to leave out; returns one line for each new one. Raises: UserError above MAX_BAD_FRACTION."""
         new = {i: reason for i, reason in found.items() if i not in self.bad_rows}
         self.bad_rows.update(new)
-        lines = [f"{self.rows[i].place}: skipped, feature file {reason}" for i, reason in new.items()]
+        lines = [f"{self.place(self.rows[i])}: skipped, feature file {reason}" for i, reason in new.items()]
         if len(self.bad_rows) > MAX_BAD_FRACTION * len(self):
-            shown = "\n".join(f"  {self.rows[i].place}: {reason}" for i, reason in list(self.bad_rows.items())[:5])
+            first = list(self.bad_rows.items())[:5]
+            shown = "\n".join(f"  {self.place(self.rows[i])}: {reason}" for i, reason in first)
             raise UserError(f"{len(self.bad_rows)} of {len(self)} rows have missing or damaged feature files, more "
                             f"than {MAX_BAD_FRACTION:.0%}. Preprocess them again or drop the rows. The first:\n{shown}")
         return lines
@@ -879,13 +1032,15 @@ def collate_packed(samples: Sequence[Sample | BrokenRow], model: ModelConfig) ->
         parts["mel_targets"].append(mel[1:])
         text_at, mel_at, flat = text_at + t + 2, mel_at + c + 2, mel_row + c + 2
     lengths = [LEADING_ROWS + len(s.text_ids) + 2 + len(s.codes) + 2 for s in good]
+    text_counts, mel_counts = [len(s.text_ids) + 1 for s in good], [len(s.codes) + 1 for s in good]
     groups, ungroup = group_rows(lengths)
     condition = np.array([s.condition for s in good], dtype=np.float32).reshape(-1, CONDITION_ROWS, model.model_dim)
     emo_vec = np.array([s.emo_vec for s in good], dtype=np.float32).reshape(-1, model.model_dim)
     return PackedBatch(
         rows=[s.row for s in good], bad_rows={b.row: b.reason for b in broken if not b.fatal},
         error=next((b.reason for b in broken if b.fatal), ""), lengths=lengths,
-        text_counts=[len(s.text_ids) + 1 for s in good], mel_counts=[len(s.codes) + 1 for s in good],
+        text_counts=text_counts, mel_counts=mel_counts,
+        text_bounds=torch.tensor([0, *np.cumsum(text_counts)]), mel_bounds=torch.tensor([0, *np.cumsum(mel_counts)]),
         condition=torch.from_numpy(condition), emo_vec=torch.from_numpy(emo_vec),
         cu_seqlens=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32), groups=groups, ungroup=ungroup,
         **{name: torch.from_numpy(np.concatenate(arrays)) for name, arrays in parts.items()})
@@ -907,19 +1062,21 @@ def epoch_sample_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(num_samples)
 
 
-def step_sample_indices(order: np.ndarray, sample_in_epoch: int, global_batch: int) -> np.ndarray:
-    """The samples of one step: the next global_batch of the epoch, or what is left of it."""
-    return order[sample_in_epoch : sample_in_epoch + global_batch]
-
-
 def rank_slice(indices: np.ndarray, rank: int, world_size: int) -> np.ndarray:
     """One process's contiguous part of a step's samples; the parts differ by at most one sample, and may be empty."""
     return np.array_split(indices, world_size)[rank]
 
 
-def split_micro_batches(indices: np.ndarray, batch_size: int) -> list[np.ndarray]:
-    """A step's samples as micro-batches of at most batch_size."""
-    return [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
+def split_micro_batches(indices: np.ndarray, batch_size: int) -> list[list[int]]:
+    """Samples as micro-batches of at most batch_size."""
+    return [indices[i : i + batch_size].tolist() for i in range(0, len(indices), batch_size)]
+
+
+def evenly_spread(num_samples: int, count: int) -> np.ndarray:
+    """`count` of the samples 0 .. num_samples - 1, ascending and evenly spread; all of them for 0 or for too many."""
+    if not count or count >= num_samples:
+        return np.arange(num_samples)
+    return np.arange(count) * num_samples // count
 
 
 def dropout_seed(seed: int, step: int, micro_step: int, rank: int = 0) -> int:
@@ -947,36 +1104,55 @@ class Position:
         return Position(self.epoch, consumed, self.step + 1)
 
 
-def remaining_steps(position: Position, num_samples: int, global_batch: int, epochs: int) -> int:
-    """Steps until the end of the last epoch."""
-    if position.epoch >= epochs:
-        return 0
-    return (math.ceil((num_samples - position.sample_in_epoch) / global_batch)
-            + (epochs - position.epoch - 1) * math.ceil(num_samples / global_batch))
+def last_step(position: Position, num_samples: int, config: TrainConfig) -> int:
+    """The number of the step with which the last epoch ends."""
+    if position.epoch >= config.epochs:
+        return position.step
+    return (position.step + math.ceil((num_samples - position.sample_in_epoch) / config.global_batch)
+            + (config.epochs - position.epoch - 1) * math.ceil(num_samples / config.global_batch))
 
 
-def step_micro_batches(order: np.ndarray, position: Position, config: TrainConfig, rank: int = 0) -> list[np.ndarray]:
-    """The micro-batches that one process runs in the step after `position`; none where samples are too few."""
-    indices = step_sample_indices(order, position.sample_in_epoch, config.global_batch)
-    return split_micro_batches(rank_slice(indices, rank, config.world_size), config.batch_size)
+def end_of_run(position: Position, num_samples: int, config: TrainConfig) -> int:
+    """The step at which the run ends: --max-steps, or the last epoch's end, whichever comes first."""
+    to_the_end = last_step(position, num_samples, config)
+    return min(config.max_steps, to_the_end) if config.max_steps else to_the_end
 
 
-def micro_batches_from(position: Position, num_samples: int, config: TrainConfig, rank: int = 0
-                       ) -> Iterator[list[int]]:
-    """Sample indices of every micro-batch of one process from a position to the end of the last epoch."""
+def steps_from(position: Position, num_samples: int, config: TrainConfig, rank: int = 0) -> Iterator[list[list[int]]]:
+    """Every step from a position to the end of the last epoch: one process's micro-batches, as sample indices.
+
+    A step takes the next global_batch samples of the epoch, or what is left of it; a process may get none of them.
+    """
     while position.epoch < config.epochs:
         order = epoch_sample_order(num_samples, config.seed, position.epoch)
         epoch = position.epoch
         while position.epoch == epoch:
-            for micro_batch in step_micro_batches(order, position, config, rank):
-                yield micro_batch.tolist()
+            samples = order[position.sample_in_epoch : position.sample_in_epoch + config.global_batch]
+            yield split_micro_batches(rank_slice(samples, rank, config.world_size), config.batch_size)
             position = position.after_step(num_samples, config.global_batch)
 
 
-def count_micro_steps(position: Position, num_samples: int, config: TrainConfig, rank: int = 0) -> int:
-    """How many micro-batches one process runs in the step after `position`."""
-    samples = np.arange(min(config.global_batch, num_samples - position.sample_in_epoch))
-    return len(split_micro_batches(rank_slice(samples, rank, config.world_size), config.batch_size))
+class ReadAhead:
+    """Steps of micro-batches, read in their order by threads while earlier steps are trained."""
+
+    def __init__(self, steps: Iterator[list[list[int]]], read: Callable[[list[int]], PackedBatch], threads: int):
+        self.steps, self.read, self.threads = steps, read, threads
+        self.pool = ThreadPoolExecutor(threads, "reader")
+        self.pending: deque[list[Future[PackedBatch]]] = deque()
+
+    def next_step(self) -> list[Future[PackedBatch]]:
+        """The micro-batches of the next step; at least the step after it, and one micro-batch a thread, are on their
+        way. Raises: IndexError after the last one."""
+        while len(self.pending) < 2 or (sum(map(len, self.pending)) < self.threads > len(self.pending)):
+            step = next(self.steps, None)
+            if step is None:
+                break
+            self.pending.append([self.pool.submit(self.read, samples) for samples in step])
+        return self.pending.popleft()
+
+    def close(self) -> None:
+        """Does not wait: a read may never return."""
+        self.pool.shutdown(wait=False, cancel_futures=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -992,7 +1168,7 @@ class Stopped(Exception):
 
 
 class StopSignal:
-    """SIGINT, SIGTERM and SIGHUP set a flag that check() turns into Stopped; a second SIGINT leaves at once."""
+    """Stop signals set a flag that check() turns into Stopped; a second SIGINT leaves at once."""
 
     def __init__(self) -> None:
         self.signum: int | None = None
@@ -1012,98 +1188,6 @@ class StopSignal:
     def check(self) -> None:
         if self.signum:
             raise Stopped(self.signum)
-
-
-def die_with_parent(signum: signal.Signals) -> None:
-    if platform.system() == "Linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(signum))
-
-
-def start_worker(worker: int, trainer_pid: int) -> None:
-    """Data workers: Ctrl+C reaches the whole process group, and only the trainer decides what it means.
-
-    They die with the trainer. PyTorch's watchdog alone is not enough: it takes the parent that it finds for the
-    trainer, and that is process 1 when the trainer was killed while its worker started.
-    """
-    for signum in STOP_SIGNALS:
-        signal.signal(signum, signal.SIG_IGN)
-    die_with_parent(signal.SIGKILL)
-    if multiprocessing.get_start_method() == "fork" and os.getppid() != trainer_pid:
-        os._exit(1)
-
-
-@dataclass(frozen=True)
-class World:
-    """The processes that train one model together, as torchrun tells; one alone has no process group."""
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-    local_size: int = 1
-
-    def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, on every rank."""
-        values = [value] * self.size
-        if self.size > 1:
-            dist.all_gather_object(values, value)
-        return values
-
-    def from_rank_0(self, value: Any) -> Any:
-        values = [value]
-        if self.size > 1:
-            dist.broadcast_object_list(values)
-        return values[0]
-
-    def add_up(self, tensor: Tensor) -> Tensor:
-        """Sums a tensor over the ranks, in place."""
-        if self.size > 1:
-            dist.all_reduce(tensor)
-        return tensor
-
-
-def world_from(environ: Mapping[str, str]) -> World:
-    """Reads torchrun's variables."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    if not all(name in environ for name in names) or environ["WORLD_SIZE"] == "1":
-        return World()
-    rank, size, local_rank, local_size = (int(environ[name]) for name in names)
-    return World(rank, size, local_rank, local_size)
-
-
-@contextlib.contextmanager
-def process_group(world: World) -> Iterator[None]:
-    """gloo for what lives on the CPU (stop flags, token counts), NCCL for gradients on GPUs."""
-    if world.size == 1:
-        yield
-        return
-    die_with_parent(signal.SIGTERM)  # a torchrun that is killed at once would leave its ranks behind, with the lock
-    if torch.cuda.is_available():
-        if world.local_rank >= torch.cuda.device_count():
-            raise UserError(f"torchrun started {world.local_size} processes, this machine has "
-                            f"{torch.cuda.device_count()} GPUs. Start one process per GPU")
-        torch.cuda.set_device(world.local_rank)
-        dist.init_process_group("cpu:gloo,cuda:nccl")
-    else:
-        dist.init_process_group("gloo")
-    yield
-    dist.destroy_process_group()  # after a fault the others may be gone: nothing to say good-bye to
-
-
-@contextlib.contextmanager
-def same_on_all_ranks(world: World) -> Iterator[None]:
-    """For faults that every rank finds at the same point: rank 0 says them, once."""
-    try:
-        yield
-    except UserError as error:
-        if world.rank > 0:
-            raise SaidByRank0 from error
-        raise
-
-
-def is_lost_contact(error: BaseException) -> bool:
-    """Whether another rank went away, as gloo (a plain RuntimeError) and NCCL report it."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
 
 
 class Console:
@@ -1146,6 +1230,172 @@ class Console:
             self.write("\n")
 
 
+@dataclass(frozen=True)
+class World:
+    """The processes that train one model together, as torchrun tells; one alone has no process group."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, on every rank."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def from_rank_0(self, value: Any) -> Any:
+        values = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
+
+    def add_up(self, tensor: Tensor) -> Tensor:
+        """Sums a tensor over the ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+
+def world_from(environ: Mapping[str, str]) -> World:
+    """Reads torchrun's variables. Raises: UserError where only some of them are there, or they are no numbers."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    if environ.get("WORLD_SIZE", "1") == "1" or not any(name in environ for name in ("RANK", "LOCAL_RANK")):
+        return World()  # a container or a scheduler may set WORLD_SIZE alone
+    try:
+        rank, size, local_rank, local_size = (int(environ[name]) for name in names)
+    except (KeyError, ValueError) as error:
+        raise UserError(f"torchrun's variables {', '.join(names)} are incomplete or no numbers "
+                        f"({first_line(error)}). Start several processes with torchrun, or unset them") from error
+    return World(rank, size, local_rank, local_size)
+
+
+def no_event(name: str, *details: Any) -> None:
+    """Events are for tests: main(on_event=...) is called at the moments that Process.event names."""
+
+
+@dataclass
+class Process:
+    """This operating-system process: what stops it, where it prints, its place among the ranks.
+
+    event(name, ...) is called with: ("step", run, batches) before a step's first forward pass, ("micro_step", run,
+    batch) before each of them, ("step_done", run) before anything is logged, ("validation_batch", run, batch),
+    ("logged", run) after a [Train] line, ("save", run) once a save is on its way.
+    """
+
+    stop: StopSignal
+    console: Console
+    world: World = World()
+    event: Callable[..., None] = no_event
+    run: Run | None = None  # once it is prepared
+
+    def say(self, line: str) -> None:
+        self.console.say(line)
+
+    def check_stop(self) -> None:
+        """Between points that all ranks pass only a lone process may stop: the others would wait for it for ever."""
+        if self.world.size == 1:
+            self.stop.check()
+
+    def wait_for(self, future: Future[Any]) -> Any:
+        """The result of what a thread does, looking at stop signals ten times a second. Raises: Stopped."""
+        while True:
+            self.check_stop()
+            try:
+                return future.result(timeout=0.1)
+            except TimeoutError:
+                if future.done():
+                    raise
+
+    def in_thread(self, work: Callable[[], Any]) -> Any:
+        """Does something in a thread that may hang on a disk; a stop is noticed meanwhile. Raises: Stopped."""
+        pool = ThreadPoolExecutor(1, "preparation")
+        try:
+            return self.wait_for(pool.submit(work))
+        finally:
+            pool.shutdown(wait=False)
+
+    def agree(self, *numbers: int, error: UserError | None = None) -> list[int]:
+        """Sums numbers over the ranks; the place where all ranks stop, or fail, alike.
+
+        Raises: Stopped once any rank got a signal; once any has an error UserError on rank 0, SaidByRank0 elsewhere.
+        """
+        if self.world.size == 1:
+            self.stop.check()
+            if error:
+                raise error
+            return list(numbers)
+        flags = [int(self.stop.signum == signum) for signum in STOP_SIGNALS]
+        sums = self.world.add_up(torch.tensor([int(error is not None), *flags, *numbers])).tolist()
+        if sums[0]:
+            errors = self.world.gather(str(error) if error else None)
+            if self.world.rank > 0:
+                raise SaidByRank0
+            rank = next(rank for rank, message in enumerate(errors) if message)
+            raise error or UserError(f"on rank {rank}: {errors[rank]}")
+        for signum, count in zip(STOP_SIGNALS, sums[1:], strict=False):
+            if count:
+                raise Stopped(signum)
+        return sums[1 + len(flags) :]
+
+    @contextlib.contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """Where an error of one rank, or the same of all, ends all ranks; rank 0 says it, once."""
+        try:
+            yield
+        except UserError as error:
+            self.agree(error=error)
+        else:
+            self.agree()
+
+
+def is_lost_contact(error: BaseException) -> bool:
+    """Whether another rank went away, as gloo (a plain RuntimeError) and NCCL report it."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
+
+
+@contextlib.contextmanager
+def process_group(world: World) -> Iterator[None]:
+    """gloo for what lives on the CPU (stop flags, token counts), NCCL for gradients on GPUs."""
+    if world.size == 1:
+        yield
+        return
+    if platform.system() == "Linux":  # a torchrun that is killed at once would leave its ranks behind, with the lock
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(signal.SIGTERM))
+    if torch.cuda.is_available():
+        if world.local_rank >= torch.cuda.device_count():
+            raise UserError(f"torchrun started {world.local_size} processes, this machine has "
+                            f"{torch.cuda.device_count()} GPUs. Start one process per GPU")
+        torch.cuda.set_device(world.local_rank)
+        dist.init_process_group("cpu:gloo,cuda:nccl")
+    else:
+        dist.init_process_group("gloo")
+    yield
+    dist.destroy_process_group()  # after a fault the others may be gone: nothing to say good-bye to
+
+
+def flush_to_disk(descriptor: int) -> bool:
+    """Waits until a file, or a directory's names, are on the disk; False where the file system has no such thing."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NOT_OFFERED:
+            raise
+        return False
+    return True
+
+
+def flush_directory(directory: Path) -> bool:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        return flush_to_disk(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary name beside `path`; it takes its place when the block ends well, and is gone otherwise."""
@@ -1159,41 +1409,92 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def writable(output_dir: Path) -> Iterator[None]:
+def writing_to(output_dir: Path) -> Iterator[None]:
     """Raises: UserError for an output directory that cannot be made or written to."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"--output-dir {output_dir}: {error.strerror}. Choose a directory you can write to") from error
+        remedy = "Free some disk space and start again" if error.errno in FULL_DISK else "Choose a directory you can "\
+            "write to"
+        raise UserError(f"--output-dir {output_dir}: {error.strerror}. {remedy}") from error
 
 
 @contextlib.contextmanager
-def lock_output_dir(output_dir: Path) -> Iterator[None]:
+def lock_output_dir(output_dir: Path, say: Callable[[str], None] = print) -> Iterator[None]:
     """One trainer per output directory. Raises: UserError that names the holder.
 
-    A POSIX record lock: children do not inherit it, so data workers of a killed run never hold it.
+    A POSIX record lock: children do not inherit it, so what a killed run left behind never holds it.
     """
-    with writable(output_dir):
+    with writing_to(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
         handle = (output_dir / ".lock").open("a+")
     with handle:
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            handle.seek(0)
-            holder = handle.read().strip() or "another process"
-            raise UserError(f"--output-dir {output_dir} is in use by {holder}. Stop that run, or choose another "
-                            "directory") from error
-        handle.truncate(0)
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                say(f"[Warn] --output-dir {output_dir} cannot be locked here ({error.strerror}): take care that only "
+                    "one trainer works in it")
+            else:
+                handle.seek(0)
+                holder = handle.read().strip() or "another process"
+                raise UserError(f"--output-dir {output_dir} is in use by {holder}. Stop that run, or choose another "
+                                "directory") from error
         holder = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
-        try:
+        with writing_to(output_dir):
+            handle.truncate(0)
             os.write(handle.fileno(), holder.encode())
-        except OSError as error:
-            raise UserError(f"--output-dir {output_dir}: {error.strerror}. Free some disk space and "
-                            "start again") from error
         for leftover in output_dir.glob(".*.pth.partial"):  # only a killed save leaves them
             leftover.unlink()
         yield
+
+
+def record_exit(path: Path, reason: str, status: int, process: Process) -> None:
+    """Of several ranks the first one to fail knows why; the others only lose contact with it."""
+    step = process.run.state.position.step if process.run else None
+    if path.exists() or (process.world.rank > 0 and reason not in ("user_error", "crash")):
+        return
+    with contextlib.suppress(OSError), replacing(path) as partial:  # a full disk must not hide why the run ended
+        partial.write_text(json.dumps({"reason": reason, "status": status, "step": step}) + "\n")
+
+
+@contextlib.contextmanager
+def exit_recorded(output_dir: Path, process: Process) -> Iterator[None]:
+    """OUTPUT_DIR/last_exit.json: how this process ended; its absence means that it was killed.
+
+    Raises: UserError, Stopped, SaidByRank0, or whatever a bug raises.
+    """
+    path, rank = output_dir / "last_exit.json", process.world.rank
+    if rank == 0:
+        with writing_to(output_dir):
+            path.unlink(missing_ok=True)
+    try:
+        yield
+        record_exit(path, "finished", 0, process)
+    except Stopped as stopped:
+        record_exit(path, "stopped", 128 + stopped.signum, process)
+        raise
+    except SaidByRank0:
+        raise
+    except UserError:
+        record_exit(path, "user_error", 1, process)
+        raise
+    except BaseException as error:
+        if is_lost_contact(error):
+            if process.stop.signum:  # the others stopped first
+                record_exit(path, "stopped", 128 + process.stop.signum, process)
+                raise Stopped(process.stop.signum) from error
+            if rank > 0:
+                raise SaidByRank0 from error
+            record_exit(path, "crash", 1, process)
+            raise UserError(f"another process of this run is gone ({first_line(error)}). The same command with "
+                            "--resume auto goes on from the newest checkpoint") from error
+        if isinstance(error, OSError) and error.errno in FULL_DISK:
+            record_exit(path, "user_error", 1, process)
+            raise UserError(f"--output-dir {output_dir}: {error.strerror}. Free some disk space and start again"
+                            ) from error
+        record_exit(path, "crash", 1, process)
+        raise
 
 
 def ignore_os_errors(failure: threading.ExceptHookArgs) -> None:
@@ -1223,9 +1524,11 @@ class MetricsLog:
         threading.excepthook = ignore_os_errors
         self.tensorboard = SummaryWriter(str(self.directory), purge_step=first_step)
 
-    def write(self, kind: str, position: Position, values: dict[str, float]) -> None:
-        """kind is "train", "val" or "save"; the line is on its way to the disk when this returns."""
-        line = {"kind": kind, "epoch": position.last_epoch, "step": position.step, **values}
+    def write(self, kind: str, position: Position, values: Mapping[str, float], manifest: str = "") -> None:
+        """kind is "train", "val", "val_part" (of one manifest) or "save"; the line is on its way to the disk when this
+        returns."""
+        line = {"kind": kind, "epoch": position.last_epoch, "step": position.step,
+                **({"manifest": manifest} if manifest else {}), **values}
         with self.lock:
             self.unwritten += json.dumps(line).encode() + b"\n"
         with contextlib.suppress(OSError):  # a full disk; flush() will try again, and report it
@@ -1234,7 +1537,7 @@ class MetricsLog:
             if self.tensorboard is None:
                 self.open_tensorboard(position.step)
             for name, value in values.items():
-                self.tensorboard.add_scalar(f"{kind}/{name}", value, position.step)
+                self.tensorboard.add_scalar("/".join(filter(None, (kind, manifest, name))), value, position.step)
         except OSError:
             self.tensorboard = None
 
@@ -1246,7 +1549,7 @@ class MetricsLog:
     def flush(self) -> None:
         """Everything so far is on the disk when this returns. Raises: OSError."""
         self.write_lines()
-        os.fsync(self.file.fileno())
+        flush_to_disk(self.file.fileno())
         tensorboard = self.tensorboard
         if tensorboard is not None:
             tensorboard.flush()
@@ -1259,7 +1562,7 @@ class MetricsLog:
             self.tensorboard.close()
 
 
-def cut_metrics(path: Path, last_step: int, validation_owed: bool) -> list[str]:
+def cut_metrics(path: Path, last_step: int, validates_again: bool) -> list[str]:
     """Drops lines that a resumed run will write again, and a torn last line. Returns what was dropped."""
     if not path.exists():
         return []
@@ -1267,11 +1570,11 @@ def cut_metrics(path: Path, last_step: int, validation_owed: bool) -> list[str]:
     dropped: list[str] = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:
-            record = json.loads(line) if line.endswith("\n") else {"step": math.inf}
-        except json.JSONDecodeError:
-            record = {"step": math.inf}
-        again = record["step"] > last_step or (
-            validation_owed and record["step"] == last_step and record["kind"] == "val")
+            record = json.loads(line) if line.endswith("\n") else None
+            step, kind = record["step"], record["kind"]  # type: ignore[index]
+            again = step > last_step or (validates_again and step == last_step and kind.startswith("val"))
+        except (ValueError, LookupError, TypeError, AttributeError):
+            again = True  # not a line of ours
         (dropped if again else kept).append(line)
     if dropped:
         with replacing(path) as partial:
@@ -1310,31 +1613,34 @@ class TrainState:
     """What a run remembers besides weights and optimizer; all of it is in every checkpoint."""
 
     position: Position = Position()
-    schedule: Schedule | None = None
-    best: dict[str, float] | None = None  # {"step", "loss"} of the best validation
+    schedule: Schedule = Schedule(0.0, 0, 0)
+    best: dict[str, Any] | None = None  # {"step", "loss", "measured_on"} of the best validation
     last_val: dict[str, float] | None = None
-    validation_owed: bool = False
     recent_checkpoints: list[str] = field(default_factory=list)
     rotated_out: list[str] = field(default_factory=list)  # deletions that the newest save still has to do
     run_dir: str = ""  # relative to the output directory
     base_vocab: int = 0  # text tokens of the base checkpoint, for --freeze-base-vocab
+    first_batch_size: int = 0  # that the run began with: validation keeps its choice of rows
     tokens_seen: int = 0
+    nonfinite_rows: list[int] = field(default_factory=list)  # whose loss was not finite since the last [Train] line
+    suspect_rows: list[int] = field(default_factory=list)  # whose loss was so once before that
+    left_out: list[int] = field(default_factory=list)  # whose loss was so again
 
 
 @dataclass
-class Save:
-    """One checkpoint on its way to the disk, then what came of it."""
+class PendingSave:
+    """One checkpoint on its way to the disk, what becomes of the state once it is there, and what came of it."""
 
     path: Path
     links: list[Path]  # latest.pth, best.pth
     delete: list[Path]  # rotated out
-    position: Position
-    best: dict[str, float] | None  # what best.pth holds after this save; None: the save is not the best
+    state: TrainState  # as saved
+    is_best: bool
     validation_owed: bool
-    rotation_before: tuple[list[str], list[str]]  # recent_checkpoints and rotated_out, should the disk refuse
     seconds_blocked: float = 0.0
     seconds_written: float = 0.0
     bytes: int = 0
+    is_flushed: bool = True  # False: the file system cannot promise that the name outlives a power cut
     error: Exception | None = None
     link_error: Exception | None = None
     written: Future[None] | None = None
@@ -1346,6 +1652,7 @@ class Run:
 
     config: TrainConfig
     output_dir: Path
+    process: Process
     precision: Precision
     model: UnifiedVoiceGPT
     optimizer: torch.optim.AdamW
@@ -1353,125 +1660,72 @@ class Run:
     carried: dict[str, Tensor]  # tensors of the base checkpoint that the loss does not use
     gpt_section: dict[str, Any]
     tokenizer: dict[str, Any]  # path, sha256, size
+    made_with: dict[str, Any]
     train_data: ManifestDataset
     val_data: ManifestDataset
     state: TrainState
-    console: Console
-    stop: StopSignal
-    workers: int
-    world: World = World()
+    threads: int
     ddp: DistributedDataParallel | None = None  # of the model, with several processes
+    reader: ReadAhead | None = None  # of the training data, from where the run stands
     metrics: MetricsLog | None = None  # rank 0's
     frozen: dict[str, Tensor] = field(default_factory=dict)  # first rows of VOCAB_TENSORS, for --freeze-base-vocab
     # [updates skipped for non-finite gradients, how many in a row now, the longest row]; on the device, read rarely
     nonfinite: Tensor = field(default_factory=lambda: torch.zeros(3))
+    nonfinite_flags: list[tuple[list[int], Tensor]] = field(default_factory=list)  # (rows, [B] bool) since it was read
+    skips_known: int = 0  # of nonfinite[0], when the flags were last read
+    skips_told: int = 0
     writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint writer"))
-    saving: Save | None = None  # at most one in flight
+    saving: PendingSave | None = None  # at most one in flight
     saved_step: int = 0
-    best_saved: dict[str, float] | None = None  # TrainState.best of best.pth
+    saved_at: float = field(default_factory=time.monotonic)
     save_retry_step: int = 0  # after a failed save
+    warned_flush: bool = False
     profiler: Any = None
 
-    def share(self, *numbers: int) -> list[int]:
-        """Sums numbers over the ranks. Raises: Stopped, on every rank once any of them got a signal."""
-        if self.world.size == 1:
-            self.stop.check()
-            return list(numbers)
-        flags = [int(self.stop.signum == signum) for signum in STOP_SIGNALS]
-        flagged, sums = self.world.add_up(torch.tensor([*flags, *numbers])).split([len(flags), len(numbers)])
-        if flagged.any():
-            raise Stopped(STOP_SIGNALS[int(flagged.argmax())])
-        return sums.tolist()
-
-    def check_stop(self) -> None:
-        """Between shared points only a lone process may stop: the others of a torchrun would wait for it for ever."""
-        if self.world.size == 1:
-            self.stop.check()
+    @property
+    def end(self) -> int:
+        """The number of its last step."""
+        return end_of_run(self.state.position, len(self.train_data), self.config)
 
     @property
     def finished(self) -> bool:
-        position, config = self.state.position, self.config
-        return position.epoch >= config.epochs or bool(config.max_steps and position.step >= config.max_steps)
+        return self.state.position.step >= self.end
 
     @property
-    def current_schedule(self) -> Schedule:
-        assert self.state.schedule is not None  # set before training starts
-        return self.state.schedule
+    def log_interval(self) -> int:
+        """At least ten [Train] lines in every run whose interval was not typed."""
+        return self.config.log_interval or max(1, min(100, self.end // 10))
 
+    def is_due(self, interval: int) -> bool:
+        """Every `interval` steps; 0 means at the end of each epoch."""
+        position = self.state.position
+        return position.step % interval == 0 if interval else position.sample_in_epoch == 0
 
-def make_loader(run: Run, data: ManifestDataset, batches: Iterator[list[int]]
-                ) -> tuple[Iterator[PackedBatch], list[multiprocessing.process.BaseProcess]]:
-    """Returns the batches, and the processes that make them."""
-    others = multiprocessing.active_children()
-    cuda = run.precision.device.type == "cuda"
-    loader = iter(DataLoader(data, batch_sampler=batches, num_workers=run.workers, pin_memory=cuda,  # type: ignore
-                             collate_fn=functools.partial(collate_packed, model=data.model),
-                             worker_init_fn=functools.partial(start_worker, trainer_pid=os.getpid())))
-    if run.workers:  # PyTorch's own handler would raise for a killed worker anywhere, in the middle of an update too
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    return loader, [worker for worker in multiprocessing.active_children() if worker not in others]
+    @property
+    def validation_due(self) -> bool:
+        interval = self.config.val_interval
+        at_an_interval = self.is_due(max(1, min(1000, self.end // 2)) if interval is None else interval)
+        return at_an_interval or self.state.position.step == self.end
 
+    @property
+    def validation_owed(self) -> bool:
+        """A stop came between the step and its validation."""
+        step, last_val = self.state.position.step, self.state.last_val
+        return 0 < step <= self.end and self.validation_due and (last_val is None or last_val["step"] != step)
 
-def kill_workers() -> None:
-    """Ends all data workers at once: one that waits for a lock of a killed one would never leave by itself."""
-    for worker in multiprocessing.active_children():
-        worker.kill()
-
-
-def load_batches(run: Run, data: ManifestDataset, batches: Callable[[], Iterator[list[int]]]) -> Iterator[PackedBatch]:
-    """Collated batches in order; goes on with new data workers where one was killed.
-
-    Raises: UserError when they die again and again.
-    """
-    done = deaths = 0
-    while True:
-        loader, workers = make_loader(run, data, itertools.islice(batches(), done, None))
-        try:
-            for batch in loader:
-                yield batch
-                done, deaths = done + 1, 0
-            return
-        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:  # a death as its pipe tells it
-            if not workers or not multiprocessing.connection.wait([w.sentinel for w in workers], timeout=1):
-                raise
-            reason = first_line(error)
-        deaths += 1
-        kill_workers()
-        if deaths == MAX_WORKER_DEATHS:
-            raise UserError(f"data workers died {deaths} times in a row ({reason}). If the machine ran out of memory, "
-                            "use fewer: --num-workers 1")
-        run.console.say(f"[Warn] A data worker died ({reason}); going on with new ones")
-
-
-def say_bad_rows(run: Run, data: ManifestDataset, bad_rows: dict[int, str]) -> None:
-    for line in data.note_bad_rows(bad_rows):
-        run.console.say(f"[Warn] {line}")
-
-
-def take_batch(run: Run, data: ManifestDataset, loader: Iterator[PackedBatch]) -> PackedBatch:
-    """The next batch on the device. Raises: Stopped; UserError for rows that contradict the manifest."""
-    run.check_stop()
-    batch = next(loader)
-    if batch.error:
-        raise UserError(batch.error)
-    if run.world.size == 1:
-        say_bad_rows(run, data, batch.bad_rows)
-    else:
-        data.unreported.update(batch.bad_rows)
-    return batch.to(run.precision.device)
-
-
-def share_bad_rows(run: Run, data: ManifestDataset) -> None:
-    """Tells every rank the bad rows that any of them met, so that all count alike."""
-    if run.world.size > 1:
-        with same_on_all_ranks(run.world):
-            for bad_rows in run.world.gather(data.unreported):
-                say_bad_rows(run, data, bad_rows)
-        data.unreported = {}
+    def restart_reading(self) -> None:
+        """From where the run stands now, when what was read ahead no longer holds."""
+        if self.reader:
+            self.reader.close()
+        self.reader = None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 6. Optimisation: schedule, precision, device, AdamW
+
+# Dense 16-bit peak of one device (vendors' data sheets), for MFU.
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 125e12, "T4": 65e12,
+              "V100": 125e12}
 
 
 def get_lr(step: int, schedule: Schedule) -> float:
@@ -1484,9 +1738,8 @@ def get_lr(step: int, schedule: Schedule) -> float:
 
 
 def make_schedule(config: TrainConfig, position: Position, num_samples: int) -> Schedule:
-    """The length is --max-steps when given, else the last epoch's end."""
-    to_the_end = position.step + remaining_steps(position, num_samples, config.global_batch, config.epochs)
-    total = config.max_steps or to_the_end
+    """It ends where the run ends."""
+    total = end_of_run(position, num_samples, config)
     warmup = min(1000, total // 10) if config.warmup_steps is None else config.warmup_steps
     return Schedule(config.learning_rate, warmup, total)
 
@@ -1533,6 +1786,13 @@ def setup_device() -> torch.device:
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     return device
+
+
+def environment(device: torch.device, world_size: int) -> dict[str, Any]:
+    """What must stay the same for a bit-for-bit continuation."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    return {"torch": str(torch.__version__), "device": f"{device.type} {name}", "threads": torch.get_num_threads(),
+            "world_size": world_size, "arithmetic": ARITHMETIC}
 
 
 def choose_attention(model: UnifiedVoiceGPT, precision: Precision) -> str:
@@ -1623,23 +1883,59 @@ class StepStats:
     lr: float
     tokens: int
     flops: float
+    save_due: bool  # --save-minutes, by rank 0's clock
+
+
+def share_bad_rows(run: Run, data: ManifestDataset) -> None:
+    """Tells every rank the bad rows that any of them met, so that all count alike. Raises: UserError."""
+    found, data.unreported = data.unreported, {}
+    with run.process.failing_together():
+        for bad_rows in run.process.world.gather(found):
+            for line in data.note_bad_rows(bad_rows):
+                run.process.say(f"[Warn] {line}")
+
+
+def receive(run: Run, data: ManifestDataset, futures: Sequence[Future[PackedBatch]], *numbers: int
+            ) -> tuple[list[PackedBatch], list[int]]:
+    """Micro-batches that threads have read, on the device, and what all ranks have together: the numbers, then scored
+    text rows, scored mel rows, rows and FLOPs.
+
+    Raises: Stopped; UserError for rows that contradict the manifest, and for too many bad ones.
+    """
+    batches = [run.process.wait_for(future) for future in futures]
+    for batch in batches:
+        data.unreported.update(batch.bad_rows)
+    problem = next((batch.error for batch in batches if batch.error), "")
+    bad_rows, *sums = run.process.agree(
+        len(data.unreported), *numbers, sum(sum(batch.text_counts) for batch in batches),
+        sum(sum(batch.mel_counts) for batch in batches), sum(sum(batch.lengths) for batch in batches),
+        int(step_flops(run.model.config, batches)), error=UserError(problem) if problem else None)
+    if bad_rows:
+        share_bad_rows(run, data)
+    return [batch.to(run.precision.device) for batch in batches if batch.rows], sums
 
 
 def backward(run: Run, batch: PackedBatch, text_tokens: int, mel_tokens: int, is_last: bool, weight: float = 1.0
-             ) -> Tensor:
-    """Adds one micro-batch's gradients; the last one of a step exchanges them. Returns sums as summed_losses does."""
+             ) -> tuple[Tensor, Tensor]:
+    """Adds one micro-batch's gradients; the last one of a step exchanges them between the ranks.
+
+    text_tokens and mel_tokens are those of the whole step on all ranks. Returns: sums [3] of text losses, mel losses
+    and codes that were the likeliest ones, float64; the samples [B] whose losses are not finite.
+    """
     waits = run.ddp.no_sync() if run.ddp and not is_last else contextlib.nullcontext()
     with waits:
         with run.precision.autocast():
-            text_sum, mel_sum, right = summed_losses(run.ddp or run.model, batch)
+            text, mel, right = token_losses(run.ddp or run.model, batch)
+            text_sum, mel_sum = text.sum(), mel.sum()
             loss = (run.config.text_loss_weight * text_sum / text_tokens
                     + run.config.mel_loss_weight * mel_sum / mel_tokens)
-        loss = loss * (weight * run.world.size)  # DistributedDataParallel divides by the number of processes
+        loss = loss * (weight * run.process.world.size)  # DistributedDataParallel divides by the number of processes
         run.scaler.scale(loss).backward()
-    return weight * torch.stack([text_sum.detach(), mel_sum.detach(), right]).double()
+    sums = weight * torch.stack([text_sum.detach(), mel_sum.detach(), right.sum()]).double()
+    return sums, nonfinite_samples(text.detach(), mel.detach(), batch)
 
 
-def apply_gradients(run: Run) -> Tensor:
+def update(run: Run) -> Tensor:
     """Clips and updates; an update with non-finite gradients is skipped on the device. Returns the gradient norm."""
     parameters = [p for p in run.model.parameters() if p.grad is not None]
     if not parameters:  # every sample of the step had a damaged file
@@ -1668,154 +1964,184 @@ def apply_gradients(run: Run) -> Tensor:
     return grad_norm
 
 
-def train_step(run: Run, batches: Sequence[PackedBatch]) -> StepStats:
+def train_step(run: Run, futures: Sequence[Future[PackedBatch]]) -> StepStats:
     """One optimizer step over its micro-batches; the loss is the token mean over all of them, however they are split.
 
     Raises: Stopped between micro-batches, and torch.OutOfMemoryError; weights are then those of the step before.
     """
-    config, device, step = run.config, run.precision.device, run.state.position.step + 1
-    text_tokens, mel_tokens, tokens, flops = run.share(
-        sum(sum(batch.text_counts) for batch in batches), sum(sum(batch.mel_counts) for batch in batches),
-        sum(sum(batch.lengths) for batch in batches), int(step_flops(run.model.config, batches)))
+    config, process, step = run.config, run.process, run.state.position.step + 1
+    minutes = (time.monotonic() - run.saved_at) / 60
+    save_due = process.world.rank == 0 and 0 < config.save_minutes <= minutes
+    batches, (saves, text_tokens, mel_tokens, tokens, flops) = receive(run, run.train_data, futures, int(save_due))
+    process.event("step", run, batches)
     text_tokens, mel_tokens = max(1, text_tokens), max(1, mel_tokens)
-    lr = get_lr(step, run.current_schedule)
+    lr = get_lr(step, run.state.schedule)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     run.model.train()
     run.optimizer.zero_grad(set_to_none=True)
-    totals = torch.zeros(3, dtype=torch.float64, device=device)
-    batches = [batch for batch in batches if batch.rows]
+    totals, flags = torch.zeros(3, dtype=torch.float64, device=run.precision.device), []
     for micro_step, batch in enumerate(batches):
-        run.check_stop()
-        torch.manual_seed(dropout_seed(config.seed, step, micro_step, run.world.rank))
-        totals += backward(run, batch, text_tokens, mel_tokens, is_last=micro_step == len(batches) - 1)
+        process.check_stop()
+        process.event("micro_step", run, batch)
+        torch.manual_seed(dropout_seed(config.seed, step, micro_step, process.world.rank))
+        sums, nonfinite = backward(run, batch, text_tokens, mel_tokens, is_last=micro_step == len(batches) - 1)
+        totals += sums
+        flags.append((batch.rows, nonfinite))
     if run.ddp and not batches:
-        backward(run, idle_batch(run.model.config).to(device), text_tokens, mel_tokens, is_last=True, weight=0.0)
-    run.check_stop()
-    grad_norm = apply_gradients(run)
+        idle = idle_batch(run.model.config).to(run.precision.device)
+        backward(run, idle, text_tokens, mel_tokens, is_last=True, weight=0.0)
+    process.check_stop()
+    grad_norm = update(run)
+    run.nonfinite_flags += flags
     return StepStats(totals[0] / text_tokens, totals[1] / mel_tokens, totals[2] / mel_tokens, grad_norm, lr, tokens,
-                     flops)
+                     float(flops), bool(saves))
 
 
-def distribute(run: Run) -> None:
+def evaluate_batch(run: Run, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor] | None:
+    """token_losses without dropout and gradients; None where the GPU's memory does not suffice."""
+    try:
+        run.process.event("validation_batch", run, batch)
+        with torch.no_grad(), run.precision.autocast():
+            return token_losses(run.model, batch)
+    except torch.OutOfMemoryError:
+        return None
+
+
+def in_halves(run: Run, data: ManifestDataset, batch: PackedBatch) -> list[PackedBatch]:
+    """A batch that was too large for the GPU's memory as two. Raises: UserError for one sample."""
+    if len(batch.rows) == 1:
+        raise out_of_memory_with_one_sample()
+    if run.precision.device.type == "cuda":
+        torch.cuda.empty_cache()
+    middle = len(batch.rows) // 2
+    halves = (batch.rows[:middle], batch.rows[middle:])
+    return [collate_packed([data[row] for row in rows], data.model).to(run.precision.device) for rows in halves]
+
+
+def out_of_memory_with_one_sample() -> UserError:
+    return UserError("out of GPU memory with one sample in a micro-batch. Use --grad-checkpointing, --amp, or leave "
+                     "out the longest rows")
+
+
+def validation_rows(run: Run) -> np.ndarray:
+    """The fixed choice of rows that every validation of the run reads, evenly spread over all manifests."""
+    config = run.config
+    return evenly_spread(len(run.val_data), config.max_val_batches * (config.val_batch_size
+                                                                      or run.state.first_batch_size))
+
+
+def evaluate(run: Run, on_row: Callable[[dict[str, Any]], None] | None = None) -> list[dict[str, float]]:
+    """Token means over the validation rows in their fixed order, without dropout: of all, then of each manifest.
+
+    on_row receives a dict for every row: id, mean and per-token losses, token counts. Raises: Stopped, UserError.
+    """
+    data, world, device = run.val_data, run.process.world, run.precision.device
+    batches = split_micro_batches(validation_rows(run), run.config.val_batch_size or run.config.batch_size)
+    rounds = math.ceil(len(batches) / world.size)
+    reader = ReadAhead(iter([[batch] for batch in batches[world.rank :: world.size]]), make_reader(run, data),
+                       run.threads)
+    sums = torch.zeros(1 + len(data.manifests), 5, dtype=torch.float64, device=device)
+    run.model.eval()
+    try:
+        for done in range(rounds):
+            futures = reader.next_step() if done * world.size + world.rank < len(batches) else []
+            todo, _ = receive(run, data, futures)
+            while todo:
+                batch = todo.pop(0)
+                losses = evaluate_batch(run, batch)
+                if losses is None:
+                    todo = in_halves(run, data, batch) + todo
+                    continue
+                add_losses(sums, data, batch, *losses)
+                for record in eval_records(data, batch, *losses[:2]) if on_row else ():
+                    on_row(record)  # type: ignore[misc]
+            run.process.console.progress(f"validation: {min(len(batches), (done + 1) * world.size)}/{len(batches)}")
+    finally:
+        reader.close()
+    return [{"text_loss": text_sum / max(1, text_count), "mel_loss": mel_sum / max(1, mel_count),
+             "mel_top1": right_sum / max(1, mel_count)}
+            for text_sum, mel_sum, right_sum, text_count, mel_count in world.add_up(sums).tolist()]
+
+
+def add_losses(sums: Tensor, data: ManifestDataset, batch: PackedBatch, text: Tensor, mel: Tensor, right: Tensor
+               ) -> None:
+    """Adds to sums [1 + manifests, 5]: text losses, mel losses, likeliest codes, text tokens, codes."""
+    counts = torch.tensor([len(text), len(mel)], device=sums.device)
+    sums[0] += torch.cat([torch.stack([text.double().sum(), mel.double().sum(), right.double().sum()]), counts])
+    if len(sums) == 2:
+        sums[1] = sums[0]
+        return
+    manifests = [data.rows[row].manifest for row in batch.rows]
+    of_text, of_mel = (torch.from_numpy(np.repeat(manifests, counts)).to(sums.device)
+                       for counts in (batch.text_counts, batch.mel_counts))
+    for manifest in set(manifests):
+        its_text, its_mel = (of_text == manifest).double(), (of_mel == manifest).double()
+        sums[1 + manifest] += torch.stack([(text * its_text).sum(), (mel * its_mel).sum(), (right * its_mel).sum(),
+                                           its_text.sum(), its_mel.sum()])
+
+
+def eval_records(data: ManifestDataset, batch: PackedBatch, text: Tensor, mel: Tensor) -> Iterator[dict[str, Any]]:
+    """The rows of eval.jsonl for one batch."""
+    parts = zip(batch.rows, text.split(batch.text_counts), mel.split(batch.mel_counts), strict=True)
+    for row, text_part, mel_part in parts:
+        text_losses, mel_losses = text_part.tolist(), mel_part.tolist()
+        yield {"id": data.rows[row].id, "text_loss": sum(text_losses) / len(text_losses),
+               "mel_loss": sum(mel_losses) / len(mel_losses), "text_tokens": len(text_losses),
+               "mel_tokens": len(mel_losses), "text_token_losses": text_losses, "mel_token_losses": mel_losses}
+
+
+def make_reader(run: Run, data: ManifestDataset) -> Callable[[list[int]], PackedBatch]:
+    """What a reading thread does: data set rows to a batch that can be copied to the device meanwhile."""
+    pinned = run.precision.device.type == "cuda"
+
+    def read(rows: list[int]) -> PackedBatch:
+        batch = collate_packed([data[row] for row in rows], data.model)
+        return batch.map_tensors(Tensor.pin_memory) if pinned else batch
+
+    return read
+
+
+def split_after_out_of_memory(run: Run) -> None:
+    """Halves the micro-batch, keeps the global batch. Raises: UserError when it is one sample already."""
+    config = run.config
+    if run.process.world.size > 1:
+        raise UserError(f"out of GPU memory on rank {run.process.world.rank}. Start again with a smaller --batch-size "
+                        "and --resume auto: the global batch stays")
+    if config.batch_size == 1:
+        raise out_of_memory_with_one_sample()
+    batch_size, grad_accumulation = split_global_batch(config.global_batch, config.batch_size // 2)
+    run.process.say(f"[Warn] Out of GPU memory: micro-batches of {batch_size} x {grad_accumulation} from now on, the "
+                    f"same global batch of {config.global_batch}")
+    run.config = dataclasses.replace(config, batch_size=batch_size, grad_accumulation=grad_accumulation)
+    run.restart_reading()
+    run.optimizer.zero_grad(set_to_none=True)
+    if run.precision.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def wrap_for_ranks(run: Run) -> None:
     """Wraps the model for several processes, which then start from rank 0's weights.
 
     Two backward passes of weight 0 settle in which buckets gradients are exchanged. It would change after the first
     step otherwise, and a resumed run would add up in another order than the one without a stop.
     """
-    if run.world.size == 1:
+    world, device = run.process.world, run.precision.device
+    if world.size == 1:
         return
-    device = run.precision.device
-    run.ddp = DistributedDataParallel(run.model, device_ids=[run.world.local_rank] if device.type == "cuda" else None)
+    run.ddp = DistributedDataParallel(run.model, device_ids=[world.local_rank] if device.type == "cuda" else None)
     run.model.train()
     for _ in range(2):
         backward(run, idle_batch(run.model.config).to(device), 1, 1, is_last=True, weight=0.0)
         run.optimizer.zero_grad(set_to_none=True)
 
 
-def check_finite(run: Run) -> None:
-    """Raises: UserError after too many non-finite gradients in a row. Waits for the device."""
-    if run.nonfinite[2].item() >= MAX_NONFINITE_STREAK:
-        raise UserError(f"the gradients were not finite in {MAX_NONFINITE_STREAK} steps in a row, near step "
-                        f"{run.state.position.step}. Resume from an older checkpoint with a smaller --learning-rate, "
-                        "or with --amp off")
-
-
-def eval_records(data: ManifestDataset, batch: PackedBatch, text: list[float], mel: list[float]
-                 ) -> Iterator[dict[str, Any]]:
-    """The rows of eval.jsonl for one batch."""
-    text_at = mel_at = 0
-    for row, text_count, mel_count in zip(batch.rows, batch.text_counts, batch.mel_counts, strict=True):
-        text_losses, mel_losses = text[text_at : text_at + text_count], mel[mel_at : mel_at + mel_count]
-        text_at, mel_at = text_at + text_count, mel_at + mel_count
-        yield {"id": data.rows[row].id, "text_loss": sum(text_losses) / text_count,
-               "mel_loss": sum(mel_losses) / mel_count, "text_tokens": text_count, "mel_tokens": mel_count,
-               "text_token_losses": text_losses, "mel_token_losses": mel_losses}
-
-
-def evaluate(run: Run, max_batches: int, on_row: Callable[[dict[str, Any]], None] | None = None) -> dict[str, float]:
-    """Token means over the validation rows in their fixed order, without dropout.
-
-    on_row receives a dict for every row: id, mean and per-token losses, token counts. Raises: Stopped.
-    """
-    data, size, world = run.val_data, run.config.val_batch_size or run.config.batch_size, run.world
-    chunks = split_micro_batches(np.arange(len(data)), size)
-    chunks = chunks[:max_batches] if max_batches else chunks
-    own = chunks[world.rank :: world.size]
-    loader = load_batches(run, data, lambda: (chunk.tolist() for chunk in own))
-    sums = torch.zeros(5, dtype=torch.float64, device=run.precision.device)
-    run.model.eval()
-    for done in range(math.ceil(len(chunks) / world.size)):
-        run.share()
-        batch = take_batch(run, data, loader) if done < len(own) else None
-        if batch is None or not batch.rows:
-            continue
-        with torch.no_grad(), run.precision.autocast():
-            text, mel, right = token_losses(run.model, batch)
-        counts = torch.tensor([len(text), len(mel)], device=sums.device)
-        sums += torch.cat([torch.stack([text.double().sum(), mel.double().sum(), right.double().sum()]), counts])
-        if on_row:
-            for record in eval_records(data, batch, text.tolist(), mel.tolist()):
-                on_row(record)
-        run.console.progress(f"validation: {min(len(chunks), (done + 1) * world.size)}/{len(chunks)}")
-    share_bad_rows(run, data)
-    text_sum, mel_sum, right_sum, text_count, mel_count = world.add_up(sums).tolist()
-    return {"text_loss": text_sum / max(1, text_count), "mel_loss": mel_sum / max(1, mel_count),
-            "mel_top1": right_sum / max(1, mel_count)}
-
-
-def say_validation(console: Console, position: Position, values: dict[str, float]) -> None:
-    console.say(f"[Val] epoch={position.last_epoch} step={position.step} text_loss={values['text_loss']:.6f} "
-                f"mel_loss={values['mel_loss']:.6f} mel_top1={values['mel_top1']:.4f}")
-
-
-def validate(run: Run) -> bool:
-    """Validates, logs, remembers the best. Returns whether this is the best so far. Raises: Stopped."""
-    position = run.state.position
-    run.state.validation_owed = True
-    values = evaluate(run, run.config.max_val_batches)
-    loss = run.config.text_loss_weight * values["text_loss"] + run.config.mel_loss_weight * values["mel_loss"]
-    say_validation(run.console, position, values)
-    if run.metrics:
-        run.metrics.write("val", position, {**values, "loss": loss})
-    run.state.validation_owed = False
-    run.state.last_val = {"step": position.step, "loss": loss, **values}
-    if run.state.best is None or loss < run.state.best["loss"]:
-        run.state.best = {"step": position.step, "loss": loss}
-        return True
-    return False
-
-
-def split_after_out_of_memory(run: Run) -> None:
-    """Halves the micro-batch, keeps the global batch. Raises: UserError when it is one sample already."""
-    config = run.config
-    if run.world.size > 1:
-        raise UserError(f"out of GPU memory on rank {run.world.rank}. Start again with a smaller --batch-size and "
-                        "--resume auto: the global batch stays")
-    if config.batch_size == 1:
-        raise UserError("out of GPU memory with one sample in a micro-batch. Use --grad-checkpointing, --amp, or leave "
-                        "out the longest rows")
-    batch_size, grad_accumulation = split_global_batch(config.global_batch, config.batch_size // 2)
-    run.console.say(f"[Warn] Out of GPU memory: micro-batches of {batch_size} x {grad_accumulation} from now on, the "
-                    f"same global batch of {config.global_batch}")
-    run.config = dataclasses.replace(config, batch_size=batch_size, grad_accumulation=grad_accumulation)
-    run.optimizer.zero_grad(set_to_none=True)
-    if run.precision.device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def step_if_memory_suffices(run: Run, batches: Sequence[PackedBatch]) -> StepStats | None:
-    """None when the GPU ran out of memory; the exception, which holds the step's tensors, is gone by then."""
-    try:
-        return train_step(run, batches)
-    except torch.OutOfMemoryError:
-        return None
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # 8. Checkpoint file: one writer, one reader
 
-
+REQUIRED_KEYS = ("model", "optimizer", "epoch", "step")
+COMPLETE_KEYS = ("config", "environment", "sample_in_epoch", "tokenizer", "train_data", "model_config", "manifests",
+                 "recent_checkpoints", "rotated_out", "run_dir", "nonfinite", "best", "last_val")
 # What the training loss never touches: carried from the base checkpoint unchanged.
 CARRIED_PREFIXES = ("conditioning_encoder.", "perceiver_encoder.", "emo_conditioning_encoder.",
                     "emo_perceiver_encoder.", "emo_layer.", "emovec_layer.")
@@ -1825,39 +2151,22 @@ NAME_ORDER = (*CARRIED_PREFIXES[:4], "text_embedding.", *CARRIED_PREFIXES[4:], "
 VOCAB_TENSORS = ("text_embedding.weight", "text_head.weight", "text_head.bias")
 
 
-def in_name_order(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def in_name_order(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     def rank(name: str) -> int:
         return next((i for i, prefix in enumerate(NAME_ORDER) if name.startswith(prefix)), len(NAME_ORDER))
 
     return {name: tensors[name] for name in sorted(tensors, key=rank)}
 
 
-def check_pickle(path: Path) -> None:
-    """Reads the file's pickle through its checksum, so that a damaged one is never parsed. Raises: BadZipFile."""
-    with zipfile.ZipFile(path) as archive:
-        for name in archive.namelist():
-            if name.endswith(".pkl"):
-                archive.read(name)
-
-
-def read_torch_file(path: Path) -> Any:
-    """Reads tensors and plain values, mapped into memory and never unpickling code. Raises: UserError.
-
-    numpy's arrays and torch's version are let through: the fork keeps them in its files.
-    """
-    rebuild = np.empty(0).__reduce__()[0]  # numpy's function that an unpickled array starts from
-    plain_parts = [np.ndarray, np.dtype, np.dtypes.UInt32DType, rebuild,
-                   (rebuild, "numpy.core.multiarray._reconstruct"), torch.torch_version.TorchVersion]
-    try:
-        if zipfile.is_zipfile(path):
-            check_pickle(path)
-        with torch.serialization.safe_globals(plain_parts):  # type: ignore[arg-type]
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from error
-    except DAMAGED_FILE as error:
-        reason = f" ({first_line(error)})" if zipfile.is_zipfile(path) else ""
-        raise UserError(f"{path}: damaged or incomplete, not a readable PyTorch file{reason}") from error
+def map_tree(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Applies `change` to every tensor in nested dicts, lists and tuples."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: map_tree(item, change) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map_tree(item, change) for item in value)
+    return value
 
 
 def digest_tree(value: Any, path: str = "") -> tuple[dict[str, str], Any]:
@@ -1881,13 +2190,13 @@ def digest_tree(value: Any, path: str = "") -> tuple[dict[str, str], Any]:
     return digests, rest
 
 
-def make_digests(checkpoint: dict[str, Any]) -> dict[str, Any]:
+def make_digests(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """The digests that a checkpoint carries: of every tensor, and of everything else."""
     tensors, rest = digest_tree({key: value for key, value in checkpoint.items() if key != "digests"})
     return {"algorithm": "sha256", "tensors": tensors, "rest": hashlib.sha256(json.dumps(rest).encode()).hexdigest()}
 
 
-def digest_problem(checkpoint: dict[str, Any]) -> str | None:
+def digest_problem(checkpoint: Mapping[str, Any]) -> str | None:
     """What differs from the digests inside, or None."""
     stored, found = checkpoint["digests"], make_digests(checkpoint)
     if stored == found:
@@ -1897,6 +2206,48 @@ def digest_problem(checkpoint: dict[str, Any]) -> str | None:
     wrong = [path for path, digest in found["tensors"].items() if stored["tensors"].get(path) != digest]
     names = ", ".join(path.replace("str:", "").replace("int:", "").strip("/") for path in wrong[:3])
     return f"{len(wrong)} tensors differ from their digests ({names})" if wrong else "values differ from their digest"
+
+
+def check_pickle(path: Path) -> None:
+    """Reads the file's pickle through its checksum, so that a damaged one is never parsed. Raises: BadZipFile."""
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            if name.endswith(".pkl"):
+                archive.read(name)
+
+
+def load_plain(path: Path, mapped: bool) -> Any:
+    """torch.load of tensors and plain values, never unpickling code.
+
+    numpy's arrays and torch's version are let through: the fork keeps them in its files.
+    """
+    rebuild = np.empty(0).__reduce__()[0]  # numpy's function that an unpickled array starts from
+    plain_parts = [np.ndarray, np.dtype, np.dtypes.UInt32DType, rebuild,
+                   (rebuild, "numpy.core.multiarray._reconstruct"), torch.torch_version.TorchVersion]
+    with torch.serialization.safe_globals(plain_parts):  # type: ignore[arg-type]
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        except (OSError, RuntimeError) as error:
+            if not mapped or ("mmap" not in str(error) and getattr(error, "errno", None) != errno.ENODEV):
+                raise
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=False)  # a disk without mappings
+
+
+def read_torch_file(path: Path) -> Any:
+    """Reads tensors and plain values, mapped into memory. Raises: UserError."""
+    is_zip = False
+    try:
+        is_zip = zipfile.is_zipfile(path)
+        if is_zip:
+            check_pickle(path)
+        return load_plain(path, mapped=is_zip)
+    except Exception as error:  # on damaged bytes torch's, pickle's and zipfile's readers raise whatever they meet
+        if isinstance(error, MemoryError) or "alloc" in str(error):
+            raise UserError(f"{path}: not enough memory to read it ({first_line(error)}). Free some") from error
+        if isinstance(error, OSError):
+            raise UserError(f"{path}: {error.strerror or first_line(error)}") from error
+        reason = f" ({first_line(error)})" if is_zip else ""
+        raise UserError(f"{path}: damaged or incomplete, not a readable PyTorch file{reason}") from error
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -1918,36 +2269,33 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if "digests" not in checkpoint:
         raise ResumeError(f"{path} was not written by this trainer (it has no digests; a checkpoint of the IndexTTS2 "
                           f"fork?). Start from its weights instead: --base-checkpoint {path}, with a new --output-dir")
-    if checkpoint.get("format_version") != FORMAT_VERSION:
-        raise ResumeError(f"{path} has format {checkpoint.get('format_version')}, this trainer reads {FORMAT_VERSION}. "
-                          "Use the version of the trainer that wrote it")
+    if checkpoint.get("format_version") not in (1, FORMAT_VERSION):
+        raise ResumeError(f"{path} has format {checkpoint.get('format_version')}, this trainer reads up to "
+                          f"{FORMAT_VERSION}. Use the version of the trainer that wrote it")
     problem = digest_problem(checkpoint)
     if problem:
         raise ResumeError(f"{path} is damaged: {problem}. Resume from another checkpoint")
+    missing = [key for key in COMPLETE_KEYS if key not in checkpoint]
+    if missing:
+        raise ResumeError(f"{path} lacks {', '.join(missing)}, without which a run cannot go on. Resume from another "
+                          f"checkpoint, or start from its weights: --base-checkpoint {path}, with a new --output-dir")
     if not re.fullmatch(r"(logs/run_\w+)?", str(checkpoint["run_dir"])):  # we would write there
         raise ResumeError(f"{path}: its run directory {checkpoint['run_dir']!r} is none that this trainer makes. "
                           "Resume from another checkpoint")
     return checkpoint
 
 
-def fsync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def write_checkpoint(path: Path, checkpoint: Mapping[str, Any]) -> tuple[int, bool]:
+    """Writes under a temporary name, reads back and verifies, then renames.
 
-
-def write_checkpoint(path: Path, checkpoint: dict[str, Any]) -> int:
-    """Writes under a temporary name, reads back and verifies, then renames. Returns bytes.
-
+    Returns: bytes, and whether the file system promises that the name outlives a power cut.
     Raises: OSError or RuntimeError (PyTorch's own for a full disk); the partial file is gone, older ones are intact.
     """
     with replacing(path) as partial:
         with partial.open("wb") as handle:
             torch.save({**checkpoint, "digests": make_digests(checkpoint)}, handle)
             handle.flush()
-            os.fsync(handle.fileno())
+            flush_to_disk(handle.fileno())
             if hasattr(os, "posix_fadvise"):  # so that the disk is read, not the page cache
                 os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         try:
@@ -1955,8 +2303,7 @@ def write_checkpoint(path: Path, checkpoint: dict[str, Any]) -> int:
         except ResumeError as error:
             raise OSError(f"read back damaged: {error}") from error
         size = partial.stat().st_size
-    fsync_directory(path.parent)
-    return size
+    return size, flush_directory(path.parent)
 
 
 def link_checkpoint(target: Path, link: Path) -> None:
@@ -1966,7 +2313,7 @@ def link_checkpoint(target: Path, link: Path) -> None:
             os.link(target, partial)
         except OSError:
             shutil.copyfile(target, partial)
-    fsync_directory(link.parent)
+    flush_directory(link.parent)
 
 
 def checkpoint_step(name: str) -> int | None:
@@ -1983,30 +2330,38 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 9. Saving
+# 9. Saving: the state changes when a save succeeds
+
+# Fields of TrainState that stand in a checkpoint under their own names.
+SAVED_STATE = ("recent_checkpoints", "rotated_out", "best", "last_val", "run_dir", "base_vocab", "first_batch_size",
+               "tokens_seen", "nonfinite_rows", "suspect_rows", "left_out")
 
 
-def map_tree(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Applies `change` to every tensor in nested dicts, lists and tuples."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, dict):
-        return {key: map_tree(item, change) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(map_tree(item, change) for item in value)
-    return value
+def collect_nonfinite_rows(run: Run) -> None:
+    """Moves what the device knows of losses that were not finite into the state, on every rank. Waits for it."""
+    skipped, flags = int(run.nonfinite[0].item()), run.nonfinite_flags
+    run.nonfinite_flags = []
+    if skipped == run.skips_known:
+        return
+    run.skips_known = skipped
+    found = [row for rows, flagged in flags for row, bad in zip(rows, flagged.tolist(), strict=True) if bad]
+    run.state.nonfinite_rows += [row for rows in run.process.world.gather(found) for row in rows]
 
 
-def environment(device: torch.device, world_size: int) -> dict[str, Any]:
-    """What must stay the same for a bit-for-bit continuation."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
-    return {"torch": str(torch.__version__), "device": f"{device.type} {name}", "threads": torch.get_num_threads(),
-            "world_size": world_size}
+def check_finite(run: Run) -> None:
+    """Raises: UserError after too many non-finite gradients in a row. Waits for the device."""
+    step = run.state.position.step
+    if run.nonfinite[2].item() >= MAX_NONFINITE_STREAK:
+        raise UserError(f"the gradients were not finite in {MAX_NONFINITE_STREAK} steps in a row, near step {step}. "
+                        "Resume from an older checkpoint with a smaller --learning-rate, or with --amp off")
+    if run.scaler.is_enabled() and run.scaler.get_scale() < LOWEST_FP16_SCALE:
+        raise UserError(f"fp16's gradient scale fell below {LOWEST_FP16_SCALE:g} near step {step}: most updates are "
+                        "skipped. Resume from an older checkpoint with --amp bf16 or --amp off")
 
 
-def make_checkpoint(run: Run) -> dict[str, Any]:
+def make_checkpoint(run: Run, state: TrainState) -> dict[str, Any]:
     """A snapshot of the run at an optimizer-step boundary: plain values, and CPU tensors that stay as they are."""
-    state, position = run.state, run.state.position
+    position = state.position
     config = {k: v for k, v in dataclasses.asdict(run.config).items() if k not in PER_PROCESS}
     model, optimizer, scaler, nonfinite = map_tree(
         (run.model.state_dict(), run.optimizer.state_dict(),
@@ -2016,17 +2371,15 @@ def make_checkpoint(run: Run) -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         "model": in_name_order({**run.carried, **model}),
         "optimizer": optimizer,
-        "scheduler": {**dataclasses.asdict(run.current_schedule), "last_epoch": position.step,
-                      "_last_lr": [get_lr(position.step, run.current_schedule)]},
+        "scheduler": {**dataclasses.asdict(state.schedule), "last_epoch": position.step,
+                      "_last_lr": [get_lr(position.step, state.schedule)]},
         "scaler": scaler,
         "epoch": position.epoch, "step": position.step, "sample_in_epoch": position.sample_in_epoch,
-        "recent_checkpoints": state.recent_checkpoints, "rotated_out": state.rotated_out,
         "manifests": {"train": run.train_data.manifests, "val": run.val_data.manifests},
         "train_data": {"fingerprint": run.train_data.fingerprint, "rows": len(run.train_data)},
-        "tokenizer": run.tokenizer, "model_config": run.gpt_section, "config": config,
-        "best": state.best, "last_val": state.last_val, "validation_owed": state.validation_owed,
-        "run_dir": state.run_dir, "base_vocab": state.base_vocab, "tokens_seen": state.tokens_seen,
-        "nonfinite": nonfinite, "environment": environment(run.precision.device, run.world.size),
+        "tokenizer": run.tokenizer, "model_config": run.gpt_section, "made_with": run.made_with, "config": config,
+        **{name: getattr(state, name) for name in SAVED_STATE},
+        "nonfinite": nonfinite, "environment": environment(run.precision.device, run.process.world.size),
     }
 
 
@@ -2036,19 +2389,21 @@ def plan_rotation(recent: Sequence[str], name: str, keep: int) -> tuple[list[str
     return (names[-keep:], names[:-keep]) if keep else (names, [])
 
 
-def rotated_files(run: Run) -> list[Path]:
+def rotated_files(output_dir: Path, state: TrainState) -> list[Path]:
     """What the newest save has to delete; only names that a run gives."""
-    return [run.output_dir / name for name in run.state.rotated_out if checkpoint_step(name) is not None]
+    return [output_dir / name for name in state.rotated_out if checkpoint_step(name) is not None]
 
 
-def write_save(save: Save, checkpoint: dict[str, Any], metrics: MetricsLog | None) -> None:
-    """Writes, links, deletes what rotated out: in this order, so that a kill leaves a resumable directory. No console:
-    this is the writer's thread."""
+def write_save(save: PendingSave, checkpoint: Mapping[str, Any], metrics: MetricsLog | None) -> None:
+    """Writes, links, deletes what rotated out: in this order, so that a kill leaves a resumable directory.
+
+    This is the writer's thread: it prints nothing and leaves the run alone.
+    """
     started = time.perf_counter()
     try:
         if metrics:
             metrics.flush()
-        save.bytes = write_checkpoint(save.path, checkpoint)
+        save.bytes, save.is_flushed = write_checkpoint(save.path, checkpoint)
     except (OSError, RuntimeError) as error:
         save.error = error
         return
@@ -2063,67 +2418,120 @@ def write_save(save: Save, checkpoint: dict[str, Any], metrics: MetricsLog | Non
 
 
 def finish_save(run: Run, wait: bool = True) -> None:
-    """Says and logs what came of the save in flight, if it has ended or `wait` is set."""
-    save = run.saving
+    """Says, logs and remembers what came of the save in flight, if it has ended or `wait` is set."""
+    save, say = run.saving, run.process.say
     if save is None or save.written is None or not (wait or save.written.done()):
         return
     run.saving = None
     save.written.result()  # raises what only a bug can raise
-    state, say = run.state, run.console.say
     if save.error is not None:
         say(f"[Error] Could not save {save.path}: {first_line(save.error)}. Earlier checkpoints are intact; free some "
             "disk space, the save will be tried again")
-        state.recent_checkpoints, state.rotated_out = save.rotation_before
-        if state.best is save.best:
-            state.best = run.best_saved
         if save.links:
-            run.save_retry_step = state.position.step + max(1, run.config.save_interval // 10)
+            run.save_retry_step = run.state.position.step + max(1, run.config.save_interval // 10)
         return
     if save.link_error is not None:
         say(f"[Error] Could not renew latest.pth or best.pth: {first_line(save.link_error)}. {save.path.name} is "
             "complete, and --resume auto finds it")
-    run.best_saved = save.best or run.best_saved
+    if not save.is_flushed and not run.warned_flush:
+        say(f"[Warn] {save.path.parent}: this file system cannot flush a directory. Checkpoints are whole; one that is "
+            "seconds old may be lost in a power cut")
+        run.warned_flush = True
+    state = run.state
+    state.recent_checkpoints, state.rotated_out = save.state.recent_checkpoints, save.state.rotated_out
+    if save.is_best:
+        state.best = save.state.best
     if save.links:
-        run.saved_step = save.position.step
+        run.saved_step = save.state.position.step
     owed = ", validation still owed: the resumed run validates first" if save.validation_owed else ""
     say(f"[Info] Saved {save.path} ({save.bytes / 1e6:.1f} MB in {save.seconds_written:.1f} s, training waited "
         f"{save.seconds_blocked:.1f} s{owed})")
     if run.metrics:
-        run.metrics.write("save", save.position, {"seconds_blocked": save.seconds_blocked, "bytes": save.bytes,
-                                                  "seconds_written": save.seconds_written})
+        run.metrics.write("save", save.state.position, {
+            "seconds_blocked": save.seconds_blocked, "bytes": save.bytes, "seconds_written": save.seconds_written})
 
 
-def start_save(run: Run, name: str, links: Sequence[str], is_best: bool) -> None:
+def start_save(run: Run, best: dict[str, Any] | None, is_checkpoint: bool = True) -> None:
     """Takes a snapshot and leaves the writing to a thread; waits for the save before this one.
 
-    Only rank 0 writes. What came of the save is known after finish_save.
+    Writes model_step{N}.pth, to which latest.pth (and best.pth, if this step is the best) are linked; or, where no
+    checkpoint is due, best.pth alone. Only rank 0 writes. What came of it is known after finish_save.
     """
-    state, out, started = run.state, run.output_dir, time.perf_counter()
-    if run.world.rank > 0:
-        run.saved_step = state.position.step
+    started, name = time.perf_counter(), f"model_step{run.state.position.step}.pth"
+    collect_nonfinite_rows(run)
+    run.saved_at = time.monotonic()
+    if run.process.world.rank > 0:
+        run.saved_step, run.state.best = run.state.position.step, best or run.state.best
         return
     finish_save(run)
     check_finite(run)
-    rotation_before = state.recent_checkpoints, state.rotated_out
-    if links:
+    state, out = dataclasses.replace(run.state, best=best or run.state.best), run.output_dir
+    links = ["latest.pth", *(["best.pth"] if best else [])] if is_checkpoint else []
+    if is_checkpoint:
         state.recent_checkpoints, state.rotated_out = plan_rotation(state.recent_checkpoints, name,
                                                                     run.config.keep_checkpoints)
-    save = Save(out / name, [out / link for link in links], rotated_files(run) if links else [], state.position,
-                state.best if is_best else None, state.validation_owed, rotation_before)
-    checkpoint = make_checkpoint(run)
+    save = PendingSave(out / (name if is_checkpoint else "best.pth"), [out / link for link in links],
+                       rotated_files(out, state) if is_checkpoint else [], state, best is not None, run.validation_owed)
+    checkpoint = make_checkpoint(run, state)
     save.seconds_blocked = time.perf_counter() - started
     save.written = run.writer.submit(write_save, save, checkpoint, run.metrics)
     run.saving = save
+    run.process.event("save", run)
 
 
-def save_checkpoint(run: Run, is_best: bool) -> None:
-    """Starts to write model_step{N}.pth; latest.pth (and best.pth) are linked to it once it is whole."""
-    name = f"model_step{run.state.position.step}.pth"
-    start_save(run, name, ["latest.pth", *(["best.pth"] if is_best else [])], is_best)
+def is_better(loss: float, best: Mapping[str, Any] | None) -> bool:
+    """A loss that is not finite is never the best, and always beaten."""
+    return math.isfinite(loss) and (best is None or not math.isfinite(best["loss"]) or loss < best["loss"])
+
+
+def measured_on(run: Run) -> str:
+    """What a validation loss depends on besides the model: rows, their choice, and the weights of the losses."""
+    config = run.config
+    parts = [run.val_data.fingerprint, len(validation_rows(run)), config.text_loss_weight, config.mel_loss_weight]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def validate(run: Run) -> dict[str, Any] | None:
+    """Validates and logs. Returns TrainState.best if this is the best so far. Raises: Stopped."""
+    position, config, say = run.state.position, run.config, run.process.say
+    values, *parts = evaluate(run)
+    loss = config.text_loss_weight * values["text_loss"] + config.mel_loss_weight * values["mel_loss"]
+    say_validation(run.process, position, values)
+    if run.metrics:
+        run.metrics.write("val", position, {**values, "loss": loss})
+    for manifest, part in zip(run.val_data.manifests, parts if len(parts) > 1 else (), strict=False):
+        say(f"[Val]   {manifest['path']} text_loss={part['text_loss']:.6f} mel_loss={part['mel_loss']:.6f} "
+            f"mel_top1={part['mel_top1']:.4f}")
+        if run.metrics:
+            run.metrics.write("val_part", position, part, manifest["path"])
+    run.state.last_val = {"step": position.step, "loss": loss, **values}
+    if not is_better(loss, run.state.best):
+        return None
+    return {"step": position.step, "loss": loss, "measured_on": measured_on(run)}
+
+
+def say_validation(process: Process, position: Position, values: Mapping[str, float]) -> None:
+    process.say(f"[Val] epoch={position.last_epoch} step={position.step} text_loss={values['text_loss']:.6f} "
+                f"mel_loss={values['mel_loss']:.6f} mel_top1={values['mel_top1']:.4f}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 10. Resuming
+
+NOT_FINITE_TWICE = "left out: its loss was not finite twice"
+
+
+@dataclass
+class ResumePoint:
+    """A verified checkpoint, the path to show for it, and the candidates that were skipped, with reasons."""
+
+    path: Path
+    checkpoint: dict[str, Any]
+    skipped: list[str] = field(default_factory=list)
+
+    @property
+    def position(self) -> Position:
+        return Position(self.checkpoint["epoch"], self.checkpoint["sample_in_epoch"], self.checkpoint["step"])
 
 
 def step_inside(path: Path) -> float:
@@ -2149,16 +2557,7 @@ def candidates(output_dir: Path) -> list[Path]:
     return [file for file in files if file not in older] + [latest] + older
 
 
-@dataclass
-class Found:
-    """A verified checkpoint, the path to show for it, and the candidates that were skipped, with reasons."""
-
-    path: Path
-    checkpoint: dict[str, Any]
-    skipped: list[str]
-
-
-def find_resumable(output_dir: Path) -> Found | None:
+def find_resumable(output_dir: Path) -> ResumePoint | None:
     """The newest valid checkpoint, or None where there is none at all.
 
     Raises: ResumeError when there are files but none is valid.
@@ -2166,7 +2565,7 @@ def find_resumable(output_dir: Path) -> Found | None:
     skipped: list[str] = []
     for path in candidates(output_dir):
         try:
-            return Found(path, read_checkpoint(path), skipped)
+            return ResumePoint(path, read_checkpoint(path), skipped)
         except ResumeError as error:
             skipped.append(str(error))
     if skipped:
@@ -2189,25 +2588,25 @@ def read_explicit(path: Path) -> dict[str, Any]:
         raise ResumeError(f"{error}{hint}") from error
 
 
-def open_resume(resume: str, output_dir: Path, say: Callable[[str], None]) -> Found | None:
+def open_resume(resume: str, output_dir: Path, say: Callable[[str], None]) -> ResumePoint | None:
     """Finds, announces and reads the checkpoint that --resume asks for. Raises: ResumeError."""
     if not resume:
         return None
     if resume == "auto":
-        found = find_resumable(output_dir)
-        if found is None:
+        point = find_resumable(output_dir)
+        if point is None:
             say(f"[Info] Auto-resume: no checkpoint in {output_dir}, starting from the beginning")
             return None
-        for reason in found.skipped:
+        for reason in point.skipped:
             say(f"[Warn] Auto-resume: skipped {reason}")
     else:
-        found = Found(Path(resume), read_explicit(Path(resume)), [])
-    say(f"[Info] Auto-resume: found checkpoint at {found.path}")
-    say(f"[Info] Loading checkpoint from {found.path}...")
-    return found
+        point = ResumePoint(Path(resume), read_explicit(Path(resume)))
+    say(f"[Info] Auto-resume: found checkpoint at {point.path}")
+    say(f"[Info] Loading checkpoint from {point.path}...")
+    return point
 
 
-def refuse_other_checkpoints(output_dir: Path, found: Found | None, resume: str) -> None:
+def refuse_other_checkpoints(output_dir: Path, point: ResumePoint | None, resume: str) -> None:
     """Raises: UserError where a run would mix its files with those of another."""
     present = [*list_checkpoints(output_dir), *(output_dir / n for n in ("latest.pth", "best.pth")
                                                 if (output_dir / n).exists())]
@@ -2216,17 +2615,31 @@ def refuse_other_checkpoints(output_dir: Path, found: Found | None, resume: str)
     if not resume:
         raise UserError(f"{output_dir} already holds checkpoints ({present[0].name}). Add --resume auto to go on with "
                         "that run, or choose another --output-dir")
-    if found is None:
+    if point is None:
         raise ResumeError(f"no model_step*.pth or latest.pth in {output_dir}, only {present[0].name}. Go on from it "
                           f"with --resume {present[0]}, or move it away to start afresh")
-    if found.path.resolve().parent != output_dir.resolve():
+    if point.path.resolve().parent != output_dir.resolve():
         raise UserError(f"{output_dir} already holds checkpoints of another run ({present[0].name}). Choose another "
-                        f"--output-dir, or leave it out to go on in {found.path.parent}")
+                        f"--output-dir, or leave it out to go on in {point.path.parent}")
 
 
-def validate_checkpoint(checkpoint: dict[str, Any], shapes: dict[str, tuple[int, ...]], tokenizer_sha256: str,
-                        train_fingerprint: str, accept_changed_data: bool) -> list[str]:
-    """Everything in which a checkpoint does not fit this run, each with its remedy."""
+def find_resume_point(resume: str, output_dir: Path, process: Process) -> ResumePoint | None:
+    """Rank 0 finds and announces what to resume from, the others read the same file. Raises: UserError."""
+    point = None
+    with process.failing_together():
+        if process.world.rank == 0:
+            point = open_resume(resume, output_dir, process.say)
+            refuse_other_checkpoints(output_dir, point, resume)
+    path = process.world.from_rank_0(str(point.path) if point else None)
+    with process.failing_together():
+        if process.world.rank > 0 and path:
+            point = ResumePoint(Path(path), read_checkpoint(Path(path)))
+    return point
+
+
+def validate_checkpoint(checkpoint: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], tokenizer_sha256: str,
+                        train_fingerprint: str | None) -> list[str]:
+    """Everything in which a checkpoint does not fit this run, each with its remedy; a fingerprint of None fits."""
     problems = []
     found = {name: tuple(t.shape) for name, t in checkpoint["model"].items()
              if not name.startswith(CARRIED_PREFIXES) and name in shapes}
@@ -2239,92 +2652,116 @@ def validate_checkpoint(checkpoint: dict[str, Any], shapes: dict[str, tuple[int,
         problems.append(f"tokenizer differs (sha256 {checkpoint['tokenizer']['sha256'][:12]} in the checkpoint, "
                         f"{tokenizer_sha256[:12]} here). Pass --tokenizer {checkpoint['tokenizer']['path']} as it was, "
                         "or start a new run with --base-checkpoint")
-    if checkpoint["train_data"]["fingerprint"] != train_fingerprint and not accept_changed_data:
+    if train_fingerprint not in (None, checkpoint["train_data"]["fingerprint"]):
         problems.append("training data changed (row ids, lengths or order). Pass the old --train-manifest, or "
                         "--accept-changed-data: weights, optimizer and step stay, the epoch's order starts anew")
     return problems
 
 
-def require_fit(run: Run, found: Found, accept_changed_data: bool) -> None:
+def require_fit(run: Run, point: ResumePoint) -> None:
     """Raises: ResumeError with every problem at once."""
     shapes = {name: tuple(t.shape) for name, t in run.model.state_dict().items()}
-    problems = validate_checkpoint(found.checkpoint, shapes, run.tokenizer["sha256"], run.train_data.fingerprint,
-                                   accept_changed_data)
+    any_data = run.config.eval_only or run.config.accept_changed_data
+    problems = validate_checkpoint(point.checkpoint, shapes, run.tokenizer["sha256"],
+                                   None if any_data else run.train_data.fingerprint)
     if problems:
-        raise ResumeError(f"{found.path} does not fit this run: {'; '.join(problems)}")
+        raise ResumeError(f"{point.path} does not fit this run: {'; '.join(problems)}")
 
 
-def position_of(checkpoint: dict[str, Any]) -> Position:
-    return Position(checkpoint["epoch"], checkpoint["sample_in_epoch"], checkpoint["step"])
-
-
-def restore_model(model: UnifiedVoiceGPT, carried: dict[str, Tensor], checkpoint: dict[str, Any],
-                  say: Callable[[str], None]) -> None:
-    say("[Info] Restoring model state...")
-    own = model.state_dict()
+def restore_model(run: Run, point: ResumePoint) -> None:
+    """Copies the weights out of the mapped file; the position with them."""
+    run.process.say("[Info] Restoring model state...")
+    own = run.model.state_dict()
     with torch.no_grad():
-        for name, tensor in checkpoint["model"].items():
+        for name, tensor in point.checkpoint["model"].items():
             if name in own:
                 own[name].copy_(tensor)
             else:
-                carried[name] = tensor.clone()
+                run.carried[name] = tensor.clone()
+    run.state.position = point.position
 
 
-def restore_schedule(run: Run, checkpoint: dict[str, Any], say: Callable[[str], None]) -> None:
-    """Goes on with the same schedule; a changed one is recomputed, and what that does to the learning rate is said."""
+def restore_schedule(run: Run, checkpoint: Mapping[str, Any]) -> None:
+    """Goes on with the saved schedule. It is recomputed only when a setting that it follows from, the global batch or
+    the data changed; what that does to the learning rate is said."""
+    say, saved, config = run.process.say, checkpoint.get("scheduler"), checkpoint["config"]
     say("[Info] Restoring scheduler state...")
     wanted = make_schedule(run.config, run.state.position, len(run.train_data))
-    saved = checkpoint.get("scheduler")
-    step = run.state.position.step
     if not saved:
         say("[Warn] No scheduler state in the checkpoint: continuing with a fresh one")
-    else:
-        old = Schedule(saved["base_lr"], saved["warmup_steps"], saved["total_steps"])
-        if old != wanted:
+        run.state.schedule = wanted
+        return
+    run.state.schedule = old = Schedule(saved["base_lr"], saved["warmup_steps"], saved["total_steps"])
+    settings = ("learning_rate", "warmup_steps", "max_steps", "epochs")
+    if (any(config[name] != getattr(run.config, name) for name in settings) or len(run.train_data) != checkpoint[
+            "train_data"]["rows"] or global_batch_of(checkpoint) != run.config.global_batch):
+        run.state.schedule, step = wanted, run.state.position.step
+        if wanted != old:
             say(f"[Info] lr at step {step}: {get_lr(step, old):.6e} -> {get_lr(step, wanted):.6e}")
-    run.state.schedule = wanted
 
 
-def restore(run: Run, found: Found) -> None:
+def global_batch_of(checkpoint: Mapping[str, Any]) -> int:
+    config = checkpoint["config"]
+    return config["batch_size"] * config["grad_accumulation"] * checkpoint["environment"]["world_size"]
+
+
+def restore_best(run: Run, checkpoint: Mapping[str, Any]) -> None:
+    """The best validation so far, unless what it was measured on has changed: unlike losses are not compared."""
+    best, config = checkpoint["best"], checkpoint["config"]
+    if best is None:
+        return
+    measured = best.get("measured_on")
+    if measured is None:  # format 1: what is known of how it was measured
+        rows = [part["rows"] for part in checkpoint["manifests"]["val"]]
+        batch_size = config["val_batch_size"] or config["batch_size"]
+        whole = not config["max_val_batches"] or sum(rows) <= config["max_val_batches"] * batch_size
+        is_same = whole and (rows, config["text_loss_weight"], config["mel_loss_weight"], len(run.val_data)) == (
+            [part["rows"] for part in run.val_data.manifests], run.config.text_loss_weight, run.config.mel_loss_weight,
+            len(validation_rows(run)))
+        measured = measured_on(run) if is_same else None
+    if measured == measured_on(run):
+        run.state.best = best
+    else:
+        run.process.say("[Warn] Validation changed (rows, their choice, or the weights of the losses): the best loss "
+                        f"so far, {best['loss']:.6f} at step {best['step']}, does not compare. The next one is best")
+
+
+def restore(run: Run, point: ResumePoint) -> None:
     """Applies a verified checkpoint, cloned out of the mapped file, so that a deleted file frees its disk.
 
     Raises: ResumeError with every problem at once.
     """
-    checkpoint, config, say, device = found.checkpoint, run.config, run.console.say, run.precision.device
-    require_fit(run, found, config.accept_changed_data)
-    restore_model(run.model, run.carried, checkpoint, say)
+    checkpoint, config, state, say = point.checkpoint, run.config, run.state, run.process.say
+    require_fit(run, point)
+    restore_model(run, point)
     say("[Info] Restoring optimizer state...")
     run.optimizer.load_state_dict(map_tree(checkpoint["optimizer"], Tensor.clone))
     for group in run.optimizer.param_groups:
         if group["weight_decay"]:
             group["weight_decay"] = config.weight_decay
-    state = run.state
-    state.position = position_of(checkpoint)
+    for name in SAVED_STATE:
+        if name in checkpoint and name != "best":
+            setattr(state, name, checkpoint[name])
+    state.first_batch_size = state.first_batch_size or checkpoint["config"]["batch_size"]
+    state.recent_checkpoints = [name for name in state.recent_checkpoints if (run.output_dir / name).exists()]
     if checkpoint["train_data"]["fingerprint"] != run.train_data.fingerprint:
         say(f"[Warn] Training data changed: epoch {state.position.epoch} starts anew with {len(run.train_data)} rows")
         state.position = dataclasses.replace(state.position, sample_in_epoch=0)
-    for name in ("best", "last_val", "validation_owed", "run_dir", "base_vocab", "tokens_seen"):
-        setattr(state, name, checkpoint[name])
-    own = [name for name in checkpoint["recent_checkpoints"] if (run.output_dir / name).exists()]
-    state.recent_checkpoints, state.rotated_out = own, list(checkpoint["rotated_out"])
-    run.nonfinite = checkpoint["nonfinite"].clone().to(device)
-    restore_schedule(run, checkpoint, say)
+        state.nonfinite_rows, state.suspect_rows, state.left_out = [], [], []
+    run.train_data.bad_rows.update({row: NOT_FINITE_TWICE for row in state.left_out})
+    run.nonfinite = checkpoint["nonfinite"].clone().to(run.precision.device)
+    run.skips_known = run.skips_told = int(run.nonfinite[0].item())
+    restore_schedule(run, checkpoint)
     say("[Info] Restoring gradient scaler state...")
     if run.scaler.is_enabled() and checkpoint.get("scaler"):
         run.scaler.load_state_dict(checkpoint["scaler"])
     elif run.scaler.is_enabled():
         say("[Warn] AMP enabled but no scaler state: continuing with a fresh one")
-    run.saved_step, run.best_saved = state.position.step, state.best
-    say(f"[Info] ✅ Successfully resumed from {found.path}")
+    run.saved_step = state.position.step
+    say(f"[Info] ✅ Successfully resumed from {point.path}")
     say(f"[Info]    Epoch: {state.position.epoch}, Step: {state.position.step}")
     say(f"[Info]    Recent checkpoints: {len(state.recent_checkpoints)}")
-
-
-def restore_weights_only(run: Run, found: Found) -> None:
-    """--eval-only needs a checkpoint's weights and tokenizer to fit, not its training data."""
-    require_fit(run, found, accept_changed_data=True)
-    restore_model(run.model, run.carried, found.checkpoint, run.console.say)
-    run.state.position = position_of(found.checkpoint)
+    restore_best(run, checkpoint)
 
 
 def move_aside(output_dir: Path, names: Sequence[str], stamp: str) -> Path | None:
@@ -2348,9 +2785,8 @@ def go_back(run: Run, resumed: Path) -> None:
         path = output_dir / name
         if path.exists() and not path.samefile(resumed) and step_inside(path) > step:
             later.append(name)
-    stamp = time.strftime("%Y%m%d_%H%M%S")
-    folder = move_aside(output_dir, later, stamp)
-    dropped = cut_metrics(output_dir / run.state.run_dir / "metrics.jsonl", step, run.state.validation_owed)
+    folder = move_aside(output_dir, later, time.strftime("%Y%m%d_%H%M%S"))
+    dropped = cut_metrics(output_dir / run.state.run_dir / "metrics.jsonl", step, run.validation_owed)
     if folder is None:
         return
     if dropped:
@@ -2359,7 +2795,7 @@ def go_back(run: Run, resumed: Path) -> None:
     best = output_dir / f"model_step{run.state.best['step']}.pth" if run.state.best else None
     if "best.pth" in later and best and best.exists():
         link_checkpoint(best, output_dir / "best.pth")
-    run.console.say(f"[Info] Going back to step {step}: later checkpoints and log lines are now in {folder}")
+    run.process.say(f"[Info] Going back to step {step}: later checkpoints and log lines are now in {folder}")
 
 
 def finish_links(run: Run, resumed: Path) -> None:
@@ -2368,22 +2804,180 @@ def finish_links(run: Run, resumed: Path) -> None:
     is_best = state.best is not None and state.best["step"] == state.position.step
     if is_best and (not best.exists() or step_inside(best) != state.position.step):
         link_checkpoint(resumed, best)
-    for path in rotated_files(run):
+    for path in rotated_files(run.output_dir, state):
         path.unlink(missing_ok=True)
 
 
-def load_base_checkpoint(model: UnifiedVoiceGPT, path: Path) -> tuple[dict[str, Tensor], int]:
-    """Fills the model from IndexTTS2's gpt.pth (or the fork's, or our own, checkpoints).
+def open_run_dir(run: Run, point: ResumePoint | None, resume: str) -> None:
+    """Continues the run directory of a resumed run without doubled lines, or makes a new one."""
+    output_dir, state = run.output_dir, run.state
+    stamp = time.strftime("%Y%m%d_%H%M%S")
+    if point is None:
+        aside = move_aside(output_dir, ["logs"], stamp)
+        if aside:
+            run.process.say(f"[Info] Logs of a run that left no checkpoint are now in {aside}")
+        state.run_dir = f"logs/run_{stamp}"
+    elif point.path.resolve().parent != output_dir.resolve():
+        state.run_dir = f"logs/run_{stamp}"  # a branch of a run in another directory
+        state.recent_checkpoints, state.rotated_out = [], []
+    else:
+        if resume != "auto":
+            go_back(run, point.path)
+        finish_links(run, point.path)
+        cut_metrics(output_dir / state.run_dir / "metrics.jsonl", state.position.step, run.validation_owed)
+    run.metrics = MetricsLog(output_dir / state.run_dir, state.position.step + 1)
+    run.process.say(f"[Info] Logs: {output_dir / state.run_dir}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 11. Run
+
+
+def read_tokenizer(path: str) -> dict[str, Any]:
+    """Returns path, sha256 and size of a SentencePiece model. Raises: UserError."""
+    import sentencepiece
+
+    try:
+        content = Path(path).read_bytes()
+        size = sentencepiece.SentencePieceProcessor(model_proto=content).vocab_size() if content else 0
+    except OSError as error:
+        raise UserError(f"--tokenizer {path}: {error.strerror}. tools.train_tokenizer makes one") from error
+    except RuntimeError:
+        size = 0
+    if not size:
+        raise UserError(f"--tokenizer {path}: not a SentencePiece model. tools.train_tokenizer makes one")
+    return {"path": path, "sha256": hashlib.sha256(content).hexdigest(), "size": size}
+
+
+def find_model_yaml(config: TrainConfig, checkpoint: Mapping[str, Any] | None) -> Path | None:
+    """--config, else config.yaml beside the first manifest, else checkpoints/config.yaml; None: the checkpoint's.
+
+    Raises: UserError when there is none.
+    """
+    if config.config:
+        return Path(config.config)
+    if checkpoint is not None:
+        return None
+    beside = Path(split_language((config.train_manifest or config.val_manifest)[0])[0]).with_name("config.yaml")
+    for path in (beside, Path("checkpoints/config.yaml")):
+        if path.is_file():
+            return path
+    raise UserError(f"no model config: neither {beside} nor checkpoints/config.yaml exists. Pass --config")
+
+
+def default_val_manifest(train_manifests: Sequence[str]) -> str:
+    """val_pairs.jsonl beside the first training manifest: nobody's run is judged on the demo's voice unasked.
+
+    Raises: UserError when there is none.
+    """
+    beside = Path(split_language(train_manifests[0])[0]).with_name("val_pairs.jsonl")
+    if not beside.is_file():
+        raise UserError(f"no validation data: {beside} does not exist. Pass --val-manifest (tools.preprocess holds "
+                        "sentences back for it)")
+    return str(beside)
+
+
+def resolve_config(typed: Mapping[str, Any], checkpoint: Mapping[str, Any] | None, device: torch.device, world: World
+                   ) -> tuple[TrainConfig, int]:
+    """Typed settings first, then the checkpoint's, then the defaults and what the hardware suggests.
+
+    Returns: the settings, and the number of reading threads.
+    Raises: UserError that lists every contradiction.
+    """
+    known = {item.name for item in dataclasses.fields(TrainConfig)}
+    saved = {k: v for k, v in checkpoint["config"].items() if k in known} if checkpoint else {}
+    asked = {k: v for k, v in typed.items() if v or k not in ZERO_IS_CHOSEN}
+    config = TrainConfig(**{**saved, **asked, "config": typed.get("config", "")})
+    problems = config_problems(config)
+    if problems:
+        raise UserError("; ".join(problems))
+    memory = torch.cuda.get_device_properties(device).total_memory / 2**30 if device.type == "cuda" else 0.0
+    hardware_batch_size, threads = auto_hardware(device.type, memory, max(1, available_cores() // world.local_size))
+    split, same_device = None, False
+    if checkpoint:
+        split = (saved["batch_size"], saved["grad_accumulation"], checkpoint["environment"]["world_size"])
+        same_device = checkpoint["environment"]["device"] == environment(device, world.size)["device"]
+    config.world_size = world.size
+    config.batch_size, config.grad_accumulation = choose_batch_split(
+        asked.get("batch_size", 0), asked.get("grad_accumulation", 0), hardware_batch_size, split, same_device,
+        world.size)
+    if not (config.eval_only and "val_manifest" in typed):
+        config.train_manifest = config.train_manifest or ["processed_data/train_pairs.jsonl"]
+        config.val_manifest = config.val_manifest or [default_val_manifest(config.train_manifest)]
+    config.tokenizer = config.tokenizer or "tokenizers/amharic_extended_bpe.model"
+    found_yaml = find_model_yaml(config, checkpoint)
+    config.config = str(found_yaml) if found_yaml else ""
+    released = Path("checkpoints/gpt.pth")
+    is_released = "config" not in typed and found_yaml == released.with_name("config.yaml")
+    if not checkpoint and is_released and released.is_file():
+        config.base_checkpoint = config.base_checkpoint or str(released)
+    config.learning_rate = config.learning_rate or (2e-5 if config.base_checkpoint else 1e-3)
+    return config, config.num_workers or threads
+
+
+def say_changes(config: TrainConfig, checkpoint: Mapping[str, Any], device: torch.device, say: Callable[[str], None]
+                ) -> None:
+    """Names every setting, and everything of the machine, that differs from the checkpoint's."""
+    for name, old in checkpoint["config"].items():
+        new = getattr(config, name, old)
+        if new != old and name not in ("config", "base_checkpoint"):
+            say(f"[Info] {name}: {old} -> {new}")
+    old_batch = global_batch_of(checkpoint)
+    if old_batch != config.global_batch:
+        say(f"[Warn] The global batch changes from {old_batch} to {config.global_batch}: losses will differ from the "
+            "run so far. The position is in samples, none is repeated or left out")
+    for name, new in environment(device, config.world_size).items():
+        old = checkpoint["environment"].get(name, 1)  # format 1 had no number of its arithmetic
+        if old != new:
+            say(f"[Warn] {name}: {old} -> {new}. Continuing bit for bit is promised only for the same one")
+
+
+def read_data(config: TrainConfig, model_config: ModelConfig, process: Process
+              ) -> tuple[ManifestDataset, ManifestDataset]:
+    """Training and validation data; --eval-only needs no training data. Raises: UserError, Stopped."""
+    val_data = process.in_thread(lambda: ManifestDataset(config.val_manifest, model_config))
+    train_data = val_data if config.eval_only else process.in_thread(
+        lambda: ManifestDataset(config.train_manifest, model_config))
+    for data in (val_data,) if config.eval_only else (train_data, val_data):
+        for manifest in data.manifests:
+            process.say(f"[Info] {manifest['path']}: {manifest['rows']} rows")
+    return train_data, val_data
+
+
+# Endings and beginnings that wrappers of a model leave in the names of its tensors.
+WRAPPERS = re.compile(r"^(base_model\.model\.|module\.|_orig_mod\.)+|(?<=\.)(base_layer|module|_orig_mod)\.")
+
+
+def read_base_checkpoint(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+    """Tensors of IndexTTS2's gpt.pth (or of the forks', or of our own files) by plain names, and the whole file.
+
+    Raises: UserError for what is no base to start from.
+    """
+    content = read_torch_file(path)
+    tensors = content.get("model", content) if isinstance(content, dict) else None
+    if isinstance(tensors, dict) and tensors is content:
+        tensors = {name: tensor for name, tensor in tensors.items() if name != "made_with"}
+    if not isinstance(tensors, dict) or not tensors or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise UserError(f"--base-checkpoint {path}: holds no state dict. Use IndexTTS2's gpt.pth")
+    lora = next((name for name in tensors if ".lora_" in name), None)
+    if lora:
+        raise UserError(f"--base-checkpoint {path}: a LoRA that was not merged into its base ({lora}). Merge it first")
+    tensors = {WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
+    bad = next((name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()), None)
+    if bad:
+        raise UserError(f"--base-checkpoint {path}: {bad} has values that are not finite. Use another file")
+    return tensors, content
+
+
+def load_base_checkpoint(model: UnifiedVoiceGPT, tensors: Mapping[str, Tensor], path: Path
+                         ) -> tuple[dict[str, Tensor], int]:
+    """Fills the model from a base checkpoint's tensors.
 
     Returns: the tensors to carry along, and the base's number of text tokens. Whatever else is in the file (the
     inference wrapper's gpt.wte and inference_model, old transformers' masks) is dropped.
     With another vocabulary size the overlapping rows are copied and the rest stays fresh.
     Raises: UserError that lists all missing tensors and wrong shapes.
     """
-    content = read_torch_file(path)
-    tensors = content.get("model", content) if isinstance(content, dict) else None
-    if not isinstance(tensors, dict) or not tensors or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise UserError(f"--base-checkpoint {path}: holds no state dict. Use IndexTTS2's gpt.pth")
     problems = []
     with torch.no_grad():
         for name, weight in model.state_dict().items():
@@ -2405,300 +2999,136 @@ def load_base_checkpoint(model: UnifiedVoiceGPT, path: Path) -> tuple[dict[str, 
     return carried, len(tensors["text_embedding.weight"]) - 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 11. Run
+def belongs_together(config: TrainConfig, model_config: ModelConfig, tokenizer: Mapping[str, Any],
+                     datasets: Sequence[ManifestDataset], other: tuple[str, Mapping[str, Any]] | None, is_base: bool,
+                     say: Callable[[str], None]) -> dict[str, Any]:
+    """What data, tokenizer, model and weights were made with; `other` is the checkpoint or base checkpoint.
 
-
-def resolve_output_dir(typed: dict[str, Any]) -> Path:
-    resume = typed.get("resume", "")
-    if "output_dir" in typed or resume in ("", "auto"):
-        return Path(typed.get("output_dir", TrainConfig().output_dir))
-    return Path(resume).parent
-
-
-def find_model_yaml(config: TrainConfig, checkpoint: dict[str, Any] | None) -> Path | None:
-    """--config, else config.yaml beside the first manifest, else checkpoints/config.yaml; None: the checkpoint's.
-
-    Raises: UserError when there is none.
+    Returns: what is known of it. Raises: UserError where two of them do not belong together.
     """
-    if config.config:
-        return Path(config.config)
-    if checkpoint is not None:
-        return None
-    manifests = config.train_manifest
-    if config.eval_only and config.val_manifest:
-        manifests = manifests or config.val_manifest
-    beside = Path(split_language(manifests[0])[0]).parent / "config.yaml"
-    for path in (beside, Path("checkpoints/config.yaml")):
-        if path.is_file():
-            return path
-    raise UserError(f"no model config: neither {beside} nor checkpoints/config.yaml exists. Pass --config")
+    records: list[tuple[str, Mapping[str, Any]]] = [
+        (f"--tokenizer {tokenizer['path']}", {"tokenizer_sha256": tokenizer["sha256"]}),
+        (f"--config {config.config}" if config.config else "the checkpoint's config",
+         {"num_codes": model_config.code_count})]
+    records += [other] if other and not is_base else []
+    manifests = [(manifest, rate, data) for data in datasets
+                 for manifest, rate in zip(data.manifests, data.rates, strict=True)]
+    records += [(manifest["path"], manifest["made_with"]) for manifest, _, _ in manifests]
+    if other and is_base:  # a base of another tokenizer's size is a start; another codec's is none
+        records.append(other)
+    known = check_made_with(records)
+    for manifest, rate, data in manifests:
+        made_with, path = manifest["made_with"], manifest["path"]
+        if is_base and other and made_with.get("features") == "embedded" and not other[1].get("codec_sha256"):
+            raise UserError(f"{path} was made with the embedded codec (features embedded), and {other[0]} is not "
+                            "recorded as made for that codec: its weights know other codes and conditions. Train from "
+                            "scratch, or start from a checkpoint of such a run")
+        if not made_with:
+            check_unrecorded(path, rate, data, model_config, is_base and other is not None, say)
+    return known
 
 
-def resolve_config(typed: dict[str, Any], checkpoint: dict[str, Any] | None, device: torch.device, world: World
-                   ) -> tuple[TrainConfig, int]:
-    """Typed settings first, then the checkpoint's, then the defaults and what the hardware suggests.
-
-    Returns: the settings, and the number of data workers.
-    Raises: UserError that lists every contradiction.
-    """
-    known = {item.name for item in dataclasses.fields(TrainConfig)}
-    saved = {k: v for k, v in checkpoint["config"].items() if k in known} if checkpoint else {}
-    zero_means_chosen = ("batch_size", "grad_accumulation", "learning_rate")
-    asked = {k: v for k, v in typed.items() if v or k not in zero_means_chosen}
-    config = TrainConfig(**{**saved, **asked, "config": typed.get("config", "")})
-    problems = config_problems(config)
-    if problems:
-        raise UserError("; ".join(problems))
-    is_cuda = device.type == "cuda"
-    memory = torch.cuda.get_device_properties(device).total_memory / 2**30 if is_cuda else 0.0
-    hardware_batch_size, workers = auto_hardware(device.type, memory, max(1, available_cores() // world.local_size))
-    here = environment(device, world.size)
-    same_device = bool(checkpoint) and checkpoint["environment"]["device"] == here["device"]  # type: ignore[index]
-    split = (saved["batch_size"], saved["grad_accumulation"],
-             checkpoint["environment"]["world_size"]) if checkpoint else None
-    config.batch_size, config.grad_accumulation = choose_batch_split(
-        asked.get("batch_size", 0), asked.get("grad_accumulation", 0), hardware_batch_size, split, same_device,
-        world.size)
-    config.world_size = world.size
-    if not (config.eval_only and "val_manifest" in typed):
-        config.train_manifest = config.train_manifest or ["processed_data/train_pairs.jsonl"]
-    config.val_manifest = config.val_manifest or ["processed_data/val_pairs.jsonl"]
-    config.tokenizer = config.tokenizer or "tokenizers/amharic_extended_bpe.model"
-    found_yaml = find_model_yaml(config, checkpoint)
-    config.config = str(found_yaml) if found_yaml else ""
-    released = Path("checkpoints/gpt.pth")
-    is_released = "config" not in typed and found_yaml == released.with_name("config.yaml")
-    if not checkpoint and is_released and released.is_file():
-        config.base_checkpoint = config.base_checkpoint or str(released)
-    config.learning_rate = config.learning_rate or (2e-5 if config.base_checkpoint else 1e-3)
-    return config, config.num_workers or workers
+def check_unrecorded(path: str, rate: float | None, data: ManifestDataset, model: ModelConfig, has_base: bool,
+                     say: Callable[[str], None]) -> None:
+    """A manifest beside which nothing is recorded: ranges and rates must be possible. Raises: UserError."""
+    say(f"[Warn] {path}: nothing beside it records what its codes, conditions and text ids were made with "
+        "(config.yaml, dataset:), so only ranges and rates are checked")
+    if data.codes_seen > 1000 and data.highest_code < model.code_count // 2:
+        raise UserError(f"{path}: the highest of {data.codes_seen} codes is {data.highest_code}, the model has "
+                        f"{model.code_count}: they are another codec's. Preprocess with the features of these weights")
+    if has_base and rate and model.code_count == 8192 and not 0.8 < rate / RATE_OF_INDEXTTS2 < 1.25:
+        raise UserError(f"{path}: {rate:.1f} codes a second (median), IndexTTS2 has {RATE_OF_INDEXTTS2:.0f}: they are "
+                        "another codec's, or have padding in them. Preprocess with the features of these weights")
 
 
-def say_changes(config: TrainConfig, checkpoint: dict[str, Any], device: torch.device,
-                say: Callable[[str], None]) -> None:
-    """Names every setting, and everything of the machine, that differs from the checkpoint's."""
-    for name, old in checkpoint["config"].items():
-        new = getattr(config, name, old)
-        if new != old and name not in ("config", "base_checkpoint"):
-            say(f"[Info] {name}: {old} -> {new}")
-    old_batch = (checkpoint["config"]["batch_size"] * checkpoint["config"]["grad_accumulation"]
-                 * checkpoint["environment"]["world_size"])
-    if old_batch != config.global_batch:
-        say(f"[Warn] The global batch changes from {old_batch} to {config.global_batch}: losses will differ from the "
-            "run so far. The position is in samples, none is repeated or left out")
-    for name, new in environment(device, config.world_size).items():
-        old = checkpoint["environment"].get(name)
-        if old != new:
-            say(f"[Warn] {name}: {old} -> {new}. Continuing bit for bit is promised only for the same one")
-
-
-def read_tokenizer(path: str) -> dict[str, Any]:
-    """Returns path, sha256 and size of a SentencePiece model. Raises: UserError."""
-    import sentencepiece
-
-    try:
-        content = Path(path).read_bytes()
-        size = sentencepiece.SentencePieceProcessor(model_proto=content).vocab_size() if content else 0
-    except OSError as error:
-        raise UserError(f"--tokenizer {path}: {error.strerror}. tools.train_tokenizer makes one") from error
-    except RuntimeError:
-        size = 0
-    if not size:
-        raise UserError(f"--tokenizer {path}: not a SentencePiece model. tools.train_tokenizer makes one")
-    return {"path": path, "sha256": hashlib.sha256(content).hexdigest(), "size": size}
-
-
-def check_tokenizer(manifests: Sequence[str], tokenizer: dict[str, Any]) -> None:
-    """Compares with the one that each manifest was made with, where that is recorded. Raises: UserError."""
-    for manifest in manifests:
-        path = Path(split_language(manifest)[0])
-        recorded = recorded_sha256(path, "tokenizer")
-        if recorded and recorded != tokenizer["sha256"]:
-            raise UserError(f"--tokenizer {tokenizer['path']} (sha256 {tokenizer['sha256'][:12]}) does not match "
-                            f"{manifest}, made with {recorded[:12]} ({path.with_name('config.yaml')}). Pass that one, "
-                            "or preprocess again")
-
-
-def load_gpt_section(config: TrainConfig, checkpoint: dict[str, Any] | None, vocab_size: int
-                     ) -> tuple[dict[str, Any], ModelConfig]:
-    """The `gpt:` section with the tokenizer's size in it, as a dict and checked. Raises: UserError."""
-    if config.config:
-        section, source = read_model_yaml(Path(config.config)).get("gpt"), f"--config {config.config}"
-    else:
-        assert checkpoint is not None
-        section, source = checkpoint["model_config"], "the checkpoint's config"
-    model_config = model_config_from(section, source, vocab_size)
-    return {**(section or {}), "number_text_tokens": vocab_size}, model_config
-
-
-def build_model(config: TrainConfig, model_config: ModelConfig, train_data: ManifestDataset | None, fresh: bool
-                ) -> tuple[UnifiedVoiceGPT, dict[str, Tensor], int]:
+def build_model(config: TrainConfig, model_config: ModelConfig, train_data: ManifestDataset,
+                base: Mapping[str, Tensor] | None, fresh: bool) -> tuple[UnifiedVoiceGPT, dict[str, Tensor], int]:
     """The model on the CPU, tensors carried along, and the base's vocabulary; from a checkpoint they come later."""
     model = UnifiedVoiceGPT(model_config, config.dropout, config.grad_checkpointing)
     if not fresh:
         return model, {}, 0
-    ratio = 1.0
-    if train_data is not None:
-        ratio = sum(row.code_len for row in train_data.rows) / sum(row.text_len for row in train_data.rows)
-    init_fresh_weights(model, config.seed, ratio)
-    if not config.base_checkpoint:
+    ratio = sum(row.code_len for row in train_data.rows) / sum(row.text_len for row in train_data.rows)
+    init_fresh_weights(model, config.seed, 1.0 if config.eval_only else ratio)
+    if base is None:
         return model, {}, 0
-    return model, *load_base_checkpoint(model, Path(config.base_checkpoint))
+    return model, *load_base_checkpoint(model, base, Path(config.base_checkpoint))
 
 
-def say_model(config: TrainConfig, model: UnifiedVoiceGPT, carried: dict[str, Tensor], attention: str,
-              checkpoint: Found | None, say: Callable[[str], None]) -> None:
-    size = sum(p.numel() for p in model.parameters()) / 1e6
-    shape = model.config
-    say(f"[Info] Model: {shape.layers} layers x {shape.model_dim}, {size:.1f} M parameters, attention: {attention}")
-    if checkpoint is None:
-        say(f"[Info] Base checkpoint: {config.base_checkpoint or 'none, training from scratch'}")
-        if config.base_checkpoint and not carried:
-            say("[Warn] The base checkpoint has no conditioning modules: the tools here can use what this run saves, "
-                "IndexTTS2 cannot")
-
-
-def say_batches(config: TrainConfig, workers: int, say: Callable[[str], None]) -> None:
-    processes = f" x {config.world_size} processes" if config.world_size > 1 else ""
-    say(f"[Info] Batch size {config.batch_size} x accumulation {config.grad_accumulation}{processes} = global batch "
-        f"{config.global_batch}; {workers} data workers; peak learning rate {config.learning_rate:g}")
-
-
-def open_run_dir(run: Run, found: Found | None, resume: str) -> None:
-    """Continues the run directory of a resumed run without doubled lines, or makes a new one."""
-    output_dir, state = run.output_dir, run.state
-    stamp = time.strftime("%Y%m%d_%H%M%S")
-    if found is None:
-        aside = move_aside(output_dir, ["logs"], stamp)
-        if aside:
-            run.console.say(f"[Info] Logs of a run that left no checkpoint are now in {aside}")
-        state.run_dir = f"logs/run_{stamp}"
-    elif found.path.resolve().parent != output_dir.resolve():
-        state.run_dir = f"logs/run_{stamp}"  # a branch of a run in another directory
-        state.recent_checkpoints, state.rotated_out = [], []
-    else:
-        if resume != "auto":
-            go_back(run, found.path)
-        finish_links(run, found.path)
-        cut_metrics(output_dir / state.run_dir / "metrics.jsonl", state.position.step, state.validation_owed)
-    run.metrics = MetricsLog(output_dir / state.run_dir, state.position.step + 1)
-    run.console.say(f"[Info] Logs: {output_dir / state.run_dir}")
-
-
-def say_disk(run: Run) -> None:
-    """Compares the free disk with what the kept checkpoints will need: weights and Adam's two moments, each 4 bytes."""
-    trained = sum(p.numel() for p in run.model.parameters()) * 12
-    carried = sum(t.numel() * t.element_size() for t in run.carried.values())
-    files = (run.config.keep_checkpoints or 1) + 2  # and best.pth, and the one being written
-    free, needed = shutil.disk_usage(run.output_dir).free, files * (trained + carried)
-    level, hint = ("[Info]", "") if free > needed else ("[Warn]", "; free some, or lower --keep-checkpoints")
-    run.console.say(f"{level} Disk: {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB for {files} checkpoints{hint}")
-
-
-def write_eval(run: Run) -> None:
-    """--eval-only: the [Val] line, and eval.jsonl with a line per row."""
-    path = run.output_dir / "eval.jsonl"
-    with replacing(path) as partial, partial.open("w", encoding="utf-8") as handle:
-        values = evaluate(run, run.config.max_val_batches,
-                          lambda record: print(json.dumps(record, ensure_ascii=False), file=handle))
-    say_validation(run.console, run.state.position, values)
-    run.console.say(f"[Info] Losses of every row: {path}")
-
-
-def make_profiler(run: Run) -> Any:
-    trace = run.output_dir / run.state.run_dir / "trace.json"
-    return torch.profiler.profile(schedule=torch.profiler.schedule(wait=3, warmup=0, active=3, repeat=1),
-                                  on_trace_ready=lambda profile: profile.export_chrome_trace(str(trace)))
-
-
-def prepare(typed: dict[str, Any], found: Found | None, output_dir: Path, stop: StopSignal, console: Console,
-            world: World) -> Run:
+def prepare(typed: Mapping[str, Any], point: ResumePoint | None, output_dir: Path, process: Process) -> Run:
     """Settings, data and model of a run; a checkpoint is applied. Raises: UserError, Stopped."""
-    checkpoint = found.checkpoint if found else None
-    device = setup_device()
-    config, workers = resolve_config(typed, checkpoint, device, world)
+    checkpoint, say, device = point.checkpoint if point else None, process.say, setup_device()
+    config, threads = resolve_config(typed, checkpoint, device, process.world)
     if checkpoint and not config.eval_only:
-        say_changes(config, checkpoint, device, console.say)
-    console.say(f"[Info] Config: {config.config or (found.path if found else '')}")
+        say_changes(config, checkpoint, device, say)
+    say(f"[Info] Config: {config.config or (point.path if point else '')}")
     tokenizer = read_tokenizer(config.tokenizer)
-    gpt_section, model_config = load_gpt_section(config, checkpoint, tokenizer["size"])
-    check_tokenizer([*config.train_manifest, *config.val_manifest], tokenizer)
-    val_data = ManifestDataset(config.val_manifest, model_config, stop.check)
-    train_data = val_data if config.eval_only else ManifestDataset(config.train_manifest, model_config, stop.check)
-    datasets = [val_data] if config.eval_only else [train_data, val_data]
-    for data in datasets:
-        for manifest in data.manifests:
-            console.say(f"[Info] {manifest['path']}: {manifest['rows']} rows")
-    model, carried, base_vocab = build_model(config, model_config, train_data, fresh=checkpoint is None)
+    section = read_yaml(Path(config.config)).get("gpt") if config.config else (checkpoint or {}).get("model_config")
+    source = f"--config {config.config}" if config.config else "the checkpoint's config"
+    model_config = model_config_from(section, source, tokenizer["size"])
+    train_data, val_data = read_data(config, model_config, process)
+    base: dict[str, Tensor] | None = None
+    content: Mapping[str, Any] = {}
+    if checkpoint is None and config.base_checkpoint:
+        base, content = read_base_checkpoint(Path(config.base_checkpoint))
+    other = (f"--base-checkpoint {config.base_checkpoint}", recorded_in(content)) if base is not None else (
+        str(point.path), recorded_in(checkpoint)) if point and checkpoint else None
+    made_with = belongs_together(config, model_config, tokenizer,
+                                 [val_data] if config.eval_only else [train_data, val_data], other,
+                                 base is not None, say)
+    model, carried, base_vocab = build_model(config, model_config, train_data, base, fresh=checkpoint is None)
+    if config.freeze_base_vocab and not base_vocab and not (checkpoint or {}).get("base_vocab"):
+        raise UserError("--freeze-base-vocab goes with --base-checkpoint: that file's tokens stay frozen")
     precision = choose_precision(config.amp, device)
     model.to(device)
     attention = choose_attention(model, precision)
-    say_model(config, model, carried, attention, found, console.say)
-    say_batches(config, workers, console.say)
-    stop.check()
-    run = Run(config, output_dir, precision, model, make_optimizer(model, config.weight_decay),
+    say(f"[Info] Model: {model_config.layers} layers x {model_config.model_dim}, "
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, attention: {attention}")
+    if checkpoint is None:
+        say(f"[Info] Base checkpoint: {config.base_checkpoint or 'none, training from scratch'}")
+    if base is not None and not carried:
+        say("[Warn] The base checkpoint has no conditioning modules: the tools here can use what this run saves, "
+            "IndexTTS2 cannot")
+    gpt_section = {**(section or {}), "number_text_tokens": tokenizer["size"]}
+    run = Run(config, output_dir, process, precision, model, make_optimizer(model, config.weight_decay),
               torch.amp.GradScaler(device.type, enabled=precision.needs_scaler), carried, gpt_section, tokenizer,
-              train_data, val_data, TrainState(base_vocab=base_vocab), console, stop, workers, world,
+              made_with, train_data, val_data,
+              TrainState(base_vocab=base_vocab, first_batch_size=config.batch_size), threads,
               nonfinite=torch.zeros(3, device=device))
-    for data in datasets:
-        say_bad_rows(run, data, data.bad_rows_at_start)
-    if found and config.eval_only:
-        restore_weights_only(run, found)
-    elif found:
-        restore(run, found)
+    process.run = run
+    if point and config.eval_only:
+        require_fit(run, point)
+        restore_model(run, point)
+    elif point:
+        restore(run, point)
     else:
         run.state.schedule = make_schedule(config, run.state.position, len(train_data))
+    if config.freeze_base_vocab:
+        rows = run.state.base_vocab
+        run.frozen = {name: model.get_parameter(name).detach()[:rows].clone() for name in VOCAB_TENSORS}
     if config.compile:
         model.compile(dynamic=True)
     return run
 
 
-def run_evaluation(typed: dict[str, Any], output_dir: Path, stop: StopSignal, console: Console) -> None:
-    """--eval-only. Raises: UserError, Stopped."""
-    if not typed.get("resume") and not typed.get("base_checkpoint"):
-        raise UserError("--eval-only needs weights: --resume auto, --resume PATH or --base-checkpoint PATH")
-    found = open_resume(typed.get("resume", ""), output_dir, console.say)
-    if found is None and not typed.get("base_checkpoint"):
-        raise ResumeError(f"no checkpoint in {output_dir} to evaluate. Check --output-dir")
-    with writable(output_dir):
-        output_dir.mkdir(parents=True, exist_ok=True)
-    write_eval(prepare({"max_val_batches": 0, **typed}, found, output_dir, stop, console, World()))
-
-
-def choose_checkpoint(typed: dict[str, Any], output_dir: Path, console: Console, world: World) -> Found | None:
-    """Rank 0 finds and announces what to resume from, the others read the same file. Raises: UserError."""
-    found = None
-    if world.rank == 0:
-        resume = typed.get("resume", "")
-        found = open_resume(resume, output_dir, console.say)
-        refuse_other_checkpoints(output_dir, found, resume)
-    path = world.from_rank_0(str(found.path) if found else None)
-    return found if world.rank == 0 or path is None else Found(Path(path), read_checkpoint(Path(path)), [])
-
-
-def prepare_everywhere(typed: dict[str, Any], found: Found | None, output_dir: Path, stop: StopSignal,
-                       console: Console, world: World) -> Run:
-    """prepare() on every rank. Raises: UserError on all of them when any failed; rank 0 says it, once."""
-    run, error = None, None
-    try:
-        run = prepare(typed, found, output_dir, stop, console, world)
-        if run.config.freeze_base_vocab and not run.state.base_vocab:
-            raise UserError("--freeze-base-vocab goes with --base-checkpoint: that file's tokens stay frozen")
-    except UserError as caught:
-        error = caught
-    errors = world.gather(str(error) if error else None)
-    failed = [rank for rank, message in enumerate(errors) if message]
-    if run is not None and not failed:
-        return run
-    if world.rank > 0:
-        raise SaidByRank0
-    raise error or UserError(f"on rank {failed[0]}: {errors[failed[0]]}")
-
-
-def is_due(position: Position, interval: int) -> bool:
-    """Every `interval` steps; 0 means at the end of each epoch."""
-    return position.step % interval == 0 if interval else position.sample_in_epoch == 0
+def say_start(run: Run) -> None:
+    """What was chosen: batches, the end of the run, validation, disk."""
+    config, say = run.config, run.process.say
+    to_the_end = last_step(run.state.position, len(run.train_data), config)
+    processes = f" x {config.world_size} processes" if config.world_size > 1 else ""
+    say(f"[Info] Batch size {config.batch_size} x accumulation {config.grad_accumulation}{processes} = global batch "
+        f"{config.global_batch}; {run.threads} reading threads; peak learning rate {config.learning_rate:g}")
+    limit = f", --max-steps {config.max_steps}: the smaller one holds" if config.max_steps else ""
+    say(f"[Info] The run ends at step {run.end}: {config.epochs} epochs end at step {to_the_end}{limit}")
+    say(f"[Info] Validation: {len(validation_rows(run))} of {len(run.val_data)} rows")
+    if run.process.world.rank > 0:
+        return
+    # Weights and Adam's two moments, each 4 bytes.
+    size = sum(p.numel() for p in run.model.parameters()) * 12 + sum(
+        t.numel() * t.element_size() for t in run.carried.values())
+    files = (config.keep_checkpoints or 1) + 2  # and best.pth, and the one being written
+    free, needed = shutil.disk_usage(run.output_dir).free, files * size
+    level, hint = ("[Info]", "") if free > needed else ("[Warn]", "; free some, or lower --keep-checkpoints")
+    say(f"{level} Disk: {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB for {files} checkpoints{hint}")
 
 
 class Meter:
@@ -2724,229 +3154,212 @@ class Meter:
         return {"tokens_per_second": self.tokens / seconds, "mfu": self.flops / seconds / self.peak}
 
     def show_progress(self, run: Run) -> None:
-        position, config = run.state.position, run.config
-        left = remaining_steps(position, len(run.train_data), config.global_batch, config.epochs)
-        left = min(left, config.max_steps - position.step) if config.max_steps else left
+        step, end = run.state.position.step, max(1, run.end)
         assert self.first is not None
-        done = self.steps - self.first[1]
-        elapsed = time.perf_counter() - self.first[0]
-        seconds = round(left * elapsed / done) if done else 0
+        done, elapsed = self.steps - self.first[1], time.perf_counter() - self.first[0]
+        seconds = round((end - step) * elapsed / done) if done else 0
         eta, about = (datetime.timedelta(seconds=seconds), f", about {seconds} s left") if done else ("?", "")
-        total = position.step + left
-        filled = 30 * position.step // max(1, total)
-        run.console.progress(f"[{'#' * filled}{'.' * (30 - filled)}] step {position.step}/{total} ETA {eta}",
-                             f"training: {position.step}/{total}, {elapsed:.0f} s{about}")
+        filled = 30 * step // end
+        run.process.console.progress(f"[{'#' * filled}{'.' * (30 - filled)}] step {step}/{end} ETA {eta}",
+                                     f"training: {step}/{end}, {elapsed:.0f} s{about}")
+
+
+def leave_out_nonfinite_rows(run: Run) -> None:
+    """Tells updates that were skipped since the last [Train] line, and by which rows. A row whose loss is not finite
+    for the second time is left out from here on, on every rank. Raises: UserError for too many."""
+    state, say, rows = run.state, run.process.say, run.train_data.rows
+    skipped, run.skips_told = run.skips_known - run.skips_told, run.skips_known
+    if not skipped:
+        return
+    found, state.nonfinite_rows = Counter(state.nonfinite_rows), []
+    scale = f"; fp16's scale is {run.scaler.get_scale():g} now" if run.scaler.is_enabled() else ""
+    named = f"; their loss was not finite: {', '.join(rows[row].id for row in list(found)[:5])}" if found else ""
+    say(f"[Warn] {skipped} updates skipped since the last line, for gradients that were not finite{scale}{named}")
+    twice = [row for row, times in found.items() if times > 1 or row in state.suspect_rows]
+    state.suspect_rows = sorted({*state.suspect_rows, *found} - {*twice})
+    if twice:
+        state.left_out += twice
+        run.restart_reading()
+        run.train_data.unreported.update(dict.fromkeys(twice, NOT_FINITE_TWICE))
+        share_bad_rows(run, run.train_data)
 
 
 def log_step(run: Run, stats: StepStats, meter: Meter) -> None:
     """Prints the [Train] line and writes metrics; the only place of the loop that waits for the device."""
     position = run.state.position
-    parts = run.world.add_up(torch.stack([stats.text_loss, stats.mel_loss, stats.mel_top1]))
+    parts = run.process.world.add_up(torch.stack([stats.text_loss, stats.mel_loss, stats.mel_top1]))
     text_loss, mel_loss, mel_top1 = parts.tolist()
-    with same_on_all_ranks(run.world):
+    collect_nonfinite_rows(run)
+    with run.process.failing_together():
         check_finite(run)
-    share_bad_rows(run, run.train_data)
-    run.console.say(f"[Train] epoch={position.last_epoch} step={position.step} text_loss={text_loss:.6f} "
+    run.process.say(f"[Train] epoch={position.last_epoch} step={position.step} text_loss={text_loss:.6f} "
                     f"mel_loss={mel_loss:.6f} mel_top1={mel_top1:.4f} lr={stats.lr:.3e}")
     if run.metrics:
         run.metrics.write("train", position, {
             "text_loss": text_loss, "mel_loss": mel_loss, "mel_top1": mel_top1, "lr": stats.lr,
             "grad_norm": stats.grad_norm.item(), "skipped_updates": int(run.nonfinite[0].item()), **meter.rates()})
+    leave_out_nonfinite_rows(run)
     meter.restart()
+    run.process.event("logged", run)
 
 
 def after_step(run: Run, stats: StepStats, meter: Meter) -> None:
     """Log, validate, save, in this order. Raises: Stopped."""
-    state, config = run.state, run.config
-    position = state.position
+    config, step = run.config, run.state.position.step
     meter.add(stats)
     meter.show_progress(run)
     finish_save(run, wait=False)
-    if position.step % config.log_interval == 0:
+    if step % run.log_interval == 0:
         log_step(run, stats, meter)
-    is_best = False
-    if is_due(position, config.val_interval) or run.finished:
-        if run.saving and run.saving.best:
+    best = None
+    if run.validation_due:
+        if run.saving and run.saving.is_best:
             finish_save(run)  # whether there is a best.pth to beat is known then
-        is_best = validate(run)
+        best = validate(run)
         meter.restart()
-    retry = run.save_retry_step and position.step >= run.save_retry_step
-    if (config.save_interval and position.step % config.save_interval == 0) or run.finished or retry:
+    retry = run.save_retry_step and step >= run.save_retry_step
+    due = (config.save_interval and step % config.save_interval == 0) or run.finished or retry or stats.save_due
+    if due:
         run.save_retry_step = 0
-        save_checkpoint(run, is_best)
+    if due or best:
+        start_save(run, best, is_checkpoint=bool(due))
         meter.restart()
-    elif is_best:
-        start_save(run, "best.pth", [], is_best)
-        meter.restart()
-
-
-def unsaved_error(run: Run) -> UserError:
-    return UserError(f"the last checkpoint could not be saved to {run.output_dir}; the run would go on from step "
-                     f"{run.saved_step}. Free some disk space and resume")
 
 
 def train(run: Run) -> None:
     """The loop. Raises: Stopped, after the last complete step was saved."""
-    state, data, world = run.state, run.train_data, run.world
-    meter = Meter(peak_flops(run.precision) * world.size)
-    loader: Iterator[PackedBatch] | None = None
+    state, data, process = run.state, run.train_data, run.process
+    meter = Meter(peak_flops(run.precision) * process.world.size)
     try:
-        if state.validation_owed:
-            run.console.say(f"[Info] Step {state.position.step} still owes its validation")
-            save_checkpoint(run, validate(run))
+        if run.validation_owed:
+            process.say(f"[Info] Step {state.position.step} still owes its validation")
+            start_save(run, validate(run))
         while not run.finished:
-            position, config = state.position, run.config
-            if loader is None:
-                batches = functools.partial(micro_batches_from, position, len(data), config, world.rank)
-                loader = load_batches(run, data, batches)
-            micro_steps = count_micro_steps(position, len(data), config, world.rank)
-            stats = step_if_memory_suffices(run, [take_batch(run, data, loader) for _ in range(micro_steps)])
+            if run.reader is None:
+                steps = steps_from(state.position, len(data), run.config, process.world.rank)
+                run.reader = ReadAhead(steps, make_reader(run, data), run.threads)
+            stats = None
+            with contextlib.suppress(torch.OutOfMemoryError):  # and with it goes what holds the step's tensors
+                stats = train_step(run, run.reader.next_step())
             if stats is None:
                 split_after_out_of_memory(run)
-                loader = None
                 continue
-            state.position = position.after_step(len(data), config.global_batch)
+            state.position = state.position.after_step(len(data), run.config.global_batch)
             state.tokens_seen += stats.tokens
+            process.event("step_done", run)
             after_step(run, stats, meter)
             if run.profiler:
                 run.profiler.step()
     except Stopped as stopped:
-        run.console.end_progress()
-        run.console.say(f"[Info] {stopped}: stopping at step {state.position.step}")
+        process.console.end_progress()
+        process.say(f"[Info] {stopped}: stopping at step {state.position.step}")
         finish_save(run)
         if state.position.step > run.saved_step:
-            save_checkpoint(run, is_best=False)
-        finish_save(run)
-        if state.position.step > run.saved_step:
-            raise unsaved_error(run) from stopped
-        world.gather(None)
+            start_save(run, best=None)
+        save_or_say_so(run)
         raise
+    save_or_say_so(run)
+
+
+def save_or_say_so(run: Run) -> None:
+    """Waits for the last save; nobody leaves while rank 0 still writes: torchrun might end it then.
+
+    Raises: UserError when it failed.
+    """
     finish_save(run)
-    if run.saved_step < state.position.step:
-        raise unsaved_error(run)
-    world.gather(None)  # nobody leaves while rank 0 still writes: torchrun might end it then
+    if run.state.position.step > run.saved_step:
+        raise UserError(f"the last checkpoint could not be saved to {run.output_dir}; the run would go on from step "
+                        f"{run.saved_step}. Free some disk space and resume")
+    run.process.world.gather(None)
 
 
-def run_training(typed: dict[str, Any], output_dir: Path, stop: StopSignal, console: Console, ending: Ending,
-                 world: World) -> None:
+def run_training(typed: Mapping[str, Any], output_dir: Path, process: Process) -> None:
     """From the command line to a finished run. Raises: UserError, Stopped."""
-    found = choose_checkpoint(typed, output_dir, console, world)
-    run = prepare_everywhere(typed, found, output_dir, stop, console, world)
-    ending.run = run
-    if run.finished and not run.state.validation_owed:
-        console.say(f"[Info] Training is complete: epoch {run.state.position.epoch}, step {run.state.position.step}. "
-                    "Raise --max-steps or --epochs to go on")
+    resume, world, say = typed.get("resume", ""), process.world, process.say
+    point = find_resume_point(resume, output_dir, process)
+    with process.failing_together():
+        run = prepare(typed, point, output_dir, process)
+    for data in (run.train_data, run.val_data):
+        share_bad_rows(run, data)
+    state = run.state
+    if run.finished and not run.validation_owed:
+        limit = "--max-steps" if run.config.max_steps and state.position.step >= run.config.max_steps else "--epochs"
+        say(f"[Info] Training is complete: epoch {state.position.epoch}, step {state.position.step}. Raise {limit} to "
+            "go on")
         return
-    if run.config.freeze_base_vocab:
-        rows = run.state.base_vocab
-        run.frozen = {name: run.model.get_parameter(name).detach()[:rows].clone() for name in VOCAB_TENSORS}
-    distribute(run)
+    wrap_for_ranks(run)
+    say_start(run)
     if world.rank == 0:
-        say_disk(run)
-        open_run_dir(run, found, typed.get("resume", ""))
-    found = None  # else the resumed file stays mapped, and fills the disk after it was rotated out
-    profiler = make_profiler(run) if run.config.profile and world.rank == 0 else contextlib.nullcontext()
+        open_run_dir(run, point, resume)
+    point = None  # else the resumed file stays mapped, and fills the disk after it was rotated out
+    profiler: Any = contextlib.nullcontext()
+    if run.config.profile and world.rank == 0:
+        trace = output_dir / state.run_dir / "trace.json"
+        profiler = torch.profiler.profile(schedule=torch.profiler.schedule(wait=3, warmup=0, active=3, repeat=1),
+                                          on_trace_ready=lambda profile: profile.export_chrome_trace(str(trace)))
     with profiler as run.profiler:
         try:
             train(run)
         finally:
-            run.console.end_progress()
+            process.console.end_progress()
+            run.restart_reading()
             run.writer.shutdown()
-            kill_workers()
             if run.metrics:
                 run.metrics.close()
-    best = run.state.best
-    console.say(f"[Info] Training complete: epoch {run.state.position.epoch}, step {run.state.position.step}"
-                + (f", best validation loss {best['loss']:.6f} at step {best['step']}" if best else ""))
+    best = f", best validation loss {state.best['loss']:.6f} at step {state.best['step']}" if state.best else ""
+    say(f"[Info] Training complete: epoch {state.position.epoch}, step {state.position.step}{best}")
 
 
-@dataclass
-class Ending:
-    """How this process ended, for OUTPUT_DIR/last_exit.json; its absence means that the process was killed."""
-
-    output_dir: Path
-    world: World
-    run: Run | None = None
-
-    @property
-    def path(self) -> Path:
-        return self.output_dir / "last_exit.json"
-
-    def clear(self) -> None:
-        if self.world.rank == 0:
-            self.path.unlink(missing_ok=True)
-
-    def write(self, reason: str, status: int) -> None:
-        """Of several ranks the first one to fail knows why; the others only lose contact with it."""
-        if self.path.exists() or (self.world.rank > 0 and reason not in ("user_error", "crash")):
-            return
-        step = self.run.state.position.step if self.run else None
-        with contextlib.suppress(OSError):  # a full disk must not hide why the run ended
-            with replacing(self.path) as partial:
-                partial.write_text(json.dumps({"reason": reason, "status": status, "step": step}) + "\n")
+def run_evaluation(typed: Mapping[str, Any], output_dir: Path, process: Process) -> None:
+    """--eval-only: the [Val] line, and eval.jsonl with a line per row. Raises: UserError, Stopped."""
+    resume = typed.get("resume", "")
+    if process.world.size > 1:
+        raise UserError("--eval-only runs in one process: start it without torchrun")
+    if not resume and not typed.get("base_checkpoint"):
+        raise UserError("--eval-only needs weights: --resume auto, --resume PATH or --base-checkpoint PATH")
+    point = open_resume(resume, output_dir, process.say)
+    if point is None and not typed.get("base_checkpoint"):
+        raise ResumeError(f"no checkpoint in {output_dir} to evaluate. Check --output-dir")
+    with writing_to(output_dir):
+        output_dir.mkdir(parents=True, exist_ok=True)
+    run = prepare({"max_val_batches": 0, **typed}, point, output_dir, process)
+    share_bad_rows(run, run.val_data)
+    path = output_dir / "eval.jsonl"
+    with replacing(path) as partial, partial.open("w", encoding="utf-8") as handle:
+        values, *_ = evaluate(run, lambda record: print(json.dumps(record, ensure_ascii=False), file=handle))
+    say_validation(process, run.state.position, values)
+    process.say(f"[Info] Losses of every row: {path}")
 
 
-@contextlib.contextmanager
-def recorded(ending: Ending, stop: StopSignal) -> Iterator[None]:
-    """Writes last_exit.json. Raises: UserError, Stopped, SaidByRank0, or whatever a bug raises."""
-    try:
-        yield
-        ending.write("finished", 0)
-    except Stopped as stopped:
-        ending.write("stopped", 128 + stopped.signum)
-        raise
-    except SaidByRank0:
-        raise
-    except UserError:
-        ending.write("user_error", 1)
-        raise
-    except Exception as error:
-        if is_lost_contact(error) and stop.signum:  # the others stopped first
-            ending.write("stopped", 128 + stop.signum)
-            raise Stopped(stop.signum) from error
-        if isinstance(error, OSError) and error.errno in FULL_DISK:
-            ending.write("user_error", 1)
-            raise UserError(f"--output-dir {ending.output_dir}: {error.strerror}. Free some disk space and start "
-                            "again") from error
-        if not is_lost_contact(error):
-            ending.write("crash", 1)
-            raise
-        if ending.world.rank > 0:
-            raise SaidByRank0 from error
-        ending.write("crash", 1)
-        raise UserError(f"another process of this run is gone ({first_line(error)}). The same command with --resume "
-                        "auto goes on from the newest checkpoint") from error
-    except BaseException:
-        ending.write("crash", 1)
-        raise
+def raise_open_file_limit() -> None:
+    """Every shard stays open: as many files as this process may ask for."""
+    with contextlib.suppress(ValueError, OSError):
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def train_and_record(typed: dict[str, Any], output_dir: Path, stop: StopSignal, console: Console, world: World) -> None:
-    """Holds the output directory's lock and records how the process ended. Raises: as recorded() does."""
-    ending = Ending(output_dir, world)
-    with process_group(world), lock_output_dir(output_dir) if world.rank == 0 else contextlib.nullcontext():
-        ending.clear()
-        with recorded(ending, stop):
-            run_training(typed, output_dir, stop, console, ending, world)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, on_event: Callable[..., None] = no_event) -> int:
     """Returns the exit status: 0, 1 for a mistake that was explained, 128 + signal number when stopped."""
-    stop, world = StopSignal(), world_from(os.environ)
+    stop = StopSignal()
     stop.install()
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    console = Console(stop, sys.stdout if world.rank == 0 else open(os.devnull, "w"))
+    raise_open_file_limit()
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    console = Console(stop, sys.stdout)
     try:
-        typed = parse_args(argv)
-        output_dir, resume = resolve_output_dir(typed), typed.get("resume", "")
+        typed, world = parse_args(argv), world_from(os.environ)
+        if world.rank > 0:
+            console = Console(stop, open(os.devnull, "w"))
+        process = Process(stop, console, world, on_event)
+        output_dir, resume = output_dir_of(typed), typed.get("resume", "")
         if resume not in ("", "auto") and not Path(resume).exists():
             read_explicit(Path(resume))  # says what is there instead, before a directory is made
-        if typed.get("eval_only") and world.size > 1:
-            raise UserError("--eval-only runs in one process: start it without torchrun")
         if typed.get("eval_only"):
-            run_evaluation(typed, output_dir, stop, console)
-        else:
-            train_and_record(typed, output_dir, stop, console, world)
+            run_evaluation(typed, output_dir, process)
+            return 0
+        lock = lock_output_dir(output_dir, console.say) if world.rank == 0 else contextlib.nullcontext()
+        with process_group(world), lock, exit_recorded(output_dir, process):
+            run_training(typed, output_dir, process)
         return 0
     except Stopped as stopped:
         return 128 + stopped.signum
@@ -2962,8 +3375,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def leave(status: int) -> NoReturn:
-    """Ends the process without Python's clean-up: that takes a second, and gloo's threads, which DDP keeps alive,
-    sometimes abort in the midst of it ("terminate called without an active exception")."""
+    """Ends the process without Python's clean-up: that takes a second, waits for threads that may hang on a disk, and
+    gloo's threads, which DDP keeps alive, sometimes abort in the midst of it ("terminate called without an active
+    exception")."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):  # the reader may be gone, the disk full
             stream.flush()
