@@ -82,13 +82,9 @@ FORMAT_VERSION = 2  # of checkpoints; 1 is read too: it had validation_owed, and
 ARITHMETIC = 1  # raised when the same settings give other bits; said on resume
 CONDITION_ROWS = 32  # the perceiver's latents
 LEADING_ROWS = CONDITION_ROWS + 2  # and the two speed rows
-TARGET_GLOBAL_BATCH = 32
 MAX_BAD_FRACTION = 0.01  # of a data set's rows may have unreadable feature files
-MAX_NONFINITE_STREAK = 10
-LOWEST_FP16_SCALE = 1e-4
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-NOT_OFFERED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)  # by this file system: a lock, an fsync
 
 
 class UserError(Exception):
@@ -109,7 +105,7 @@ class BadFeatureFile(Exception):
 
 def first_line(error: BaseException) -> str:
     """The first sentence: what follows in PyTorch's messages is advice that does not fit here."""
-    text = (re.sub(r"\x1b\[[0-9;]*m", "", str(error)) or type(error).__name__).strip() or type(error).__name__
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip() or type(error).__name__
     return re.split(r"(?<=[a-z]\.) ", text.splitlines()[0])[0][:300]
 
 
@@ -120,8 +116,8 @@ def first_line(error: BaseException) -> str:
 def setting(default: Any, help: str, lowest: float | None = None, highest: float = 2**31 - 1, **options: Any) -> Any:
     """A TrainConfig field: its default, its flag's help, the numbers it may have, and argparse's options."""
     factory = {"default_factory": list} if default == [] else {"default": default}
-    metadata = {"help": help, "lowest": lowest, "highest": highest, "options": options}
-    return field(**factory, metadata=metadata)  # type: ignore[call-overload]
+    return field(**factory, metadata={  # type: ignore[call-overload]
+        "help": help, "lowest": lowest, "highest": highest, "options": options})
 
 
 @dataclass
@@ -141,13 +137,11 @@ class TrainConfig:
     batch_size: int = setting(0, "samples in a micro-batch (by the hardware)", 0, type=int)
     grad_accumulation: int = setting(0, "micro-batches in a step (to a global batch of 32)", 0, type=int)
     epochs: int = setting(10, "passes over the training data (10)", 1, type=int)
-    learning_rate: float = setting(0.0, "peak learning rate (2e-5 with a base checkpoint, 1e-3 from scratch)", 0, 1,
-                                   type=float)
+    learning_rate: float = setting(0.0, "peak (2e-5 with a base checkpoint, 1e-3 from scratch)", 0, 1, type=float)
     weight_decay: float = setting(0.01, "AdamW's, on matrices only (0.01)", 0, type=float)
     warmup_steps: int | None = setting(None, "linear warm-up (1000, at most a tenth of the run)", 0, type=int)
     max_steps: int = setting(0, "stop after this many steps (0 = no limit)", 0, type=int)
-    log_interval: int | None = setting(None, "steps between [Train] lines (100, at most a tenth of the run)", 1,
-                                       type=int)
+    log_interval: int | None = setting(None, "steps between [Train] lines (100, at most 1/10 of the run)", 1, type=int)
     val_interval: int | None = setting(None, "steps between validations; 0 = once per epoch (1000, at most half of the "
                                        "run)", 0, type=int)
     val_batch_size: int = setting(0, "samples in a validation batch (the batch size)", 0, type=int)
@@ -162,11 +156,10 @@ class TrainConfig:
     grad_checkpointing: bool = setting(False, "recompute blocks in the backward pass: less memory, slower",
                                        action=argparse.BooleanOptionalAction)
     save_interval: int = setting(1000, "steps between checkpoints (1000; 0 = only at the end)", 0, type=int)
-    save_minutes: float = setting(30.0, "a checkpoint at least every so many minutes (30; 0 = by steps only)", 0,
-                                  type=float)
+    save_minutes: float = setting(30.0, "and at least every so many minutes (30; 0 = by steps only)", 0, type=float)
     keep_checkpoints: int = setting(3, "newest checkpoints kept (3; 0 = all)", 0, type=int)
     seed: int = setting(1234, "of the sample order, dropout and fresh weights (1234)", 0, 2**63 - 1, type=int)
-    dropout: float = setting(0.1, "on embeddings and residuals (0.1)", 0, 0.99, type=float)
+    dropout: float = setting(0.1, "on embeddings and residuals (0.1)", 0, 1, type=float)
     eval_only: bool = setting(False, "print the [Val] line, write eval.jsonl, train nothing", action="store_true")
     accept_changed_data: bool = setting(False, "resume although the training data changed; the epoch starts anew",
                                         action="store_true")
@@ -184,7 +177,6 @@ class TrainConfig:
 
 # Settings of one process, not of the run: a resumed run does not inherit them.
 PER_PROCESS = ("resume", "output_dir", "eval_only", "accept_changed_data", "profile", "world_size")
-ZERO_IS_CHOSEN = ("batch_size", "grad_accumulation", "learning_rate")
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -195,7 +187,7 @@ class OneLineParser(argparse.ArgumentParser):
 def parse_args(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Returns only the settings that were typed: {field name: value}.
 
-    Raises: UserError for unknown flags and values of the wrong type.
+    Raises: UserError for unknown flags, values of the wrong type, and texts that a shell has spoilt.
     """
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                            argument_default=argparse.SUPPRESS, allow_abbrev=False)
@@ -203,13 +195,24 @@ def parse_args(argv: Sequence[str] | None = None) -> dict[str, Any]:
         if item.metadata:
             flag = "--" + item.name.replace("_", "-")
             parser.add_argument(flag, help=item.metadata["help"], **item.metadata["options"])
-    return vars(parser.parse_args(argv))
+    typed = vars(parser.parse_args(argv))
+    for name, value in typed.items():
+        texts, flag = value if isinstance(value, list) else [value], "--" + name.replace("_", "-")
+        if "" in texts:
+            raise UserError(f"{flag} is empty: a variable that is not set? Give a value, or leave the flag out")
+        if any(isinstance(text, str) and text.endswith("\r") for text in texts):
+            raise UserError(f"{flag} ends in a carriage return: was the script saved with Windows line ends? "
+                            "Save it with Unix ones")
+        if isinstance(texts[0], str):  # "~" in quotes: no shell has replaced it
+            texts = [os.path.expanduser(text) for text in texts]
+            typed[name] = texts if isinstance(value, list) else texts[0]
+    return typed
 
 
 def output_dir_of(typed: Mapping[str, Any]) -> Path:
     """--output-dir; `--resume PATH` alone goes on in that file's folder."""
-    resume = typed.get("resume", "")
-    if "output_dir" in typed or resume in ("", "auto"):
+    resume = typed.get("resume", "auto")
+    if "output_dir" in typed or resume == "auto":
         return Path(typed.get("output_dir", TrainConfig().output_dir))
     return Path(resume).parent
 
@@ -226,6 +229,8 @@ def config_problems(config: TrainConfig) -> list[str]:
             problems.append(f"{flag}: must be at least {lowest}")
         elif value > highest:
             problems.append(f"{flag}: must be at most {highest}")
+    if config.dropout == 1:
+        problems.append(f"--dropout {config.dropout}: must be below 1")
     if config.text_loss_weight + config.mel_loss_weight == 0:
         problems.append("--text-loss-weight and --mel-loss-weight are both 0: nothing would be learned")
     if config.accept_changed_data and not config.resume:
@@ -242,10 +247,8 @@ def auto_hardware(device_type: str, memory_gib: float, cpu_count: int) -> tuple[
     """Returns (largest batch size, reading threads) for a device."""
     if device_type != "cuda":
         return 16, 1  # the arithmetic needs every core
-    for at_least_gib, batch_size in ((70, 32), (36, 16), (20, 8), (14, 4)):
-        if memory_gib >= at_least_gib:
-            return batch_size, min(cpu_count, 16)
-    return 2, min(cpu_count, 16)
+    sizes = ((70, 32), (36, 16), (20, 8), (14, 4), (0, 2))
+    return next(batch_size for at_least_gib, batch_size in sizes if memory_gib >= at_least_gib), min(cpu_count, 16)
 
 
 def split_global_batch(global_batch: int, largest_batch_size: int) -> tuple[int, int]:
@@ -259,13 +262,14 @@ def choose_batch_split(batch_size: int, grad_accumulation: int, hardware_batch_s
                        ) -> tuple[int, int]:
     """Returns (batch_size, grad_accumulation) of each process; 0 means not typed.
 
-    checkpoint_split is its (batch_size, grad_accumulation, world_size). A resumed run keeps its global batch unless
-    both are typed, and on the same device its split too, since another split changes the last bits.
+    checkpoint_split is its (batch_size, grad_accumulation, world_size). A fresh run aims at a global batch of 32. A
+    resumed one keeps its global batch unless both are typed, and on the same device its split too, since another split
+    changes the last bits.
     Raises: UserError when what was typed, or the number of processes, does not divide the checkpoint's global batch.
     """
     if batch_size and grad_accumulation:
         return batch_size, grad_accumulation
-    one, share = batch_size or grad_accumulation, max(1, TARGET_GLOBAL_BATCH // world_size)
+    one, share = batch_size or grad_accumulation, max(1, 32 // world_size)
     if checkpoint_split is None:
         if batch_size:
             return batch_size, max(1, share // batch_size)
@@ -274,13 +278,12 @@ def choose_batch_split(batch_size: int, grad_accumulation: int, hardware_batch_s
         return split_global_batch(share, hardware_batch_size)
     if not one and same_device and checkpoint_split[2] == world_size:
         return checkpoint_split[:2]
-    global_batch = math.prod(checkpoint_split)
-    share, rest = divmod(global_batch, world_size)
+    share, rest = divmod(math.prod(checkpoint_split), world_size)
     if rest or (one and share % one):
         flag = "--batch-size" if batch_size else "--grad-accumulation"
         what = f"{world_size} processes do" if rest else f"{flag} {one} does"
-        raise UserError(f"{what} not divide the checkpoint's global batch {global_batch}. Choose a divisor, or type "
-                        "both --batch-size and --grad-accumulation to change the global batch")
+        raise UserError(f"{what} not divide the checkpoint's global batch {math.prod(checkpoint_split)}. Choose a "
+                        "divisor, or type both --batch-size and --grad-accumulation to change the global batch")
     if not one:
         return split_global_batch(share, hardware_batch_size)
     return (one, share // one) if batch_size else (share // one, one)
@@ -323,11 +326,10 @@ def model_config_from(gpt: Any, source: str, vocab_size: int | None = None) -> M
     """
     if not isinstance(gpt, dict):
         raise UserError(f"{source}: no gpt: section. Use IndexTTS2's config.yaml, or the one beside the demo data")
-    values = dict(gpt) if vocab_size is None else {**gpt, "number_text_tokens": vocab_size}
+    values = gpt if vocab_size is None else {**gpt, "number_text_tokens": vocab_size}
     problems, chosen = [], {}
     for item in dataclasses.fields(ModelConfig):
-        value = values.get(item.name, item.default)
-        lowest = 0 if item.name.endswith("_token") else 1
+        value, lowest = values.get(item.name, item.default), 0 if item.name.endswith("_token") else 1
         if value is dataclasses.MISSING:
             problems.append(f"gpt.{item.name} is missing")
         elif not isinstance(value, int) or isinstance(value, bool) or value < lowest:
@@ -339,9 +341,9 @@ def model_config_from(gpt: Any, source: str, vocab_size: int | None = None) -> M
             problems.append(f"gpt.model_dim {config.model_dim} is not a multiple of gpt.heads {config.heads}")
         if max(config.start_mel_token, config.stop_mel_token) >= config.number_mel_codes:
             problems.append("gpt.start_mel_token and gpt.stop_mel_token must be below gpt.number_mel_codes")
-        if not problems:
-            return config
-    raise UserError(f"{source}: " + "; ".join(problems))
+    if problems:
+        raise UserError(f"{source}: " + "; ".join(problems))
+    return config
 
 
 @dataclass
@@ -376,30 +378,14 @@ class PackedBatch:
     ungroup: Tensor  # [total] into the groups' rows end to end
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
-        changed: dict[str, Any] = {"groups": [change(group) for group in self.groups]}
-        for item in dataclasses.fields(self):
-            value = getattr(self, item.name)
-            if isinstance(value, Tensor):
-                changed[item.name] = change(value)
-        return dataclasses.replace(self, **changed)
+        changed: Any = {name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return dataclasses.replace(self, groups=[change(group) for group in self.groups], **changed)
 
     def to(self, device: torch.device) -> PackedBatch:
         return self.map_tensors(functools.partial(Tensor.to, device=device, non_blocking=True))
 
 
 Attention = Callable[[Tensor, PackedBatch], Tensor]
-
-
-class Conv1D(nn.Module):
-    """GPT-2's linear layer: weight [in, out], y = x W + b."""
-
-    def __init__(self, inputs: int, outputs: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(inputs, outputs))
-        self.bias = nn.Parameter(torch.empty(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.addmm(self.bias, x, self.weight)
 
 
 def padded_attention(qkv: Tensor, batch: PackedBatch) -> Tensor:
@@ -425,6 +411,17 @@ def varlen_attention(qkv: Tensor, batch: PackedBatch) -> Tensor:
     longest = max(batch.lengths)
     out: Any = varlen_attn(q, k, v, batch.cu_seqlens, batch.cu_seqlens, longest, longest, window_size=(-1, 0))
     return out.flatten(1)
+
+
+class Conv1D(nn.Module):
+    """GPT-2's linear layer: weight [in, out], y = x W + b."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.empty(inputs, outputs)), nn.Parameter(torch.empty(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x, self.weight)
 
 
 class CausalSelfAttention(nn.Module):
@@ -454,27 +451,12 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.model_dim)
-        self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.model_dim)
-        self.mlp = MLP(config)
+        self.ln_1, self.attn = nn.LayerNorm(config.model_dim), CausalSelfAttention(config)
+        self.ln_2, self.mlp = nn.LayerNorm(config.model_dim), MLP(config)
 
     def forward(self, x: Tensor, batch: PackedBatch, attention: Attention, dropout: float) -> Tensor:
         x = x + F.dropout(self.attn(self.ln_1(x), batch, attention), dropout, self.training)
         return x + F.dropout(self.mlp(self.ln_2(x)), dropout, self.training)
-
-
-class GPTStack(nn.Module):
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.h = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.ln_f = nn.LayerNorm(config.model_dim)
-
-
-class PositionTable(nn.Module):
-    def __init__(self, length: int, dim: int):
-        super().__init__()
-        self.emb = nn.Embedding(length, dim)
 
 
 class UnifiedVoiceGPT(nn.Module):
@@ -490,9 +472,10 @@ class UnifiedVoiceGPT(nn.Module):
         self.attention: Attention = padded_attention
         self.text_embedding = nn.Embedding(config.number_text_tokens + 1, dim)
         self.mel_embedding = nn.Embedding(config.number_mel_codes, dim)
-        self.gpt = GPTStack(config)
-        self.mel_pos_embedding = PositionTable(config.max_mel_tokens + 3, dim)
-        self.text_pos_embedding = PositionTable(config.max_text_tokens + 2, dim)
+        self.gpt = nn.ModuleDict({"h": nn.ModuleList(Block(config) for _ in range(config.layers)),
+                                  "ln_f": nn.LayerNorm(dim)})
+        self.mel_pos_embedding = nn.ModuleDict({"emb": nn.Embedding(config.max_mel_tokens + 3, dim)})
+        self.text_pos_embedding = nn.ModuleDict({"emb": nn.Embedding(config.max_text_tokens + 2, dim)})
         self.final_norm = nn.LayerNorm(dim)
         self.text_head = nn.Linear(dim, config.number_text_tokens + 1)
         self.mel_head = nn.Linear(dim, config.number_mel_codes)
@@ -501,20 +484,20 @@ class UnifiedVoiceGPT(nn.Module):
     def embed(self, batch: PackedBatch) -> Tensor:
         """[total, D]: the sequence given to the transformer."""
         condition = batch.condition + batch.emo_vec.unsqueeze(1)
-        text = self.text_embedding(batch.text_inputs) + self.text_pos_embedding.emb(batch.text_positions)
-        mel = self.mel_embedding(batch.mel_inputs) + self.mel_pos_embedding.emb(batch.mel_positions)
+        text = self.text_embedding(batch.text_inputs) + self.text_pos_embedding["emb"](batch.text_positions)
+        mel = self.mel_embedding(batch.mel_inputs) + self.mel_pos_embedding["emb"](batch.mel_positions)
         rows = torch.cat([condition.flatten(0, 1), self.speed_emb.weight, text, mel])
         return rows.index_select(0, batch.pack_order)
 
     def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """Returns logits at the scored positions: text [sum(t + 1), V + 1] and mel [sum(c + 1), M]."""
         x = F.dropout(self.embed(batch), self.dropout, self.training)
-        for block in self.gpt.h:
+        for block in self.gpt["h"]:  # type: ignore[attr-defined]
             run_block = functools.partial(recompute_in_backward, block, use_reentrant=False) if (
                 self.grad_checkpointing and self.training) else block
             x = run_block(x, batch, self.attention, self.dropout)
         scored = torch.cat([x.index_select(0, batch.text_scored), x.index_select(0, batch.mel_scored)])
-        scored = self.final_norm(self.gpt.ln_f(scored))
+        scored = self.final_norm(self.gpt["ln_f"](scored))
         return self.text_head(scored[: len(batch.text_scored)]), self.mel_head(scored[len(batch.text_scored) :])
 
 
@@ -528,10 +511,8 @@ def token_losses(model: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor, 
 
 def nonfinite_samples(text: Tensor, mel: Tensor, batch: PackedBatch) -> Tensor:
     """[B] bool, on the device: the samples of whose losses (as token_losses returns them) one is not finite."""
-    counts = []
-    for losses, bounds in ((text, batch.text_bounds), (mel, batch.mel_bounds)):
-        so_far = F.pad(losses.isfinite().logical_not().cumsum(0), (1, 0))
-        counts.append(so_far.index_select(0, bounds).diff())
+    counts = [F.pad(losses.isfinite().logical_not().cumsum(0), (1, 0)).index_select(0, bounds).diff()
+              for losses, bounds in ((text, batch.text_bounds), (mel, batch.mel_bounds))]
     return (counts[0] + counts[1]) > 0
 
 
@@ -552,7 +533,7 @@ def init_fresh_weights(model: UnifiedVoiceGPT, seed: int, codes_per_text_token: 
     projection_std = 0.02 / math.sqrt(2 * model.config.layers)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if name in ("text_head.weight", "text_head.bias", "mel_head.weight", "mel_head.bias"):
+            if name.startswith(("text_head.", "mel_head.")):
                 bound = 1 / math.sqrt(model.config.model_dim)
                 weight.uniform_(-bound, bound, generator=generator)
             elif name.endswith("bias") or name == "speed_emb.weight":
@@ -560,12 +541,11 @@ def init_fresh_weights(model: UnifiedVoiceGPT, seed: int, codes_per_text_token: 
             elif re.search(r"(ln_1|ln_2|ln_f|final_norm)\.weight$", name):
                 weight.fill_(1)
             else:
-                std = projection_std if name.endswith("c_proj.weight") else 0.02
-                weight.normal_(0, std, generator=generator)
-        for table, rate in ((model.text_pos_embedding, codes_per_text_token), (model.mel_pos_embedding, 1.0)):
-            times = torch.arange(table.emb.num_embeddings) * rate
-            table.emb.weight.copy_(sinusoids(times, model.config.model_dim))
-
+                weight.normal_(0, projection_std if name.endswith("c_proj.weight") else 0.02, generator=generator)
+        for table, rate in ((model.text_pos_embedding["emb"], codes_per_text_token),
+                            (model.mel_pos_embedding["emb"], 1.0)):
+            times = torch.arange(len(table.weight)) * rate  # type: ignore[arg-type]
+            table.weight.copy_(sinusoids(times, model.config.model_dim))  # type: ignore[operator, union-attr]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -573,7 +553,9 @@ def init_fresh_weights(model: UnifiedVoiceGPT, seed: int, codes_per_text_token: 
 
 KINDS = ("text_ids", "codes", "condition", "emo_vec")
 CHECKED_ROWS = 1000  # rows with files of their own that are read before training starts
-RATE_OF_INDEXTTS2 = 50.0  # codes a second
+# What codes, conditions and text ids were made with; recorded beside manifests, in checkpoints and in exports.
+MADE_WITH = {"features": "features", "codec_sha256": "codec", "num_codes": "number of codes",
+             "codes_per_second": "codes a second", "tokenizer_sha256": "tokenizer", "text_rules": "text rules"}
 
 
 @dataclass(slots=True)
@@ -612,14 +594,48 @@ class BrokenRow:
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file that holds a dict. Raises: UserError."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"--config {path}: not a YAML file: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise UserError(f"--config {path}: no gpt: section. Use IndexTTS2's config.yaml")
     return content
+
+
+def recorded_beside(manifest: Path) -> dict[str, Any]:
+    """What a manifest was made with: the dataset: section of the config.yaml beside it. Raises: UserError."""
+    beside = manifest.with_name("config.yaml")
+    dataset = read_yaml(beside).get("dataset") if beside.is_file() else None
+    return {key: dataset[key] for key in MADE_WITH if dataset.get(key)} if isinstance(dataset, dict) else {}
+
+
+def recorded_in(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The same from a checkpoint or an export of ours; nothing for other files."""
+    if isinstance(content.get("made_with"), dict):
+        return dict(content["made_with"])
+    with contextlib.suppress(LookupError, TypeError, AttributeError):  # format 1, or somebody else's
+        recorded = {"codec_sha256": content["manifests"]["train"][0].get("codec_sha256"),
+                    "tokenizer_sha256": content["tokenizer"]["sha256"]}
+        return {key: value for key, value in recorded.items() if value}
+    return {}
+
+
+def compare_made_with(records: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple[dict[str, Any], list[str]]:
+    """Compares what was recorded wherever two of them meet; records are (what it is, its record).
+
+    Returns: everything that is known, and every contradiction with both of its sides and the remedy.
+    """
+    known: dict[str, tuple[str, Any]] = {}
+    problems = []
+    for name, record in records:
+        for key, value in record.items():
+            other, first = known.setdefault(key, (name, value))
+            if first != value:
+                problems.append(f"{other} ({MADE_WITH[key]} {str(first)[:12]}) does not match {name}, made with "
+                                f"{str(value)[:12]}. Pass what belongs to it, or preprocess again")
+    return {key: value for key, (_, value) in known.items()}, problems
 
 
 def split_language(manifest: str) -> tuple[str, str | None]:
@@ -652,93 +668,35 @@ def parse_row(record: Any, manifest: int, line: int, folder: Path) -> Row:
     return Row(str(record["id"]), manifest, line, record["target_text_len"], record["target_code_len"], parts)
 
 
-def manifest_records(path: Path) -> Iterator[tuple[int, Any]]:
-    """(line number, JSON value) of every line that is not blank. Raises: UserError."""
-    try:
-        with path.open(encoding="utf-8-sig") as handle:
-            for number, line in enumerate(handle, 1):
-                if line.strip():
-                    yield number, json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{number}: broken JSON ({error.msg} at column {error.colno}). Mend or delete the line"
-                        ) from error
-    except RecursionError as error:
-        raise UserError(f"{path}:{number}: JSON nested too deeply. Mend or delete the line") from error
-    except OSError as error:
-        raise UserError(f"manifest {path}: {error.strerror}. Check --train-manifest and --val-manifest") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"manifest {path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-
-
 def read_manifest(path: Path, number: int) -> tuple[list[Row], float | None]:
     """Returns the rows, and the median of codes a second over prompts that are targets too, where lengths tell it.
 
     Raises: UserError for a missing or empty file, and for a bad line with its number.
     """
-    rows, seconds, codes = [], {}, {}
-    for line, record in manifest_records(path):
-        try:
-            rows.append(parse_row(record, number, line, path.parent))
-        except UserError as error:
-            raise UserError(f"{path}:{line}: {error}") from error
-        if isinstance(record.get("prompt_duration"), (int, float)):
-            seconds[record.get("prompt_id")] = record["prompt_duration"]
-        codes[record.get("target_id")] = rows[-1].code_len
+    rows, seconds, codes, line = [], {}, {}, 0
+    try:
+        with path.open(encoding="utf-8-sig") as handle:
+            for line, text in enumerate(handle, 1):
+                if not text.strip():
+                    continue
+                record = json.loads(text)
+                rows.append(parse_row(record, number, line, path.parent))
+                if isinstance(record.get("prompt_duration"), (int, float)):
+                    seconds[str(record.get("prompt_id"))] = record["prompt_duration"]
+                codes[str(record.get("target_id"))] = rows[-1].code_len
+    except UserError as error:
+        raise UserError(f"{path}:{line}: {error}") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        reason = f"{error.msg} at column {error.colno}" if isinstance(error, ValueError) else "nested too deeply"
+        raise UserError(f"{path}:{line}: broken JSON ({reason}). Mend or delete the line") from error
+    except OSError as error:
+        raise UserError(f"manifest {path}: {error.strerror}. Check --train-manifest and --val-manifest") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"manifest {path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     if not rows:
         raise UserError(f"manifest {path}: no rows. Build it with tools.build_pairs")
     rates = [codes[id] / duration for id, duration in seconds.items() if id in codes and duration > 0]
     return rows, float(np.median(rates)) if rates else None
-
-
-def read_at(descriptor: int, into: memoryview, offset: int) -> int:
-    """Fills `into` from a place in a file, without the interpreter's lock; returns the bytes read, 0 at the end."""
-    if hasattr(os, "preadv"):
-        return os.preadv(descriptor, [into], offset)
-    content = os.pread(descriptor, len(into), offset)  # macOS
-    into[: len(content)] = content
-    return len(content)
-
-
-# What codes, conditions and text ids were made with; recorded beside manifests, in checkpoints and in exports.
-MADE_WITH = {"features": "features", "codec_sha256": "codec", "num_codes": "number of codes",
-             "codes_per_second": "codes a second", "tokenizer_sha256": "tokenizer", "text_rules": "text rules"}
-
-
-def recorded_beside(manifest: Path) -> dict[str, Any]:
-    """What a manifest was made with: the dataset: section of the config.yaml beside it. Raises: UserError."""
-    beside = manifest.with_name("config.yaml")
-    dataset = read_yaml(beside).get("dataset") if beside.is_file() else None
-    return {key: dataset[key] for key in MADE_WITH if dataset.get(key)} if isinstance(dataset, dict) else {}
-
-
-def recorded_in(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The same from a checkpoint or an export of ours; nothing for other files."""
-    if isinstance(content.get("made_with"), dict):
-        return dict(content["made_with"])
-    with contextlib.suppress(LookupError, TypeError, AttributeError):  # format 1, or somebody else's
-        recorded = {"codec_sha256": content["manifests"]["train"][0].get("codec_sha256"),
-                    "tokenizer_sha256": content["tokenizer"]["sha256"]}
-        return {key: value for key, value in recorded.items() if value}
-    return {}
-
-
-def check_made_with(records: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
-    """Compares what was recorded wherever two of them meet; records are (what it is, its record).
-
-    Returns: everything that is known. Raises: UserError that names both sides of every contradiction.
-    """
-    known: dict[str, tuple[str, Any]] = {}
-    problems = []
-    for name, record in records:
-        for key, value in record.items():
-            other, first = known.setdefault(key, (name, value))
-            if first != value:
-                problems.append(f"{other} ({MADE_WITH[key]} {str(first)[:12]}) does not match {name}, made with "
-                                f"{str(value)[:12]}")
-    if problems:
-        raise UserError("; ".join(problems) + ". Codes, conditions and text ids belong to the codec, features and "
-                        "tokenizer that they were made with: pass those, or preprocess again")
-    return {key: value for key, (_, value) in known.items()}
 
 
 class ArrayFile:
@@ -752,20 +710,19 @@ class ArrayFile:
         try:
             self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             with open(self.descriptor, "rb", closefd=False) as handle:
-                version = np.lib.format.read_magic(handle)
-                read_header = {(1, 0): np.lib.format.read_array_header_1_0,
-                               (2, 0): np.lib.format.read_array_header_2_0}[version]
+                major, _ = np.lib.format.read_magic(handle)
+                read_header = np.lib.format.read_array_header_1_0 if major == 1 else (
+                    np.lib.format.read_array_header_2_0)
                 self.shape, self.by_columns, self.dtype = read_header(handle)
                 self.offset, size = handle.tell(), os.fstat(self.descriptor).st_size
             needed = self.offset + math.prod(self.shape) * self.dtype.itemsize
             if self.dtype.hasobject or not self.shape or size < needed:
                 raise ValueError(f"cut off: {size} bytes of {needed}" if self.shape else "no array of numbers in rows")
-        except MemoryError as error:
-            raise UserError(f"{path}: not enough memory to read it. Close other programs") from error
-        except Exception as error:  # a damaged header: numpy's reader raises whatever its bytes make it meet
+        except Exception as error:  # on a damaged header numpy's reader raises whatever its bytes make it meet
             self.close()
-            if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-                raise UserError(f"{path}: {error.strerror}. Raise the limit: ulimit -n; or merge the shards") from error
+            if isinstance(error, MemoryError) or getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
+                raise UserError(f"{path}: {first_line(error)}. Raise this limit of the process (ulimit -a shows it), "
+                                "or merge the shards") from error
             raise BadFeatureFile(f"{path}: {first_line(error)}") from error
 
     def close(self) -> None:
@@ -776,34 +733,30 @@ class ArrayFile:
     def read(self, start: int, count: int) -> np.ndarray:
         """Rows start .. start + count - 1, fewer at the end of the array."""
         if self.by_columns and len(self.shape) > 1:
-            flat = self.read_bytes(0, math.prod(self.shape))
-            return flat.reshape(self.shape[::-1]).T[start : start + count]
+            return self.read_values(0, math.prod(self.shape)).reshape(self.shape[::-1]).T[start : start + count]
         width, count = math.prod(self.shape[1:]), max(0, min(count, self.shape[0] - start))
-        return self.read_bytes(start * width, count * width).reshape(count, *self.shape[1:])
+        return self.read_values(start * width, count * width).reshape(count, *self.shape[1:])
 
-    def read_bytes(self, first: int, count: int) -> np.ndarray:
-        content = bytearray(count * self.dtype.itemsize)
-        at, rest = self.offset + first * self.dtype.itemsize, memoryview(content)
+    def read_values(self, first: int, count: int) -> np.ndarray:
+        content, at = bytearray(count * self.dtype.itemsize), self.offset + first * self.dtype.itemsize
+        rest = memoryview(content)
         try:
             while rest:
-                done = read_at(self.descriptor, rest, at)
+                if hasattr(os, "preadv"):
+                    done = os.preadv(self.descriptor, [rest], at)
+                else:  # macOS
+                    piece = os.pread(self.descriptor, len(rest), at)
+                    done, rest[: len(piece)] = len(piece), piece
                 if not done:
-                    raise BadFeatureFile(f"{self.path}: cut off while it was read")
+                    raise BadFeatureFile(f"{self.path}: cut off while it is trained on")
                 at, rest = at + done, rest[done:]
         except OSError as error:
             raise BadFeatureFile(f"{self.path}: {error.strerror}") from error
         return np.frombuffer(content, self.dtype)
 
 
-def value_out_of_range(kind: str, value: int, limit: int) -> str:
-    if kind == "text_ids":
-        return (f"text id {value} is outside 0..{limit - 1}. The manifest was made with another tokenizer: pass that "
-                "one as --tokenizer, or preprocess again")
-    return f"code {value} is outside 0..{limit - 1}. The config's number_mel_codes is not that of the codec"
-
-
 class ManifestDataset:
-    """Rows of one or more manifests; item i is a Sample, or a BrokenRow. May be read by several threads.
+    """Rows of one or more manifests; item i is a Sample, or a BrokenRow. Several threads may read.
 
     Raises: UserError for bad manifests, and for files of which many rows would miss something.
     """
@@ -812,9 +765,11 @@ class ManifestDataset:
         self.model = model
         self.rows: list[Row] = []
         self.manifests: list[dict[str, Any]] = []
-        self.rates: list[float | None] = []
-        self.highest_code, self.codes_seen = 0, 0  # of the arrays that were read at the start
+        self.rates: list[float | None] = []  # codes a second
         self.shards: dict[str, ArrayFile] = {}
+        self.highest_code, self.codes_seen = 0, 0  # of what is read at the start
+        self.bad_rows: dict[int, str] = {}  # skipped, and why
+        self.unreported: dict[int, str] = {}  # met by this process, not yet known to the others
         for number, manifest in enumerate(manifests):
             path, language = split_language(manifest)
             rows, rate = read_manifest(Path(path), number)
@@ -822,10 +777,9 @@ class ManifestDataset:
             self.rates.append(rate)
             self.manifests.append({"path": path, "language": language, "rows": len(rows),
                                    "made_with": recorded_beside(Path(path))})
-        self.bad_rows: dict[int, str] = {}  # skipped so far, and why
-        self.unreported: dict[int, str] = {}  # met by this process, not yet known to the others
         self.check_lengths()
-        self.check_shards()
+        for kind in KINDS:
+            self.check_shards(kind)
         self.check_first_files()
 
     def __len__(self) -> int:
@@ -842,124 +796,113 @@ class ManifestDataset:
             digest.update(json.dumps([row.id, row.text_len, row.code_len]).encode())
         return digest.hexdigest()
 
-    def expected(self, row: Row, kind: str) -> tuple[int, tuple[int, ...]]:
-        """Rows of the array that an utterance has, and the shape of each."""
-        counts = {"text_ids": row.text_len, "codes": row.code_len, "condition": CONDITION_ROWS, "emo_vec": 1}
-        return counts[kind], () if kind in ("text_ids", "codes") else (self.model.model_dim,)
-
     def check_lengths(self) -> None:
         longest_text, longest_codes = self.model.max_text_tokens, self.model.max_code_len
         long = [row for row in self.rows if row.text_len > longest_text or row.code_len > longest_codes]
         if long:
-            row = long[0]
-            raise UserError(f"{self.place(row)}: {row.text_len} text tokens and {row.code_len} codes; the model takes "
-                            f"at most {longest_text} and {longest_codes}. {len(long)} of {len(self.rows)} rows are too "
-                            "long: leave them out (tools.build_pairs has length limits)")
+            raise UserError(f"{self.place(long[0])}: {long[0].text_len} text tokens and {long[0].code_len} codes; the "
+                            f"model takes at most {longest_text} and {longest_codes}. {len(long)} of {len(self.rows)} "
+                            "rows are too long: leave them out (tools.build_pairs has length limits)")
 
-    def check_shards(self) -> None:
+    def check_shards(self, kind: str) -> None:
         """Opens every shard: one that is missing, or too short, or holds a wrong number, is an error at once."""
-        for at, kind in enumerate(KINDS):
-            rows_of: dict[str, list[Row]] = {}
-            for row in self.rows:
-                path, start = row.parts[at]
-                if start is not None:
-                    rows_of.setdefault(path, []).append(row)
-            for path, rows in rows_of.items():
-                try:
-                    self.shards[path] = self.shards.get(path) or ArrayFile(path)
-                    self.check_shard(self.shards[path], rows, kind, at)
-                except BadFeatureFile as error:
-                    raise UserError(f"{self.place(rows[0])}: {kind} of {len(rows)} of {len(self)} rows cannot be read: "
-                                    f"{error}. Bring the file back, or preprocess again") from error
+        at, rows_of = KINDS.index(kind), {}  # type: ignore[var-annotated]
+        for row in self.rows:
+            if row.parts[at][1] is not None:
+                rows_of.setdefault(row.parts[at][0], []).append(row)
+        for path, rows in rows_of.items():
+            try:
+                file = self.shards[path] = self.shards.get(path) or ArrayFile(path)
+                self.check_type(file, rows[0], kind)
+                starts = np.array([row.parts[at][1] for row in rows])
+                ends = starts + [self.expected(row, kind)[0] for row in rows]
+                if ends.max() > file.shape[0]:
+                    i = int((ends > file.shape[0]).argmax())
+                    raise UserError(f"{self.place(rows[i])}: {kind} {starts[i]} to {ends[i]} lie beyond the end of "
+                                    f"{path} ({file.shape[0]} values). Manifest and arrays are not of one run of "
+                                    "tools.preprocess")
+                for first in range(0, file.shape[0] if kind in ("text_ids", "codes") else 0, 2**22):
+                    self.check_values(file.read(first, 2**22), kind, path, rows, starts - first, ends - first)
+            except BadFeatureFile as error:
+                raise UserError(f"{self.place(rows[0])}: {kind} of {len(rows)} of {len(self)} rows cannot be read: "
+                                f"{error}. Bring the file back, or preprocess again") from error
 
-    def check_shard(self, file: ArrayFile, rows: list[Row], kind: str, at: int) -> None:
-        self.check_type(file, rows[0], kind)
-        starts = np.array([row.parts[at][1] for row in rows])
-        ends = starts + [self.expected(row, kind)[0] for row in rows]
-        outside = np.flatnonzero(ends > file.shape[0])
-        if len(outside):
-            i = int(outside[0])
-            raise UserError(f"{self.place(rows[i])}: {kind} {starts[i]} to {ends[i]} lie beyond the end of {file.path} "
-                            f"({file.shape[0]} values). Manifest and arrays are not of one run of tools.preprocess")
-        if kind not in ("text_ids", "codes"):
-            return
-        limit, piece = self.limit(kind), 2**22
-        for first in range(0, file.shape[0], piece):
-            values = file.read(first, piece)
-            self.note_codes(kind, values)
-            for wrong in np.flatnonzero((values < 0) | (values >= limit)):
-                hit = np.flatnonzero((starts <= first + wrong) & (first + wrong < ends))
-                if len(hit):
-                    raise UserError(f"{self.place(rows[int(hit[0])])}: "
-                                    f"{value_out_of_range(kind, int(values[wrong]), limit)} ({file.path})")
-
-    def limit(self, kind: str) -> int:
-        return self.model.number_text_tokens if kind == "text_ids" else self.model.code_count
-
-    def note_codes(self, kind: str, values: np.ndarray) -> None:
+    def check_values(self, values: np.ndarray, kind: str, path: str, rows: Sequence[Row], starts: Any, ends: Any
+                     ) -> None:
+        """Raises: UserError for an id or code outside the model's that a row uses; rows lie at starts .. ends - 1."""
+        limit = self.model.number_text_tokens if kind == "text_ids" else self.model.code_count
         if kind == "codes" and len(values):
             self.highest_code = max(self.highest_code, int(values.max()))
             self.codes_seen += len(values)
+        for wrong in np.flatnonzero((values < 0) | (values >= limit)):
+            used_by = np.flatnonzero((starts <= wrong) & (wrong < ends))
+            if len(used_by):
+                what, remedy = ("text id", "The manifest was made with another tokenizer: pass that one as "
+                                           "--tokenizer, or "
+                                "preprocess again") if kind == "text_ids" else (
+                    "code", "The config's number_mel_codes is not that of the codec")
+                raise UserError(f"{self.place(rows[used_by[0]])}: {what} {values[wrong]} is outside 0..{limit - 1}. "
+                                f"{remedy} ({path})")
 
     def check_first_files(self) -> None:
         """Reads the first rows that have files of their own, before anything depends on them."""
         own = [i for i, row in enumerate(self.rows) if any(start is None for _, start in row.parts)]
         for i in own[:CHECKED_ROWS]:
             sample = self[i]
-            if isinstance(sample, Sample):
-                self.note_codes("codes", sample.codes)
-            elif sample.fatal:
-                raise UserError(sample.reason)
-            else:
+            if isinstance(sample, BrokenRow):
+                if sample.fatal:
+                    raise UserError(sample.reason)
                 self.unreported[i] = sample.reason
+
+    def expected(self, row: Row, kind: str) -> tuple[int, tuple[int, ...]]:
+        """Rows of the array that an utterance has, and the shape of each."""
+        counts = {"text_ids": row.text_len, "codes": row.code_len, "condition": CONDITION_ROWS, "emo_vec": 1}
+        return counts[kind], () if kind in ("text_ids", "codes") else (self.model.model_dim,)
 
     def check_type(self, file: ArrayFile, row: Row, kind: str) -> None:
         """Raises: UserError for an array that no utterance can be read from."""
-        shape = self.expected(row, kind)[1]
+        count, shape = self.expected(row, kind)
         if not shape and (file.dtype.kind not in "iu" or len(file.shape) != 1):
             raise UserError(f"{self.place(row)}: {file.path} is {file.dtype} {list(file.shape)}, not a row of whole "
                             "numbers")
-        if shape and (file.dtype.kind != "f" or file.shape[-1:] != shape):
+        own = row.parts[KINDS.index(kind)][1] is None
+        wanted = (count, *shape) if kind == "condition" else shape
+        found = file.shape if own else (*wanted[:-1], *file.shape[1:])
+        if shape and (file.dtype.kind != "f" or found not in (wanted, (1, *wanted))):
             of = "" if file.dtype.kind == "f" else f" of {file.dtype}"
-            raise UserError(f"{self.place(row)}: {file.path} holds {list(file.shape)}{of}, the model needs "
-                            f"{[CONDITION_ROWS, *shape] if kind == 'condition' else list(shape)}. Use the config the "
-                            "features were made for")
+            raise UserError(f"{self.place(row)}: {file.path} holds {list(found)}{of}, the model needs {list(wanted)}. "
+                            "Use the config the features were made for")
 
     def read_part(self, row: Row, kind: str) -> np.ndarray:
         """One utterance's values of a kind. Raises: BadFeatureFile; UserError where they contradict the manifest."""
         path, start = row.parts[KINDS.index(kind)]
         count, shape = self.expected(row, kind)
-        file = self.shards[path] if start is not None else ArrayFile(path)
-        try:
-            self.check_type(file, row, kind)
-            values = file.read(start or 0, count if start is not None else file.shape[0])
-        finally:
-            if start is None:
+        if start is not None:
+            values = self.shards[path].read(start, count)
+        else:
+            file = ArrayFile(path)
+            try:
+                self.check_type(file, row, kind)
+                values = file.read(0, file.shape[0])
+            finally:
                 file.close()
-        if not shape:
-            if len(values) != count:
-                raise UserError(f"{self.place(row)}: the manifest says {count} {kind}, {path} has {len(values)}. "
-                                "Preprocess the recording again")
-            values = values.astype(np.int64)
-            worst = int(values.min() if values.min() < 0 else values.max())
-            if not 0 <= worst < self.limit(kind):
-                raise UserError(f"{self.place(row)}: {value_out_of_range(kind, worst, self.limit(kind))} ({path})")
+        if shape:
+            values = values.astype(np.float32).reshape((count, *shape) if kind == "condition" else shape)
+            if not np.isfinite(values).all():
+                raise BadFeatureFile(f"{path}: not finite")
             return values
-        wanted = (count, *shape) if kind == "condition" else shape
-        if values.size != math.prod(wanted):
-            raise UserError(f"{self.place(row)}: {path} holds {list(values.shape)}, the model needs {list(wanted)}. "
-                            "Use the config the features were made for")
-        values = values.astype(np.float32).reshape(wanted)
-        if not np.isfinite(values).all():
-            raise BadFeatureFile(f"{path}: not finite")
-        return values
+        if len(values) != count:
+            raise UserError(f"{self.place(row)}: the manifest says {count} {kind}, {path} has {len(values)}. "
+                            "Preprocess the recording again")
+        if start is None:
+            self.check_values(values, kind, path, [row], np.array([0]), np.array([count]))
+        return values.astype(np.int64)
 
     def __getitem__(self, index: int) -> Sample | BrokenRow:
-        row = self.rows[index]
         try:
             if index in self.bad_rows:
                 raise BadFeatureFile(self.bad_rows[index])
-            text_ids, codes, condition, emo_vec = (self.read_part(row, kind) for kind in KINDS)
+            text_ids, codes, condition, emo_vec = (self.read_part(self.rows[index], kind) for kind in KINDS)
             return Sample(text_ids, codes, condition, emo_vec, index)
         except (BadFeatureFile, UserError) as error:  # returned: the other rows of the batch are good
             return BrokenRow(index, str(error), fatal=isinstance(error, UserError))
@@ -968,13 +911,12 @@ class ManifestDataset:
         """Remembers rows to leave out; returns one line for each new one. Raises: UserError above MAX_BAD_FRACTION."""
         new = {i: reason for i, reason in found.items() if i not in self.bad_rows}
         self.bad_rows.update(new)
-        lines = [f"{self.place(self.rows[i])}: skipped, feature file {reason}" for i, reason in new.items()]
         if len(self.bad_rows) > MAX_BAD_FRACTION * len(self):
             first = list(self.bad_rows.items())[:5]
             shown = "\n".join(f"  {self.place(self.rows[i])}: {reason}" for i, reason in first)
             raise UserError(f"{len(self.bad_rows)} of {len(self)} rows have missing or damaged feature files, more "
                             f"than {MAX_BAD_FRACTION:.0%}. Preprocess them again or drop the rows. The first:\n{shown}")
-        return lines
+        return [f"{self.place(self.rows[i])}: skipped, feature file {reason}" for i, reason in new.items()]
 
 
 def near_equal_groups(lengths: Sequence[int], ratio: float = 1.25) -> list[list[int]]:
@@ -1168,7 +1110,7 @@ class Stopped(Exception):
 
 
 class StopSignal:
-    """Stop signals set a flag that check() turns into Stopped; a second SIGINT leaves at once."""
+    """Stop signals set a flag; a second SIGINT leaves at once."""
 
     def __init__(self) -> None:
         self.signum: int | None = None
@@ -1184,10 +1126,6 @@ class StopSignal:
         if self.interrupts == 2:
             os._exit(128 + signal.SIGINT)
         self.signum = self.signum or signum
-
-    def check(self) -> None:
-        if self.signum:
-            raise Stopped(self.signum)
 
 
 class Console:
@@ -1260,15 +1198,15 @@ class World:
 
 
 def world_from(environ: Mapping[str, str]) -> World:
-    """Reads torchrun's variables. Raises: UserError where only some of them are there, or they are no numbers."""
+    """Reads torchrun's variables; without all of them the process is alone. Raises: UserError."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    if environ.get("WORLD_SIZE", "1") == "1" or not any(name in environ for name in ("RANK", "LOCAL_RANK")):
-        return World()  # a container or a scheduler may set WORLD_SIZE alone
-    try:
-        rank, size, local_rank, local_size = (int(environ[name]) for name in names)
-    except (KeyError, ValueError) as error:
-        raise UserError(f"torchrun's variables {', '.join(names)} are incomplete or no numbers "
-                        f"({first_line(error)}). Start several processes with torchrun, or unset them") from error
+    if not all(name in environ for name in names) or environ["WORLD_SIZE"] == "1":
+        return World()
+    texts = [environ[name] for name in names]
+    rank, size, local_rank, local_size = (int(text) if text.isascii() and text.isdigit() else -1 for text in texts)
+    if not (0 <= rank < size and 0 <= local_rank < local_size and {"MASTER_ADDR", "MASTER_PORT"} <= environ.keys()):
+        raise UserError(f"{', '.join(map('='.join, zip(names, texts, strict=True)))} (and MASTER_ADDR, MASTER_PORT): "
+                        "not what torchrun sets. Start several processes with torchrun, or unset these variables")
     return World(rank, size, local_rank, local_size)
 
 
@@ -1295,9 +1233,12 @@ class Process:
         self.console.say(line)
 
     def check_stop(self) -> None:
-        """Between points that all ranks pass only a lone process may stop: the others would wait for it for ever."""
-        if self.world.size == 1:
-            self.stop.check()
+        """Between points that all ranks pass only a lone process may stop: the others would wait for it for ever.
+
+        Raises: Stopped.
+        """
+        if self.world.size == 1 and self.stop.signum:
+            raise Stopped(self.stop.signum)
 
     def wait_for(self, future: Future[Any]) -> Any:
         """The result of what a thread does, looking at stop signals ten times a second. Raises: Stopped."""
@@ -1323,7 +1264,7 @@ class Process:
         Raises: Stopped once any rank got a signal; once any has an error UserError on rank 0, SaidByRank0 elsewhere.
         """
         if self.world.size == 1:
-            self.stop.check()
+            self.check_stop()
             if error:
                 raise error
             return list(numbers)
@@ -1377,21 +1318,16 @@ def process_group(world: World) -> Iterator[None]:
     dist.destroy_process_group()  # after a fault the others may be gone: nothing to say good-bye to
 
 
-def flush_to_disk(descriptor: int) -> bool:
+def flush_to_disk(path: Path) -> bool:
     """Waits until a file, or a directory's names, are on the disk; False where the file system has no such thing."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+        return True
     except OSError as error:
-        if error.errno not in NOT_OFFERED:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
             raise
         return False
-    return True
-
-
-def flush_directory(directory: Path) -> bool:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        return flush_to_disk(descriptor)
     finally:
         os.close(descriptor)
 
@@ -1414,8 +1350,8 @@ def writing_to(output_dir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        remedy = "Free some disk space and start again" if error.errno in FULL_DISK else "Choose a directory you can "\
-            "write to"
+        remedy = ("Free some disk space and start again" if error.errno in FULL_DISK else
+                  "Choose a directory you can write to")
         raise UserError(f"--output-dir {output_dir}: {error.strerror}. {remedy}") from error
 
 
@@ -1458,6 +1394,15 @@ def record_exit(path: Path, reason: str, status: int, process: Process) -> None:
         partial.write_text(json.dumps({"reason": reason, "status": status, "step": step}) + "\n")
 
 
+def explain(error: BaseException, output_dir: Path) -> str:
+    """What a user can do about an error of the machine; "" for any other one."""
+    if isinstance(error, OSError) and error.errno in FULL_DISK:
+        return f"--output-dir {output_dir}: {error.strerror}. Free some disk space and start again"
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return f"not enough memory ({first_line(error)}). Close other programs, or use a smaller --batch-size"
+    return ""
+
+
 @contextlib.contextmanager
 def exit_recorded(output_dir: Path, process: Process) -> Iterator[None]:
     """OUTPUT_DIR/last_exit.json: how this process ended; its absence means that it was killed.
@@ -1480,20 +1425,16 @@ def exit_recorded(output_dir: Path, process: Process) -> Iterator[None]:
         record_exit(path, "user_error", 1, process)
         raise
     except BaseException as error:
-        if is_lost_contact(error):
-            if process.stop.signum:  # the others stopped first
-                record_exit(path, "stopped", 128 + process.stop.signum, process)
-                raise Stopped(process.stop.signum) from error
-            if rank > 0:
-                raise SaidByRank0 from error
-            record_exit(path, "crash", 1, process)
-            raise UserError(f"another process of this run is gone ({first_line(error)}). The same command with "
-                            "--resume auto goes on from the newest checkpoint") from error
-        if isinstance(error, OSError) and error.errno in FULL_DISK:
-            record_exit(path, "user_error", 1, process)
-            raise UserError(f"--output-dir {output_dir}: {error.strerror}. Free some disk space and start again"
-                            ) from error
-        record_exit(path, "crash", 1, process)
+        if is_lost_contact(error) and process.stop.signum:  # the others stopped first
+            record_exit(path, "stopped", 128 + process.stop.signum, process)
+            raise Stopped(process.stop.signum) from error
+        if is_lost_contact(error) and rank > 0:
+            raise SaidByRank0 from error
+        explained = (f"another process of this run is gone ({first_line(error)}). The same command with --resume auto "
+                     "goes on from the newest checkpoint") if is_lost_contact(error) else explain(error, output_dir)
+        record_exit(path, "user_error" if explained and not is_lost_contact(error) else "crash", 1, process)
+        if explained:
+            raise UserError(explained) from error
         raise
 
 
@@ -1549,7 +1490,7 @@ class MetricsLog:
     def flush(self) -> None:
         """Everything so far is on the disk when this returns. Raises: OSError."""
         self.write_lines()
-        flush_to_disk(self.file.fileno())
+        flush_to_disk(self.directory / "metrics.jsonl")
         tensorboard = self.tensorboard
         if tensorboard is not None:
             tensorboard.flush()
@@ -1643,6 +1584,7 @@ class PendingSave:
     is_flushed: bool = True  # False: the file system cannot promise that the name outlives a power cut
     error: Exception | None = None
     link_error: Exception | None = None
+    log_error: OSError | None = None
     written: Future[None] | None = None
 
 
@@ -1868,6 +1810,9 @@ def peak_flops(precision: Precision) -> float:
 # ---------------------------------------------------------------------------------------------------------------------
 # 7. Training step
 
+ONE_SAMPLE_TOO_LARGE = ("out of GPU memory with one sample in a micro-batch. Use --grad-checkpointing, --amp, or leave "
+                        "out the longest rows")
+
 
 @dataclass
 class StepStats:
@@ -2011,17 +1956,12 @@ def evaluate_batch(run: Run, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor
 def in_halves(run: Run, data: ManifestDataset, batch: PackedBatch) -> list[PackedBatch]:
     """A batch that was too large for the GPU's memory as two. Raises: UserError for one sample."""
     if len(batch.rows) == 1:
-        raise out_of_memory_with_one_sample()
+        raise UserError(ONE_SAMPLE_TOO_LARGE)
     if run.precision.device.type == "cuda":
         torch.cuda.empty_cache()
     middle = len(batch.rows) // 2
     halves = (batch.rows[:middle], batch.rows[middle:])
     return [collate_packed([data[row] for row in rows], data.model).to(run.precision.device) for rows in halves]
-
-
-def out_of_memory_with_one_sample() -> UserError:
-    return UserError("out of GPU memory with one sample in a micro-batch. Use --grad-checkpointing, --amp, or leave "
-                     "out the longest rows")
 
 
 def validation_rows(run: Run) -> np.ndarray:
@@ -2109,7 +2049,7 @@ def split_after_out_of_memory(run: Run) -> None:
         raise UserError(f"out of GPU memory on rank {run.process.world.rank}. Start again with a smaller --batch-size "
                         "and --resume auto: the global batch stays")
     if config.batch_size == 1:
-        raise out_of_memory_with_one_sample()
+        raise UserError(ONE_SAMPLE_TOO_LARGE)
     batch_size, grad_accumulation = split_global_batch(config.global_batch, config.batch_size // 2)
     run.process.say(f"[Warn] Out of GPU memory: micro-batches of {batch_size} x {grad_accumulation} from now on, the "
                     f"same global batch of {config.global_batch}")
@@ -2270,8 +2210,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise ResumeError(f"{path} was not written by this trainer (it has no digests; a checkpoint of the IndexTTS2 "
                           f"fork?). Start from its weights instead: --base-checkpoint {path}, with a new --output-dir")
     if checkpoint.get("format_version") not in (1, FORMAT_VERSION):
-        raise ResumeError(f"{path} has format {checkpoint.get('format_version')}, this trainer reads up to "
-                          f"{FORMAT_VERSION}. Use the version of the trainer that wrote it")
+        raise ResumeError(f"{path} has format {checkpoint.get('format_version')}, this trainer reads {FORMAT_VERSION} "
+                          "and earlier ones. Use the version of the trainer that wrote it")
     problem = digest_problem(checkpoint)
     if problem:
         raise ResumeError(f"{path} is damaged: {problem}. Resume from another checkpoint")
@@ -2295,7 +2235,7 @@ def write_checkpoint(path: Path, checkpoint: Mapping[str, Any]) -> tuple[int, bo
         with partial.open("wb") as handle:
             torch.save({**checkpoint, "digests": make_digests(checkpoint)}, handle)
             handle.flush()
-            flush_to_disk(handle.fileno())
+            flush_to_disk(partial)
             if hasattr(os, "posix_fadvise"):  # so that the disk is read, not the page cache
                 os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         try:
@@ -2303,7 +2243,7 @@ def write_checkpoint(path: Path, checkpoint: Mapping[str, Any]) -> tuple[int, bo
         except ResumeError as error:
             raise OSError(f"read back damaged: {error}") from error
         size = partial.stat().st_size
-    return size, flush_directory(path.parent)
+    return size, flush_to_disk(path.parent)
 
 
 def link_checkpoint(target: Path, link: Path) -> None:
@@ -2313,7 +2253,7 @@ def link_checkpoint(target: Path, link: Path) -> None:
             os.link(target, partial)
         except OSError:
             shutil.copyfile(target, partial)
-    flush_directory(link.parent)
+    flush_to_disk(link.parent)
 
 
 def checkpoint_step(name: str) -> int | None:
@@ -2332,6 +2272,8 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 # ---------------------------------------------------------------------------------------------------------------------
 # 9. Saving: the state changes when a save succeeds
 
+MAX_NONFINITE_STREAK = 10
+LOWEST_FP16_SCALE = 1e-4
 # Fields of TrainState that stand in a checkpoint under their own names.
 SAVED_STATE = ("recent_checkpoints", "rotated_out", "best", "last_val", "run_dir", "base_vocab", "first_batch_size",
                "tokens_seen", "nonfinite_rows", "suspect_rows", "left_out")
@@ -2403,6 +2345,11 @@ def write_save(save: PendingSave, checkpoint: Mapping[str, Any], metrics: Metric
     try:
         if metrics:
             metrics.flush()
+    except OSError as error:  # a log that somebody removed costs no checkpoint; a full disk has no room for it either
+        save.log_error = error
+    try:
+        if save.log_error and save.log_error.errno in FULL_DISK:
+            raise save.log_error
         save.bytes, save.is_flushed = write_checkpoint(save.path, checkpoint)
     except (OSError, RuntimeError) as error:
         save.error = error
@@ -2433,6 +2380,8 @@ def finish_save(run: Run, wait: bool = True) -> None:
     if save.link_error is not None:
         say(f"[Error] Could not renew latest.pth or best.pth: {first_line(save.link_error)}. {save.path.name} is "
             "complete, and --resume auto finds it")
+    if save.log_error is not None:
+        say(f"[Warn] The logs in {run.state.run_dir} cannot be written: {first_line(save.log_error)}")
     if not save.is_flushed and not run.warned_flush:
         say(f"[Warn] {save.path.parent}: this file system cannot flush a directory. Checkpoints are whole; one that is "
             "seconds old may be lost in a power cut")
@@ -2565,9 +2514,15 @@ def find_resumable(output_dir: Path) -> ResumePoint | None:
     skipped: list[str] = []
     for path in candidates(output_dir):
         try:
-            return ResumePoint(path, read_checkpoint(path), skipped)
+            checkpoint = read_checkpoint(path)
+            if checkpoint_step(path.name) not in (None, checkpoint["step"]):  # it would win for ever
+                raise ResumeError(f"{path} was renamed: it holds step {checkpoint['step']}. To go on from it: --resume "
+                                  f"{path}")
+            return ResumePoint(path, checkpoint, skipped)
         except ResumeError as error:
             skipped.append(str(error))
+    if not skipped and (output_dir / "latest.pth").is_symlink():
+        skipped.append(f"{output_dir / 'latest.pth'} links to a file that is not there (a disk that is not mounted?)")
     if skipped:
         raise ResumeError(f"no valid checkpoint in {output_dir}: {'; '.join(skipped)}. Move these files away to start "
                           "afresh" + (", or --resume best.pth" if (output_dir / "best.pth").exists() else ""))
@@ -2637,33 +2592,31 @@ def find_resume_point(resume: str, output_dir: Path, process: Process) -> Resume
     return point
 
 
-def validate_checkpoint(checkpoint: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], tokenizer_sha256: str,
-                        train_fingerprint: str | None) -> list[str]:
-    """Everything in which a checkpoint does not fit this run, each with its remedy; a fingerprint of None fits."""
-    problems = []
-    found = {name: tuple(t.shape) for name, t in checkpoint["model"].items()
-             if not name.startswith(CARRIED_PREFIXES) and name in shapes}
-    differing = [name for name in shapes if found.get(name) != shapes[name]]
+def require_fit(run: Run, point: ResumePoint) -> None:
+    """Raises: ResumeError with everything in which a checkpoint does not fit this run, each with its remedy."""
+    checkpoint, tokenizer, problems = point.checkpoint, run.tokenizer, []
+    shapes = {name: tuple(t.shape) for name, t in run.model.state_dict().items()}
+    found = {name: tuple(t.shape) for name, t in checkpoint["model"].items() if not name.startswith(CARRIED_PREFIXES)}
+    differing = [name for name in {**shapes, **found} if found.get(name) != shapes.get(name)]
     if differing:
         name = differing[0]
         problems.append(f"model: {len(differing)} tensors have another shape, e.g. {name} {found.get(name)} in the "
-                        f"checkpoint, {shapes[name]} here. Resume with the --config and --tokenizer of the run")
-    if checkpoint["tokenizer"]["sha256"] != tokenizer_sha256:
+                        f"checkpoint, {shapes.get(name)} here. Resume with the --config and --tokenizer of the run")
+    then, now = checkpoint["model_config"], dataclasses.asdict(run.model.config)
+    changed = [f"{name} {then[name]} -> {value}" for name, value in now.items()
+               if name in then and then[name] != value and name != "number_text_tokens"]
+    if changed and not differing:
+        problems.append(f"the model's config differs: {', '.join(changed)}. Resume with the --config of the run")
+    if checkpoint["tokenizer"]["sha256"] != tokenizer["sha256"]:
         problems.append(f"tokenizer differs (sha256 {checkpoint['tokenizer']['sha256'][:12]} in the checkpoint, "
-                        f"{tokenizer_sha256[:12]} here). Pass --tokenizer {checkpoint['tokenizer']['path']} as it was, "
-                        "or start a new run with --base-checkpoint")
-    if train_fingerprint not in (None, checkpoint["train_data"]["fingerprint"]):
+                        f"{tokenizer['sha256'][:12]} here). Pass --tokenizer {checkpoint['tokenizer']['path']} as it "
+                        "was, or start a new run with --base-checkpoint")
+    made_with = {key: value for key, value in recorded_in(checkpoint).items() if key != "tokenizer_sha256"}
+    problems += compare_made_with([("the data here", run.made_with), (f"{point.path}", made_with)])[1]
+    any_data = run.config.eval_only or run.config.accept_changed_data
+    if not any_data and run.train_data.fingerprint != checkpoint["train_data"]["fingerprint"]:
         problems.append("training data changed (row ids, lengths or order). Pass the old --train-manifest, or "
                         "--accept-changed-data: weights, optimizer and step stay, the epoch's order starts anew")
-    return problems
-
-
-def require_fit(run: Run, point: ResumePoint) -> None:
-    """Raises: ResumeError with every problem at once."""
-    shapes = {name: tuple(t.shape) for name, t in run.model.state_dict().items()}
-    any_data = run.config.eval_only or run.config.accept_changed_data
-    problems = validate_checkpoint(point.checkpoint, shapes, run.tokenizer["sha256"],
-                                   None if any_data else run.train_data.fingerprint)
     if problems:
         raise ResumeError(f"{point.path} does not fit this run: {'; '.join(problems)}")
 
@@ -2825,7 +2778,8 @@ def open_run_dir(run: Run, point: ResumePoint | None, resume: str) -> None:
             go_back(run, point.path)
         finish_links(run, point.path)
         cut_metrics(output_dir / state.run_dir / "metrics.jsonl", state.position.step, run.validation_owed)
-    run.metrics = MetricsLog(output_dir / state.run_dir, state.position.step + 1)
+    with writing_to(output_dir / state.run_dir):
+        run.metrics = MetricsLog(output_dir / state.run_dir, state.position.step + 1)
     run.process.say(f"[Info] Logs: {output_dir / state.run_dir}")
 
 
@@ -2858,7 +2812,10 @@ def find_model_yaml(config: TrainConfig, checkpoint: Mapping[str, Any] | None) -
         return Path(config.config)
     if checkpoint is not None:
         return None
-    beside = Path(split_language((config.train_manifest or config.val_manifest)[0])[0]).with_name("config.yaml")
+    manifest = Path(split_language((config.train_manifest or config.val_manifest)[0])[0])
+    if manifest.is_dir():
+        raise UserError(f"manifest {manifest}: a folder. Name the file in it, such as {manifest / 'train_pairs.jsonl'}")
+    beside = manifest.with_name("config.yaml")
     for path in (beside, Path("checkpoints/config.yaml")):
         if path.is_file():
             return path
@@ -2886,7 +2843,7 @@ def resolve_config(typed: Mapping[str, Any], checkpoint: Mapping[str, Any] | Non
     """
     known = {item.name for item in dataclasses.fields(TrainConfig)}
     saved = {k: v for k, v in checkpoint["config"].items() if k in known} if checkpoint else {}
-    asked = {k: v for k, v in typed.items() if v or k not in ZERO_IS_CHOSEN}
+    asked = {k: v for k, v in typed.items() if v or k not in ("batch_size", "grad_accumulation", "learning_rate")}
     config = TrainConfig(**{**saved, **asked, "config": typed.get("config", "")})
     problems = config_problems(config)
     if problems:
@@ -3000,31 +2957,30 @@ def load_base_checkpoint(model: UnifiedVoiceGPT, tensors: Mapping[str, Tensor], 
 
 
 def belongs_together(config: TrainConfig, model_config: ModelConfig, tokenizer: Mapping[str, Any],
-                     datasets: Sequence[ManifestDataset], other: tuple[str, Mapping[str, Any]] | None, is_base: bool,
-                     say: Callable[[str], None]) -> dict[str, Any]:
-    """What data, tokenizer, model and weights were made with; `other` is the checkpoint or base checkpoint.
+                     datasets: Sequence[ManifestDataset], base: Mapping[str, Any] | None, say: Callable[[str], None]
+                     ) -> dict[str, Any]:
+    """What data, tokenizer, model and base checkpoint (the whole file) were made with.
 
     Returns: what is known of it. Raises: UserError where two of them do not belong together.
     """
-    records: list[tuple[str, Mapping[str, Any]]] = [
-        (f"--tokenizer {tokenizer['path']}", {"tokenizer_sha256": tokenizer["sha256"]}),
-        (f"--config {config.config}" if config.config else "the checkpoint's config",
-         {"num_codes": model_config.code_count})]
-    records += [other] if other and not is_base else []
+    of_base = None if base is None else (f"--base-checkpoint {config.base_checkpoint}", recorded_in(base))
     manifests = [(manifest, rate, data) for data in datasets
                  for manifest, rate in zip(data.manifests, data.rates, strict=True)]
-    records += [(manifest["path"], manifest["made_with"]) for manifest, _, _ in manifests]
-    if other and is_base:  # a base of another tokenizer's size is a start; another codec's is none
-        records.append(other)
-    known = check_made_with(records)
+    known, problems = compare_made_with([
+        (f"--tokenizer {tokenizer['path']}", {"tokenizer_sha256": tokenizer["sha256"]}),
+        (f"--config {config.config}" if config.config else "the checkpoint's config",
+         {"num_codes": model_config.code_count}),
+        *((manifest["path"], manifest["made_with"]) for manifest, _, _ in manifests), *([of_base] if of_base else [])])
+    if problems:
+        raise UserError("; ".join(problems))
     for manifest, rate, data in manifests:
         made_with, path = manifest["made_with"], manifest["path"]
-        if is_base and other and made_with.get("features") == "embedded" and not other[1].get("codec_sha256"):
-            raise UserError(f"{path} was made with the embedded codec (features embedded), and {other[0]} is not "
+        if of_base and made_with.get("features") == "embedded" and not of_base[1].get("codec_sha256"):
+            raise UserError(f"{path} was made with the embedded codec (features embedded), and {of_base[0]} is not "
                             "recorded as made for that codec: its weights know other codes and conditions. Train from "
                             "scratch, or start from a checkpoint of such a run")
         if not made_with:
-            check_unrecorded(path, rate, data, model_config, is_base and other is not None, say)
+            check_unrecorded(path, rate, data, model_config, base is not None, say)
     return known
 
 
@@ -3036,9 +2992,9 @@ def check_unrecorded(path: str, rate: float | None, data: ManifestDataset, model
     if data.codes_seen > 1000 and data.highest_code < model.code_count // 2:
         raise UserError(f"{path}: the highest of {data.codes_seen} codes is {data.highest_code}, the model has "
                         f"{model.code_count}: they are another codec's. Preprocess with the features of these weights")
-    if has_base and rate and model.code_count == 8192 and not 0.8 < rate / RATE_OF_INDEXTTS2 < 1.25:
-        raise UserError(f"{path}: {rate:.1f} codes a second (median), IndexTTS2 has {RATE_OF_INDEXTTS2:.0f}: they are "
-                        "another codec's, or have padding in them. Preprocess with the features of these weights")
+    if has_base and rate and model.code_count == 8192 and not 40 < rate < 60:
+        raise UserError(f"{path}: {rate:.1f} codes a second (median), IndexTTS2 has 50: they are another codec's, or "
+                        "have padding in them. Preprocess with the features of these weights")
 
 
 def build_model(config: TrainConfig, model_config: ModelConfig, train_data: ManifestDataset,
@@ -3070,11 +3026,9 @@ def prepare(typed: Mapping[str, Any], point: ResumePoint | None, output_dir: Pat
     content: Mapping[str, Any] = {}
     if checkpoint is None and config.base_checkpoint:
         base, content = read_base_checkpoint(Path(config.base_checkpoint))
-    other = (f"--base-checkpoint {config.base_checkpoint}", recorded_in(content)) if base is not None else (
-        str(point.path), recorded_in(checkpoint)) if point and checkpoint else None
     made_with = belongs_together(config, model_config, tokenizer,
-                                 [val_data] if config.eval_only else [train_data, val_data], other,
-                                 base is not None, say)
+                                 [val_data] if config.eval_only else [train_data, val_data],
+                                 content if base is not None else None, say if point is None else lambda line: None)
     model, carried, base_vocab = build_model(config, model_config, train_data, base, fresh=checkpoint is None)
     if config.freeze_base_vocab and not base_vocab and not (checkpoint or {}).get("base_vocab"):
         raise UserError("--freeze-base-vocab goes with --base-checkpoint: that file's tokens stay frozen")
@@ -3343,6 +3297,7 @@ def main(argv: Sequence[str] | None = None, on_event: Callable[..., None] = no_e
     stop = StopSignal()
     stop.install()
     raise_open_file_limit()
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # closed: >&-
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     console = Console(stop, sys.stdout)
@@ -3352,8 +3307,10 @@ def main(argv: Sequence[str] | None = None, on_event: Callable[..., None] = no_e
             console = Console(stop, open(os.devnull, "w"))
         process = Process(stop, console, world, on_event)
         output_dir, resume = output_dir_of(typed), typed.get("resume", "")
-        if resume not in ("", "auto") and not Path(resume).exists():
-            read_explicit(Path(resume))  # says what is there instead, before a directory is made
+        if resume not in ("", "auto") and not Path(resume).is_file():  # before a directory is made
+            if Path(resume).is_dir():
+                raise UserError(f"--resume {resume} is a folder. To go on in it: --output-dir {resume} --resume auto")
+            read_explicit(Path(resume))  # says what is there instead
         if typed.get("eval_only"):
             run_evaluation(typed, output_dir, process)
             return 0
