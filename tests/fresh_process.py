@@ -16,7 +16,23 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from conftest import ROOT
+from conftest import ROOT, load_checkpoint
+
+# For tests/old_checkpoints/data: 13 rows, an epoch of 4 steps.
+SETTINGS = ["--batch-size", "4", "--grad-accumulation", "1", "--log-interval", "1", "--save-interval", "2",
+            "--val-interval", "100", "--epochs", "4"]
+QUICK = [*SETTINGS, "--max-steps", "3"]
+# What to run before main(), behind a definition of act(): it calls that when the line of step 2 is printed.
+AT_STEP_2 = """
+import sys
+write = sys.stdout.write
+def write_and_act(text):
+    if text.lstrip("\\r ").startswith("[Train]") and " step=2 " in text:
+        act()
+    return write(text)
+sys.stdout.write = write_and_act
+"""
+Outcome = tuple[int | str, str]  # exit status, and all that was printed
 
 SERVER = f"""
 import json, os, resource, signal, sys, time, traceback
@@ -85,7 +101,7 @@ def server() -> tuple[subprocess.Popen[str], int]:
 
 
 def train_in_process(*args: object, cwd: Path = ROOT, before: str = "", env: Mapping[str, str | None] | None = None,
-                     seconds: float = 60) -> tuple[int | str, str]:
+                     seconds: float = 60) -> Outcome:
     """Runs the trainer in a process of its own, on the CPU and one thread, standard input empty.
 
     `before` is Python that runs in it just before main(), with `trainer` the trainer's module; env's None unsets.
@@ -104,3 +120,39 @@ def train_in_process(*args: object, cwd: Path = ROOT, before: str = "", env: Map
             assert part, "the server of trainer processes is gone"
             answer += part
         return json.loads(answer), Path(output.name).read_text(encoding="utf-8", errors="replace")
+
+
+def data_args(data: Path | str) -> list[str]:
+    return ["--train-manifest", f"{data}/train_pairs.jsonl", "--val-manifest", f"{data}/val_pairs.jsonl",
+            "--tokenizer", f"{data}/tokenizer.model"]
+
+
+def runs(outcome: Outcome) -> str:
+    """What a run printed that must end well."""
+    status, output = outcome
+    assert status == 0 and "Traceback" not in output and "[Error]" not in output, f"exit {status}\n{output}"
+    return output
+
+
+def errs(outcome: Outcome, *words: str) -> str:
+    """The one error of a run that must end in one; case does not count in the words."""
+    status, output = outcome
+    assert status == 1 and "Traceback" not in output, f"exit {status}\n{output}"
+    before, found, message = output.partition("[Error] ")
+    assert found and "[Error] " not in message, output
+    for word in words:
+        assert word.lower() in message.lower(), f"{word!r} is not in: {message}"
+    return message
+
+
+def runs_or_errs(outcome: Outcome, *words: str) -> bool:
+    """Whether the run ended well; in one clear error otherwise."""
+    if outcome[0] == 0:
+        runs(outcome)
+        return True
+    errs(outcome, *words)
+    return False
+
+
+def step_of(output_dir: Path) -> int:
+    return load_checkpoint(output_dir / "latest.pth")["step"]

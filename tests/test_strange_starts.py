@@ -94,49 +94,8 @@ import numpy as np
 import pytest
 import yaml
 from conftest import ROOT, TRAINER, load_checkpoint, read_jsonl, resumable_state, write_manifest
-from fresh_process import train_in_process
+from fresh_process import AT_STEP_2, QUICK, data_args, errs, runs, runs_or_errs, step_of, train_in_process
 from old_checkpoints import make
-
-SETTINGS = ["--batch-size", "4", "--grad-accumulation", "1", "--log-interval", "1", "--save-interval", "2",
-            "--val-interval", "100", "--epochs", "4"]
-QUICK = [*SETTINGS, "--max-steps", "3"]
-Outcome = tuple[int | str, str]
-
-
-def data_args(data: Path | str) -> list[str]:
-    return ["--train-manifest", f"{data}/train_pairs.jsonl", "--val-manifest", f"{data}/val_pairs.jsonl",
-            "--tokenizer", f"{data}/tokenizer.model"]
-
-
-def runs(outcome: Outcome) -> str:
-    """What a run printed that must end well."""
-    status, output = outcome
-    assert status == 0 and "Traceback" not in output and "[Error]" not in output, f"exit {status}\n{output}"
-    return output
-
-
-def errs(outcome: Outcome, *words: str) -> str:
-    """The one error of a run that must end in one; case does not count in the words."""
-    status, output = outcome
-    assert status == 1 and "Traceback" not in output, f"exit {status}\n{output}"
-    before, found, message = output.partition("[Error] ")
-    assert found and "[Error] " not in message, output
-    for word in words:
-        assert word.lower() in message.lower(), f"{word!r} is not in: {message}"
-    return message
-
-
-def runs_or_errs(outcome: Outcome, *words: str) -> bool:
-    """Whether the run ended well; in one clear error otherwise."""
-    if outcome[0] == 0:
-        runs(outcome)
-        return True
-    errs(outcome, *words)
-    return False
-
-
-def step_of(output_dir: Path) -> int:
-    return load_checkpoint(output_dir / "latest.pth")["step"]
 
 
 @pytest.fixture
@@ -551,17 +510,6 @@ def test_a_file_called_logs_is_an_error_that_names_it(resume, data, out, tmp_pat
                             "--max-steps", 5)
     runs_or_errs(done, "logs")
     assert list(out.rglob("logs"))
-
-
-AT_STEP_2 = """
-import sys
-write = sys.stdout.write
-def write_and_act(text):
-    if text.lstrip("\\r ").startswith("[Train]") and " step=2 " in text:
-        act()
-    return write(text)
-sys.stdout.write = write_and_act
-"""
 
 
 def test_logs_that_are_removed_while_training_do_not_stop_it(data, tmp_path):
