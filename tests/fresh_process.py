@@ -143,7 +143,8 @@ def errs(outcome: Outcome, *words: str) -> str:
     assert found and "[Error] " not in message, output
     without_test_names = re.sub(r"/[^\s:]*/pytest-\d+/[^/\s:]*", "", message).lower()
     for word in words:
-        assert word.lower() in (message.lower() if "/" in word else without_test_names), f"{word!r} is not in: {message}"
+        text = message.lower() if "/" in word else without_test_names
+        assert word.lower() in text, f"{word!r} is not in: {message}"
     return message
 
 

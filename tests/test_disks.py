@@ -104,6 +104,24 @@ def test_a_save_is_read_back_before_it_gets_its_name(data, tmp_path):
     assert not list(out.glob("*.pth"))
 
 
+def test_a_checkpoint_is_on_the_disk_before_it_gets_its_name_and_its_folder_after(data, tmp_path):
+    before = """
+import os
+def told(real, what):
+    def call(first, *args, **options):
+        path = os.readlink(f"/proc/self/fd/{first}") if isinstance(first, int) else str(first)
+        print(what, os.path.basename(path), flush=True)
+        return real(first, *args, **options)
+    return call
+os.fsync, os.replace, os.rename = told(os.fsync, "SYNC"), told(os.replace, "RENAME"), told(os.rename, "RENAME")
+"""
+    output = runs(train_in_process(*data_args(data), *QUICK, "--max-steps", 2, "--output-dir", tmp_path / "out",
+                                   before=before))
+    calls = [line.split() for line in output.splitlines() if line.startswith(("SYNC ", "RENAME "))]
+    at = next(i for i, (what, name) in enumerate(calls) if what == "RENAME" and "model_step2" in name)
+    assert ["SYNC", calls[at][1]] in calls[:at] and calls[at + 1] == ["SYNC", "out"], calls
+
+
 def test_a_disk_without_statistics_trains(data, tmp_path, ordinary):
     before = """
 import errno, os

@@ -111,13 +111,15 @@ def outcome_of(output_dir: Path) -> dict[str, Any]:
     checkpoint = torch.load(output_dir / "latest.pth", map_location="cpu", weights_only=True)
     (metrics,) = output_dir.glob("logs/run_*/metrics.jsonl")
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    keys = {"train": ("text_loss", "mel_loss", "grad_norm", "lr"), "val": ("text_loss", "mel_loss", "loss")}
+    keys = {"train": ("text_loss", "mel_loss", "grad_norm", "lr", "skipped_updates"),
+            "val": ("text_loss", "mel_loss", "loss")}
     losses = {kind: {str(line["step"]): {key: line[key] for key in wanted} for line in lines
                      if line["kind"] == kind and line["step"] > STOP_STEP and "manifest" not in line}
               for kind, wanted in keys.items()}
     weights = {name: hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
                for name, tensor in checkpoint["model"].items()}
     return {"losses": losses, "weights": weights, "step": checkpoint["step"], "best": checkpoint["best"],
+            "tokens_seen": checkpoint["tokens_seen"], "recent_checkpoints": checkpoint["recent_checkpoints"],
             "scale": checkpoint["scaler"]["scale"] if checkpoint["scaler"] else None}
 
 
