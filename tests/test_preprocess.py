@@ -28,7 +28,8 @@ from test_signals import children_of, is_alive, needs_proc
 from tools import _features, build_pairs, preprocess, speech_codec, train_tokenizer
 from tools._common import ToolError
 from tools.amharic_text import letters_of
-from tools.speech_codec import SpeechCodec, load_recording
+from tools.sound_files import load_recording
+from tools.speech_codec import SpeechCodec
 
 CODEC = ROOT / "processed_data" / "speech_codec.pt"
 WORDS = ["ሰላም", "ቤት", "ውሃ", "ልጅ", "መንገድ", "ፀሐይ", "አበባ", "ከተማ"]

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from tools._common import Progress, ToolError, atomic_path, info, sha256_of, warn, writing_to
-from tools.speech_codec import SpeechCodec, Unusable, load_recording, path_within
+from tools.sound_files import Unusable, load_recording, path_within
+from tools.speech_codec import SpeechCodec
 from trainers.train_gpt_v2 import available_cores
 
 SOUND_SUFFIXES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64"}

@@ -51,7 +51,8 @@ from tools._common import (
     writing_to,
 )
 from tools.amharic_text import PUNCTUATION, letters_of
-from tools.speech_codec import SpeechCodec, cosine_basis, load_recording
+from tools.sound_files import load_recording
+from tools.speech_codec import SpeechCodec, cosine_basis
 from tools.synthesize import (
     SHORTEST_PROMPT,
     Synthesizer,

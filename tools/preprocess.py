@@ -74,12 +74,12 @@ from tools._features import (
     FeatureCache,
     Features,
     FeatureSource,
-    Unusable,
     fill_cache,
     find_clip,
     load_features,
 )
 from tools.amharic_text import letters_of, normalise
+from tools.sound_files import Unusable
 from tools.train_tokenizer import load_tokenizer
 from trainers.train_gpt_v2 import ModelConfig, UserError, lock_output_dir, model_config_from, use_glibc_heap
 

@@ -45,7 +45,8 @@ from tools._common import (
 )
 from tools.amharic_text import normalise
 from tools.preprocess import text_ids_of
-from tools.speech_codec import SpeechCodec, load_recording, write_wav
+from tools.sound_files import load_recording, write_wav
+from tools.speech_codec import SpeechCodec
 from tools.train_tokenizer import load_tokenizer
 from trainers.train_gpt_v2 import (
     LEADING_ROWS,
