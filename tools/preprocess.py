@@ -23,7 +23,7 @@ other sounds.
 Several machines: the same command with --num-shards N and --shard-index 0 ... N-1 (SLURM: $SLURM_ARRAY_TASK_ID), each
 into the same --output-dir, then once with --num-shards N --merge.
 
-Skipped, counted and listed: recordings that are missing, unreadable, cut off (WAV), empty, under 0.1 s, practically
+Skipped, counted and listed: recordings that are missing, unreadable, cut off, empty, under 0.1 s, practically
 silent (under -60 dBFS), not a sound (samples beyond 100 or not finite), not of 8 to 96 kHz in steps of 25 Hz, without a
 sound file's ending, outside the audio folder (.., links), over 600 s, or longer than the model takes; transcripts that
 are empty, too long, not Ethiopic, or have letters that the tokenizer lacks; training rows with a sentence of
