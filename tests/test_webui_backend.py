@@ -26,6 +26,7 @@ from typing import Any
 import pytest
 from conftest import ROOT, TOKENIZER, call_trainer, data_args, make_dataset, trainer
 
+from tools import run_files
 from tools._common import Progress as ToolProgress
 from webui import commands, jobs, panels, readers
 from webui.dataset import read_dataset
@@ -118,7 +119,7 @@ def sleeper(workspace: Workspace):
 
 def test_the_ui_process_imports_no_torch_no_trainer_and_no_gradio():
     code = ("import sys, webui.commands, webui.jobs, webui.readers, webui.workspace\n"
-            "print({'torch', 'numpy', 'gradio', 'trainers', 'tools'} & set(sys.modules))")
+            "print({'torch', 'numpy', 'gradio', 'trainers'} & set(sys.modules))")
     assert subprocess.run(python(code), cwd=ROOT, capture_output=True, text=True).stdout == "set()\n"
 
 
@@ -456,7 +457,7 @@ def test_stop_saves_says_at_which_step_and_the_same_form_with_resume_goes_on(tra
     job = jobs.start_job(workspace, "training", "tiny", argv, out)
     wait_for(lambda: step_of(job) > 20 or not jobs.load_job(workspace, job.id).live)
     assert step_of(job) > 20, jobs.read_tail(job.log)
-    assert str(job.pid) in str(jobs.lock_holder(out))
+    assert str(job.pid) in str(run_files.lock_holder(out))
     assert refusal(jobs.delete_checkpoint, workspace, "out/latest.pth")[0] == "directory_in_use"
     assert refusal(jobs.deletable, workspace, "out/latest.pth")[0] == "directory_in_use"
     jobs.stop_job(job)
@@ -533,7 +534,7 @@ def test_a_checkpoint_is_deleted_under_all_its_names_and_nothing_else_is(trained
     assert jobs.deletable(workspace, "out/model_step10.pth") == out / "model_step10.pth"
     gone = jobs.delete_checkpoint(workspace, "out/model_step10.pth")
     assert sorted(path.name for path in gone) == ["latest.pth", "model_step10.pth"]
-    assert commands.checkpoints_in(out) == ["best.pth", "model_step5.pth"]
+    assert commands.names_in(out) == ["model_step5.pth", "best.pth"]
 
 
 def test_tensorboard_listens_on_loopback_and_says_where(workspace: Workspace):

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from tools._common import ToolError, atomic_path, info, make_parser, run_program, writing_to
-from trainers.train_gpt_v2 import CARRIED_PREFIXES, ResumeError, checkpoint_step, read_checkpoint
+from tools.run_files import is_checkpoint_name
+from trainers.train_gpt_v2 import CARRIED_PREFIXES, ResumeError, read_checkpoint
 
 FIRST_COMMAND = "python -m tools.export_checkpoint training_output/best.pth --output gpt_amharic.pth"
 
@@ -23,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("checkpoint", type=Path, help="a training checkpoint, such as training_output/best.pth")
     parser.add_argument("--output", type=Path, required=True, help="the file to write, such as gpt_amharic.pth")
     args = parser.parse_args(argv)
-    if args.output.name in ("latest.pth", "best.pth") or checkpoint_step(args.output.name) is not None:
+    if is_checkpoint_name(args.output.name):
         raise ToolError(f"--output {args.output}: a training writes files of this name, and could not go on from an "
                         "export. Choose another name, such as gpt_amharic.pth")
     try:

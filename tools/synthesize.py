@@ -45,6 +45,7 @@ from tools._common import (
 )
 from tools.amharic_text import normalise
 from tools.preprocess import text_ids_of
+from tools.run_files import LATEST, read_last_exit
 from tools.sound_files import load_recording, write_wav
 from tools.speech_codec import SpeechCodec
 from tools.train_tokenizer import load_tokenizer
@@ -501,14 +502,6 @@ def synthesize_file(synthesizer: Synthesizer, text_file: Path, prompt: Path, fol
 # Watching a training
 
 
-def finished(output_dir: Path) -> bool:
-    """Whether the run's newest process came to the run's end; one that was stopped may be resumed."""
-    try:
-        return json.loads((output_dir / "last_exit.json").read_text(encoding="utf-8"))["reason"] == "finished"
-    except (OSError, ValueError, KeyError, TypeError):  # there is none while the run goes on
-        return False
-
-
 def signature(path: Path) -> tuple[int, int, int] | None:
     """Changes whenever a file is replaced or written to; None while there is none."""
     try:
@@ -572,13 +565,14 @@ def speak_checkpoint(synthesizer: Synthesizer, lines: Sequence[Line], folder: Pa
 
 def watch(args: argparse.Namespace, sampling: Sampling) -> None:
     """Speaks latest.pth whenever it changes, until the run has finished. Raises: ToolError."""
-    output_dir, latest = args.watch, args.watch / "latest.pth"
+    output_dir, latest = args.watch, args.watch / LATEST
     if not output_dir.is_dir():
         raise ToolError(f"{output_dir}: no such directory. Start the training first, or correct the path")
     info(f"watching {latest}; Ctrl+C ends it")
     seen = None
     while True:
-        at_end, found = finished(output_dir), signature(latest)  # in this order, so that no checkpoint is missed
+        at_end = read_last_exit(output_dir).get("reason") == "finished"  # a run that was stopped may be resumed
+        found = signature(latest)  # in this order, so that no checkpoint is missed
         if found and found != seen:
             seen = found
             try:
