@@ -28,6 +28,8 @@ from conftest import ROOT, TOKENIZER, call_trainer, data_args, make_dataset, tra
 
 from tools import run_files
 from tools._common import Progress as ToolProgress
+from tools._common import ToolError
+from tools.recordings import read_recordings
 from webui import commands, jobs, panels, readers
 from webui.dataset import read_dataset
 from webui.texts import TEXTS
@@ -972,6 +974,25 @@ def test_a_dataset_with_names_that_are_no_text_can_be_shown(workspace: Workspace
     path.write_text('{"id": "1", "text": "t", "audio": "\\udcff.wav"}\n')
     found = read_dataset(path, workspace)
     assert found.faults == [(1, "dataset.no_audio", {"path": "?.wav"})] and found.first[0][3] == "?.wav"
+
+
+def test_the_page_finds_in_a_dataset_what_the_tools_refuse_or_leave_out(workspace: Workspace):
+    for name in ("1.wav", "notes.txt"):
+        (workspace.root / name).touch()
+    good = {"id": "a", "text": "t", "audio": "1.wav"}
+    kinds = {"missing": {"id": "b", "text": "t"}, "not_a_text": good | {"id": 5}, "id_twice": good,
+             "other_split": good | {"id": "c", "split": "test"}, "empty_text": good | {"id": "d", "text": " "},
+             "no_audio": good | {"id": "e", "audio": "2.wav"}, "not_sound": good | {"id": "f", "audio": "notes.txt"}}
+    path = workspace.root / "recordings.jsonl"
+    path.write_text("\n".join(map(json.dumps, [good, *kinds.values()])))
+    found = read_dataset(path, workspace).faults
+    assert [(line, key) for line, key, _ in found] == [(2 + i, f"dataset.{kind}") for i, kind in enumerate(kinds)]
+    for _, key, values in found:
+        assert all(text.format(**values) for text in TEXTS[key])
+    for kind in ("missing", "not_a_text", "id_twice"):
+        path.write_text("\n".join(map(json.dumps, [good, kinds[kind]])))
+        with pytest.raises(ToolError, match=str(path)):
+            read_recordings(path)
 
 
 @pytest.mark.parametrize("rest", [[], [5], [5, 6, 7, 8, 9, 10, 11, 12]])

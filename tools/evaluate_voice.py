@@ -51,6 +51,7 @@ from tools._common import (
     writing_to,
 )
 from tools.amharic_text import PUNCTUATION, letters_of
+from tools.recordings import read_recordings
 from tools.sound_files import load_recording
 from tools.speech_codec import SpeechCodec, cosine_basis
 from tools.synthesize import (
@@ -238,7 +239,7 @@ class VoiceData:
         self.train, self.val = (read_jsonl(folder / f"{split}_pairs.jsonl", keys, "`python -m tools.build_pairs` "
                                            "writes it") for split in ("train", "val"))
         if recordings:
-            found = read_jsonl(recordings, ["id", "audio"], "`python -m tools.speak` writes such a file")
+            found = read_recordings(recordings, ["id", "audio"], "`python -m tools.speak` writes such a file")
             self.recordings = {row["id"]: recordings.parent / row["audio"] for row in found}
         self.statistics: dict[Path, Tensor] = {}
         self.arrays: dict[Path, np.ndarray] = {}

@@ -69,7 +69,6 @@ from tools._common import (
 )
 from tools._features import (
     FORMAT,
-    SOUND_SUFFIXES,
     Clip,
     FeatureCache,
     Features,
@@ -79,6 +78,7 @@ from tools._features import (
     load_features,
 )
 from tools.amharic_text import letters_of, normalise
+from tools.recordings import is_sound_name, read_recordings, why_left_out
 from tools.sound_files import Unusable
 from tools.train_tokenizer import load_tokenizer
 from trainers.train_gpt_v2 import ModelConfig, UserError, lock_output_dir, model_config_from, use_glibc_heap
@@ -86,7 +86,6 @@ from trainers.train_gpt_v2 import ModelConfig, UserError, lock_output_dir, model
 FIRST_COMMAND = ("python -m tools.preprocess --recordings build/recordings/recordings.jsonl "
                  "--codec processed_data/speech_codec.pt --tokenizer tokenizers/amharic_extended_bpe.model "
                  "--output-dir build/arrays")
-ROW_REMEDY = 'Each line is an object such as {"id": "1", "speaker": "a", "text": "ሰላም", "audio": "1.wav"}'
 CONDITION_ROWS = 32
 ROWS = ("utterances.jsonl", "shard.json")  # what points into the arrays
 SMALL_MODEL = {"model_dim": 256, "layers": 4, "heads": 4, "max_text_tokens": 200, "max_mel_tokens": 400}
@@ -201,26 +200,13 @@ class Plan:
     made_with: dict[str, Any]
 
 
-def check_rows(rows: Sequence[dict[str, Any]], recordings: Path) -> None:
-    """Ids must be unique: pairs and checkpoints refer to utterances by them. Raises: ToolError naming the row."""
-    seen: dict[str, int] = {}
-    for number, row in enumerate(rows, 1):
-        for key in ("id", "text", "audio", "speaker", "language", "split"):
-            value = row.get(key, "")
-            if not isinstance(value, str) or (key in ("id", "audio") and not value):
-                raise ToolError(f"{recordings}, row {number}: {key} is {value!r}, not a text. {ROW_REMEDY}")
-        if row["id"] in seen:
-            raise ToolError(f"{recordings}, row {number}: id {row['id']!r} is that of row {seen[row['id']]} too. Make "
-                            "ids unique")
-        seen[row["id"]] = number
-
-
 def text_ids_or_why_not(row: dict[str, Any], text: str, place: str, model: ModelConfig,
                         tokenizer: sentencepiece.SentencePieceProcessor) -> list[int]:
     """Raises: Unusable."""
-    if row.get("split", "train") not in ("train", "val"):
-        raise Unusable("other split", f"{place}: split is {row['split']!r}, neither train nor val")
-    if not text:
+    fault = why_left_out(row)
+    if fault and fault.kind == "other_split":
+        raise Unusable("other split", f"{place}: {fault}")
+    if fault or not text:
         raise Unusable("empty transcript", f"{place}: the transcript is empty. Write what is said")
     if row.get("language", "am") == "am" and not ETHIOPIC.search(text):
         raise Unusable("not Ethiopic", f"{place}: no Ethiopic letter in {row['text']!r}. Write Amharic in its letters")
@@ -309,8 +295,7 @@ def complete_gpt_section(section: dict[str, Any], features: Features, vocab_size
 
 def make_plan(args: argparse.Namespace) -> Plan:
     """Reads and checks everything but the sounds. Raises: ToolError."""
-    rows = read_jsonl(args.recordings, ["id", "text", "audio"], ROW_REMEDY)
-    check_rows(rows, args.recordings)
+    rows = read_recordings(args.recordings)
     tokenizer, section = load_tokenizer(args.tokenizer), read_gpt_section(args.config)
     if args.model_dim:
         section["model_dim"] = args.model_dim
@@ -687,7 +672,7 @@ def sounds_without_row(plan: Plan) -> list[str]:
     """Sound files of the audio folder, at any depth, that have no row."""
     known = {os.path.normpath(plan.audio_dir / audio) for audio in plan.named if "\0" not in audio}
     found = {os.path.join(folder, name) for folder, _, names in os.walk(plan.audio_dir) for name in names
-             if os.path.splitext(name)[1].lower() in SOUND_SUFFIXES}
+             if is_sound_name(name)}
     strays = found - known
     return sorted(strays - {os.path.realpath(path) for path in known}) if strays else []  # a row may name a link
 

@@ -32,7 +32,8 @@ import torchaudio
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tools._common import Progress, ToolError, atomic_path, info, make_parser, read_jsonl, run_program, warn, writing_to
+from tools._common import Progress, ToolError, atomic_path, info, make_parser, run_program, warn, writing_to
+from tools.recordings import read_recordings
 from tools.sound_files import Unusable, load_recording, path_within, seconds_of, write_wav
 from trainers.train_gpt_v2 import use_glibc_heap
 
@@ -458,12 +459,10 @@ def check_train_arguments(args: argparse.Namespace) -> None:
 def training_rows(recordings: Path, audio_dir: Path) -> tuple[list[dict[str, Any]], list[Path]]:
     """The rows to train on and where their recordings lie. Raises: ToolError naming the row."""
     rows, paths = [], []
-    for number, row in enumerate(read_jsonl(recordings, ["audio"], "`python -m tools.speak` writes such a file"), 1):
+    found = read_recordings(recordings, ["audio"], "`python -m tools.speak` writes such a file")
+    for number, row in enumerate(found, 1):
         if row.get("split", "train") != "train":
             continue
-        for key in ("audio", "speaker"):
-            if not isinstance(row.get(key, ""), str):
-                raise ToolError(f"{recordings}, row {number}: {key} is {row[key]!r}, not a text. Write it in quotes")
         try:
             paths.append(path_within(row["audio"], audio_dir))
         except Unusable as fault:
