@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, read_jsonl
+import yaml
+from conftest import ROOT, read_jsonl, trainer
 from test_synthesize import Trained, trained  # noqa: F401
 
 from tools import evaluate_voice, generation
@@ -241,6 +242,23 @@ def test_codes_that_are_missing_or_not_of_this_codec_are_named(trained, tmp_path
         assert message in error_of(argv)
     (tmp_path / "codes.npy").write_bytes(b"hello")
     assert "codes.npy: not a readable .npy file of codes" in error_of(argv)
+
+
+def test_data_of_another_codec_than_the_checkpoints_is_refused(trained, tmp_path):  # noqa: F811
+    for path in trained.data.iterdir():
+        if path.name != "config.yaml":
+            (tmp_path / path.name).symlink_to(path)
+    argv = arguments(trained, tmp_path)
+    argv[argv.index("--data-dir") + 1] = str(tmp_path)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"dataset": {"codec_sha256": "0" * 64}}))
+    assert f"codec_sha256 is 000000000000 in {tmp_path / 'config.yaml'}, but " in error_of(argv)
+    assert f"in --codec {trained.codec}. Give the codec of the data set" in error_of(argv)
+    (tmp_path / "config.yaml").write_text("")  # nothing recorded; the checkpoint's is
+    content = torch.load(trained.checkpoint, weights_only=True)
+    content["made_with"] = {"num_codes": 65}
+    trainer.write_checkpoint(tmp_path / "a.pth", content)
+    argv[argv.index("--checkpoint") + 1] = str(tmp_path / "a.pth")
+    assert f"num_codes is 65 in {tmp_path / 'a.pth'}, but 64 in --codec {trained.codec}" in error_of(argv)
 
 
 @pytest.mark.parametrize(("flags", "message"), [

@@ -24,6 +24,7 @@ from conftest import GPT, ROOT, TOKENIZER, TRAINER, call_trainer, data_args, rea
 
 from tools import build_pairs, generation, preprocess, speech_codec, synthesize, watch_training
 from tools._common import ToolError, sha256_of
+from tools.amharic_text import TEXT_RULES
 from tools.generation import Line, Prompt, Sampling, Synthesizer, choose_codes, generate_codes
 from trainers import train_gpt_v2 as trainer
 
@@ -457,8 +458,9 @@ def test_files_that_do_not_fit_together_are_refused(trained, tmp_path):
             tmp_path / "a.wav"]
     assert "has 1024 codes, the checkpoint 64" in error_of(*argv)
     (tmp_path / "t.model").write_bytes(preprocess_tokenizer())
-    assert "t.model: not the tokenizer that the checkpoint was trained with" in error_of(
-        *argv, "--codec", trained.codec, "--tokenizer", tmp_path / "t.model")
+    said = error_of(*argv, "--codec", trained.codec, "--tokenizer", tmp_path / "t.model")
+    assert f"tokenizer_sha256 is {sha256_of(TOKENIZER)[:12]} in {trained.checkpoint}, but " in said
+    assert f"in --tokenizer {tmp_path / 't.model'}. Give the tokenizer that the checkpoint was trained with" in said
     cut = tmp_path / "cut.pth"
     cut.write_bytes(trained.checkpoint.read_bytes()[:5000])
     assert str(cut) in error_of("--checkpoint", cut, *argv[2:], "--codec", trained.codec)
@@ -478,11 +480,22 @@ def test_another_codec_of_as_many_codes_is_refused(trained, tmp_path):
     codec = speech_codec.SpeechCodec.load(trained.codec)
     codec.codebook.copy_(codec.codebook.flip(0))
     codec.save(tmp_path / "other.pt")
-    recorded = [sha256_of(trained.codec), ""]
-    generation.require_codec(trained.codec, recorded)
-    generation.require_codec(tmp_path / "other.pt", ["", ""])  # made by a program that does not record it
-    with pytest.raises(ToolError, match="other.pt: not the codec that the data was made with"):
-        generation.require_codec(tmp_path / "other.pt", recorded)
+    content = torch.load(trained.checkpoint, weights_only=True)
+    Synthesizer(trained.checkpoint, tmp_path / "other.pt", TOKENIZER)  # data of a program that does not record it
+    content["manifests"]["train"][0]["codec_sha256"] = sha256_of(trained.codec)
+    trainer.write_checkpoint(tmp_path / "a.pth", content)
+    Synthesizer(tmp_path / "a.pth", trained.codec, TOKENIZER)
+    with pytest.raises(ToolError, match="codec_sha256 is .* in .*a.pth, but .* in --codec .*other.pt. Give the codec"):
+        Synthesizer(tmp_path / "a.pth", tmp_path / "other.pt", TOKENIZER)
+
+
+def test_a_checkpoint_of_other_text_rules_speaks_and_says_so(trained, tmp_path, capsys):
+    content = torch.load(trained.checkpoint, weights_only=True)
+    content["made_with"] = {"text_rules": TEXT_RULES + 1}
+    trainer.write_checkpoint(tmp_path / "a.pth", content)
+    Synthesizer(tmp_path / "a.pth", trained.codec, TOKENIZER)
+    assert f"learned texts by rules {TEXT_RULES + 1}, this program spells them by rules {TEXT_RULES}" in (
+        capsys.readouterr().out)
 
 
 def test_a_checkpoint_knows_the_codec_of_its_training_data(trained, tmp_path):
@@ -492,7 +505,7 @@ def test_a_checkpoint_knows_the_codec_of_its_training_data(trained, tmp_path):
     call_trainer(*data_args(data), "--output-dir", tmp_path / "out", "--max-steps", 1)
     done = run_program("--checkpoint", tmp_path / "out/latest.pth", "--prompt", data / "0.wav", "--codec",
                        trained.codec, "--text", "ሰላም", "--output", tmp_path / "a.wav")
-    assert done.returncode == 1 and "not the codec that the data was made with (sha256 000000000000)" in done.stderr
+    assert done.returncode == 1 and f"codec_sha256 is 000000000000 in {tmp_path}/out/latest.pth, but" in done.stderr
 
 
 def test_a_full_disk_is_one_clear_error_and_leaves_no_half_file(trained, tmp_path):

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from tools._common import Progress, ToolError, atomic_path, info, sha256_of, warn, writing_to
+from tools.made_with import EMBEDDED
 from tools.recordings import is_sound_name
 from tools.sound_files import Unusable, load_recording, path_within
 from tools.speech_codec import SpeechCodec
@@ -60,7 +61,7 @@ class Features(Protocol):
 class EmbeddedFeatures:
     """Those of tools.speech_codec, which needs no download."""
 
-    name = "embedded"
+    name = EMBEDDED
 
     def __init__(self, codec: SpeechCodec, model_dim: int):
         self.codec, self.model_dim = codec, model_dim

@@ -52,15 +52,15 @@ from tools.generation import (
     Synthesizer,
     add_sampling_arguments,
     has_long_prompt,
-    require_codec,
     sampling_of,
 )
+from tools.made_with import OF_SOUND, of_checkpoint, of_manifest, require_same
 from tools.recogniser import FORMAT, Recogniser, equal_batches, error_rate, read_recogniser, train_recogniser
 from tools.recordings import read_recordings
 from tools.sound_files import load_recording
-from tools.speech_codec import SpeechCodec, cosine_basis
+from tools.speech_codec import SpeechCodec, codec_record, cosine_basis
 from tools.synthesize import speak_into
-from trainers.train_gpt_v2 import recorded_sha256, use_glibc_heap
+from trainers.train_gpt_v2 import use_glibc_heap
 
 FIRST_COMMAND = ("python -m tools.evaluate_voice --checkpoint demo_output/training/best.pth "
                  "--output-dir build/evaluation")
@@ -79,7 +79,9 @@ class VoiceData:
         """Raises: ToolError when something is missing or damaged."""
         self.folder, self.recordings = folder, {}
         self.codec, self.codec_digest = SpeechCodec.load(codec_path), sha256_of(codec_path)
-        require_codec(codec_path, [recorded_sha256(folder / "train_pairs.jsonl", "codec")])
+        self.made_with, self.config = of_manifest(folder / "train_pairs.jsonl"), folder / "config.yaml"
+        require_same(str(self.config), self.made_with, f"--codec {codec_path}", codec_record(codec_path, self.codec),
+                     remedy="Give the codec of the data set as --codec")
         keys = ["target_id", "target_text", "target_codes_path", "target_code_len", "prompt_id", "speaker"]
         self.train, self.val = (read_jsonl(folder / f"{split}_pairs.jsonl", keys, "`python -m tools.build_pairs` "
                                            "writes it") for split in ("train", "val"))
@@ -279,6 +281,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         raise ToolError(f"{args.data_dir}: no validation row has a text that can be heard and a prompt of at least "
                         f"{SHORTEST_PROMPT} s. Run tools.build_pairs with --min-prompt-seconds {SHORTEST_PROMPT}")
     synthesizer = Synthesizer(args.checkpoint, args.codec, args.tokenizer)
+    require_same(str(args.checkpoint), of_checkpoint(synthesizer.checkpoint), str(data.config), data.made_with,
+                 OF_SOUND)  # its texts are written anew, by the checkpoint's tokenizer
     synthesis = synthesised_mels(synthesizer, data, rows, args)
     recogniser = obtain_recogniser(args.recogniser, data)
     needed = {other["target_id"]: other for row in rows for other in candidates_of(row, data.val)}

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tools._common import ToolError, sha256_of
-from tools.amharic_text import normalise
+from tools._common import ToolError, sha256_of, warn
+from tools.amharic_text import TEXT_RULES, normalise
+from tools.made_with import of_checkpoint, require_same
 from tools.preprocess import text_ids_of
 from tools.sound_files import load_recording
-from tools.speech_codec import SpeechCodec
+from tools.speech_codec import SpeechCodec, codec_record
 from tools.train_tokenizer import load_tokenizer
 from trainers.train_gpt_v2 import (
     LEADING_ROWS,
@@ -290,15 +291,6 @@ def load_model(path: Path) -> tuple[UnifiedVoiceGPT, dict[str, Any]]:
     return model.double().eval().requires_grad_(False), checkpoint
 
 
-def require_codec(path: Path, recorded: Sequence[str]) -> None:
-    """`recorded` are the sha256 of the codecs that data was made with, "" where none is known: codes of one codec are
-    noise to another, which as a rule has as many. Raises: ToolError."""
-    known = [sha256 for sha256 in recorded if sha256]
-    if known and sha256_of(path) not in known:
-        raise ToolError(f"{path}: not the codec that the data was made with (sha256 {known[0][:12]}). Give that one as "
-                        "--codec")
-
-
 class Synthesizer:
     """A checkpoint, the tokenizer and the codec that it was trained with."""
 
@@ -311,16 +303,19 @@ class Synthesizer:
         self.model, self.checkpoint = load_model(checkpoint_path)
         path = tokenizer_path or Path(self.checkpoint["tokenizer"]["path"])
         self.tokenizer = load_tokenizer(path)
-        if sha256_of(path) != self.checkpoint["tokenizer"]["sha256"]:
-            raise ToolError(f"{path}: not the tokenizer that the checkpoint was trained with. Give that one as "
-                            "--tokenizer")
+        record = of_checkpoint(self.checkpoint)
+        require_same(str(checkpoint_path), record, f"--tokenizer {path}", {"tokenizer_sha256": sha256_of(path)},
+                     remedy="Give the tokenizer that the checkpoint was trained with as --tokenizer")
         self.codec = SpeechCodec.load(codec_path)
-        require_codec(codec_path, [manifest.get("codec_sha256", "")
-                                   for manifest in self.checkpoint["manifests"]["train"]])
+        require_same(str(checkpoint_path), record, f"--codec {codec_path}", codec_record(codec_path, self.codec),
+                     remedy="Give the codec that its training data was made with as --codec")
+        if record.get("text_rules", TEXT_RULES) != TEXT_RULES:
+            warn(f"{checkpoint_path} learned texts by rules {record['text_rules']}, this program spells them by rules "
+                 f"{TEXT_RULES}: numbers and abbreviations may sound otherwise")
         codes = self.codec.config.num_codes
         if codes != self.model.config.code_count:
-            raise ToolError(f"{codec_path}: has {codes} codes, the checkpoint {self.model.config.code_count}. Give the "
-                            "codec that its training data was made with as --codec")
+            raise ToolError(f"--codec {codec_path}: has {codes} codes, the checkpoint {self.model.config.code_count}. "
+                            "Give the codec that its training data was made with as --codec")
         self.digest = f"{checkpoint_digest(self.checkpoint)} {sha256_of(codec_path)}"
 
     def prompt(self, path: Path) -> Prompt:

@@ -10,15 +10,20 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import sys
 import threading
 import time
+import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tools._common import ToolError, info, make_parser, run_program
+from tools.made_with import MadeWith, of_checkpoint
 from tools.run_files import INSPECTED, all_checkpoints, newest_first, resume_choice
 from trainers.train_gpt_v2 import ResumeError, read_checkpoint
 
@@ -36,7 +41,17 @@ def contents_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
         "global_batch": config["batch_size"] * config["grad_accumulation"] * environment["world_size"],
         "tokenizer": checkpoint["tokenizer"], "format_version": checkpoint["format_version"],
         "run_dir": checkpoint["run_dir"], "environment": environment, "config": config,
+        "made_with": of_checkpoint(checkpoint),
     }
+
+
+def made_with_of_weights(path: Path) -> MadeWith:
+    """Of an export or a base file, which are no checkpoints; {} where it is not recorded."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (OSError, RuntimeError, pickle.UnpicklingError, ValueError):
+        return {}
+    return of_checkpoint(content) if isinstance(content, dict) else {}
 
 
 def inspect_file(names: Sequence[Path]) -> dict[str, Any] | None:
@@ -55,7 +70,11 @@ def inspect_file(names: Sequence[Path]) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except ResumeError as error:
-        return entry | {"verified": False, "problem": str(error)} if path.exists() else None
+        if not path.exists():
+            return None
+        if str(error).startswith("Checkpoint missing required keys"):
+            entry["made_with"] = made_with_of_weights(path)
+        return entry | {"verified": False, "problem": str(error)}
 
 
 def group_names(paths: Sequence[Path]) -> list[list[Path]]:

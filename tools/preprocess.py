@@ -77,7 +77,8 @@ from tools._features import (
     find_clip,
     load_features,
 )
-from tools.amharic_text import letters_of, normalise
+from tools.amharic_text import TEXT_RULES, letters_of, normalise
+from tools.made_with import INDEXTTS2_CODES, record
 from tools.recordings import is_sound_name, read_recordings, why_left_out
 from tools.sound_files import Unusable
 from tools.train_tokenizer import load_tokenizer
@@ -280,11 +281,20 @@ def read_gpt_section(config: Path | None) -> dict[str, Any]:
 
 def complete_gpt_section(section: dict[str, Any], features: Features, vocab_size: int, source: str
                          ) -> tuple[dict[str, Any], ModelConfig]:
-    """The section with tokenizer's and features' numbers in it. Raises: ToolError for a model that cannot be."""
+    """The section with tokenizer's and features' numbers in it. Raises: ToolError for a model that cannot be, or whose
+    codes are not those of the features."""
     codes = features.num_codes
-    section = section | {
-        "number_text_tokens": vocab_size, "number_mel_codes": codes + 2, "start_mel_token": codes,
-        "stop_mel_token": codes + 1, "start_text_token": 0, "stop_text_token": 1,
+    of_codes = {"number_mel_codes": codes + 2, "start_mel_token": codes, "stop_mel_token": codes + 1}
+    differing = [f"gpt.{key} is {section[key]}, these features need {value}" for key, value in of_codes.items()
+                 if section.get(key, value) != value]
+    if differing:
+        raise ToolError(f"{source}: {'; '.join(differing)}: it is the model of other codes. " + (
+            "These features are not those of IndexTTS2's weights, which need data made with their own (this project "
+            "does not make those yet). " if INDEXTTS2_CODES in map(section.get, of_codes) else "") +
+            f"To train from scratch leave {', '.join(of_codes)} out of it, or give the codec that they belong to as "
+            "--codec")
+    section = section | of_codes | {
+        "number_text_tokens": vocab_size, "start_text_token": 0, "stop_text_token": 1,
         "mel_length_compression": features.samples_per_code,
     }
     try:
@@ -306,7 +316,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
     items, skipped = plan_items(rows, args.recordings, model, tokenizer, args)
     made_with = {
         "format": FORMAT, "--recordings": sha256_of(args.recordings), "--codec": source.sha256,
-        "--tokenizer": sha256_of(args.tokenizer), "--num-shards": args.num_shards, "--seed": args.seed,
+        "--tokenizer": sha256_of(args.tokenizer), "text rules": TEXT_RULES, "--num-shards": args.num_shards,
+        "--seed": args.seed,
         "--config or --model-dim": [model.model_dim, model.max_text_tokens, model.max_mel_tokens],
         "--prompts-per-speaker": args.prompts_per_speaker, "--val-share": args.val_share,
         "--val-speakers": sorted(args.val_speakers),
@@ -445,9 +456,10 @@ def dataset_config(plan: Plan, tokenizer: Path, utterances: Sequence[dict[str, A
     """config.yaml: the model (`gpt:`, IndexTTS2's names) and what the data was made with (`dataset:`)."""
     features = load_features(plan.source)
     return {"gpt": plan.gpt, "dataset": {
-        "tokenizer": tokenizer.name, "tokenizer_sha256": plan.made_with["--tokenizer"], "features": features.name,
-        "codec": plan.source.codec.name, "codec_sha256": plan.source.sha256,
-        "codes_per_second": round(features.sample_rate / features.samples_per_code, 4),
+        "tokenizer": tokenizer.name, "codec": plan.source.codec.name,
+        **record(features.name, plan.source.sha256, features.num_codes,
+                 features.sample_rate / features.samples_per_code, plan.made_with["--tokenizer"],
+                 plan.made_with["text rules"]),
         "sample_rate": features.sample_rate, "speakers": sorted({row["speaker"] for row in utterances}),
     }}
 
@@ -719,8 +731,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokenizer", type=Path, required=True, help="SentencePiece model of the transcripts' letters")
     parser.add_argument("--output-dir", type=Path, required=True, help="gets the files named above")
     parser.add_argument("--audio-dir", type=Path, help="holds all recordings (the folder of --recordings)")
-    parser.add_argument("--config", type=Path, help="YAML whose gpt: section is the model to train (a small one of "
-                                                    "width 256 that takes 200 text tokens and 401 codes)")
+    parser.add_argument("--config", type=Path, help="YAML whose gpt: section is the model to train, with the codec's "
+                                                    "code count or none (a small one of width 256 that takes 200 text "
+                                                    "tokens and 401 codes)")
     parser.add_argument("--model-dim", type=int, default=0, help="width D of the model, 0 = the config's (0)")
     parser.add_argument("--prompts-per-speaker", type=int, default=12, help="0 = every training recording (12)")
     parser.add_argument("--val-share", type=float, default=0.02, help="of sentences, if nothing is marked val (0.02)")

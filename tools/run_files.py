@@ -20,7 +20,7 @@ from typing import Any
 LATEST, BEST = "latest.pth", "best.pth"
 OUTPUT_DIR = "training_output"  # unless one is given
 INSPECTED = ("step", "epoch", "sample_in_epoch", "num_rows", "last_val", "best", "lr", "global_batch", "tokenizer",
-             "format_version", "run_dir", "environment", "config")
+             "format_version", "run_dir", "environment", "config", "made_with")
 """What tools.inspect_checkpoint tells of a verified checkpoint; null for a damaged one."""
 
 

@@ -32,7 +32,8 @@ import torchaudio
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tools._common import Progress, ToolError, atomic_path, info, make_parser, run_program, warn, writing_to
+from tools._common import Progress, ToolError, atomic_path, info, make_parser, run_program, sha256_of, warn, writing_to
+from tools.made_with import EMBEDDED, MadeWith
 from tools.recordings import read_recordings
 from tools.sound_files import Unusable, load_recording, path_within, seconds_of, write_wav
 from trainers.train_gpt_v2 import use_glibc_heap
@@ -256,6 +257,13 @@ class SpeechCodec(nn.Module):
             reason = " ".join(str(error).split())[:200]
             raise ToolError(f"{path}: its settings and weights are no codec ({reason}). {TRAIN_REMEDY}") from error
         return codec.eval().requires_grad_(False)
+
+
+def codec_record(path: Path, codec: SpeechCodec) -> MadeWith:
+    """What data made with this codec, read from `path`, was made with, so far as the codec decides it."""
+    config = codec.config
+    return {"features": EMBEDDED, "codec_sha256": sha256_of(path), "num_codes": config.num_codes,
+            "codes_per_second": round(config.codes_per_second, 4)}
 
 
 # Pure helpers
