@@ -17,7 +17,8 @@ import torchaudio
 from torch import Tensor
 
 from tools._common import Progress, ToolError, make_parser, run_program
-from tools.speech_codec import SpeechCodec, load_recording
+from tools.sound_files import load_recording
+from tools.speech_codec import SpeechCodec
 
 FIRST_COMMAND = "python -m benchmarks.codec_quality"
 

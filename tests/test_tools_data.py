@@ -16,9 +16,10 @@ import soundfile
 import torch
 import yaml
 
-from tools import amharic_text, build_pairs, demo_data, preprocess, speak, speech_codec, train_tokenizer
+from tools import amharic_text, build_pairs, demo_data, preprocess, sound_files, speak, speech_codec, train_tokenizer
 from tools._common import ToolError, atomic_path, run_program, sha256_of
-from tools.speech_codec import CodecConfig, SpeechCodec
+from tools.made_with import of_manifest
+from tools.speech_codec import CodecConfig, SpeechCodec, codec_record
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "processed_data"
@@ -147,7 +148,12 @@ def test_shipped_codes_use_all_of_the_codebook(pairs):
 def test_shipped_config_fits_tokenizer_codec_and_lengths(pairs, shipped_codec):
     config = yaml.safe_load((DATA / "config.yaml").read_text(encoding="utf-8"))
     gpt, dataset = config["gpt"], config["dataset"]
-    assert dataset["tokenizer_sha256"] == sha256_of(TOKENIZER)
+    assert of_manifest(DATA / "train_pairs.jsonl") == {
+        **codec_record(DATA / "speech_codec.pt", shipped_codec), "tokenizer_sha256": sha256_of(TOKENIZER),
+        "text_rules": 1}
+    rebuilt = demo_data.data_config(DATA / "speech_codec.pt", TOKENIZER, [])
+    assert config == rebuilt | {"dataset": rebuilt["dataset"] | {"speakers": ["am", "am_f2"]}}
+    assert list(dataset) == list(rebuilt["dataset"])
     assert gpt["number_text_tokens"] == train_tokenizer.load_tokenizer(TOKENIZER).get_piece_size()
     assert gpt["start_mel_token"] == shipped_codec.config.num_codes == gpt["number_mel_codes"] - 2
     assert dataset["sample_rate"] == shipped_codec.config.sample_rate
@@ -169,12 +175,12 @@ def test_shipped_recordings_give_the_shipped_codes_and_conditions(pairs, shipped
     condition, emo_vec = np.load(DATA / "condition.npy"), np.load(DATA / "emo_vec.npy")
     assert condition.dtype == emo_vec.dtype == np.float32 and len(condition) == 32 * len(emo_vec)
     for row in [row for row in pairs["val"] if row["target_audio_path"]]:
-        waveform = speech_codec.load_recording(DATA / row["target_audio_path"], RATE)
+        waveform = sound_files.load_recording(DATA / row["target_audio_path"], RATE)
         start = row["target_codes_start"]
         expected = codes[start : start + row["target_code_len"]]
         # Another processor may round a tie between two centroids differently, hence not quite all.
         assert np.mean(shipped_codec.encode(waveform).numpy() == expected) > 0.98
-        prompt = speech_codec.load_recording(DATA / row["prompt_audio_path"], RATE)
+        prompt = sound_files.load_recording(DATA / row["prompt_audio_path"], RATE)
         rows, vector = shipped_codec.condition(prompt, condition.shape[1])
         start = row["prompt_condition_start"]
         np.testing.assert_allclose(rows, condition[start : start + row["prompt_condition_len"]], atol=1e-4)
@@ -237,10 +243,10 @@ def test_voices_take_turns_or_all_speak_every_text():
 
 def test_trimming_silence_twice_changes_nothing():
     padded = np.concatenate([np.zeros(5000), tones(1), np.zeros(3000)]).astype(np.float32)
-    once = speak.trim_silence(padded, RATE)
+    once = sound_files.trim_silence(padded, RATE)
     assert RATE <= len(once) < len(padded) - 7000
-    assert np.array_equal(speak.trim_silence(once, RATE), once)
-    assert len(speak.trim_silence(np.zeros(100, dtype=np.float32), RATE)) == 0
+    assert np.array_equal(sound_files.trim_silence(once, RATE), once)
+    assert len(sound_files.trim_silence(np.zeros(100, dtype=np.float32), RATE)) == 0
 
 
 @pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not installed")
@@ -250,7 +256,7 @@ def test_speaking_twice_gives_the_same_trimmed_recordings(tmp_path):
         speak.main(["--texts", str(tmp_path / "t.jsonl"), "--output-dir", str(tmp_path / name)])
     assert (tmp_path / "1/wavs/a_am.wav").read_bytes() == (tmp_path / "2/wavs/a_am.wav").read_bytes()
     waveform, rate = soundfile.read(tmp_path / "1/wavs/a_am.wav")
-    assert rate == RATE and len(speak.trim_silence(waveform, rate)) == len(waveform)
+    assert rate == RATE and len(sound_files.trim_silence(waveform, rate)) == len(waveform)
 
 
 # Tokenizer
@@ -323,8 +329,8 @@ def test_decoder_refuses_start_and_stop_tokens(tiny_codec):
 
 def test_shipped_codec_gives_back_the_sound_it_was_given(pairs, shipped_codec):
     row = next(row for row in pairs["val"] if row["target_audio_path"])
-    waveform = speech_codec.load_recording(DATA / row["target_audio_path"], RATE)
-    prompt = speech_codec.load_recording(DATA / row["prompt_audio_path"], RATE)
+    waveform = sound_files.load_recording(DATA / row["target_audio_path"], RATE)
+    prompt = sound_files.load_recording(DATA / row["prompt_audio_path"], RATE)
     decoded = shipped_codec.decode(shipped_codec.encode(waveform), shipped_codec.mel_statistics(prompt))
     true, mel = shipped_codec.log_mel(waveform), shipped_codec.log_mel(decoded)[: len(shipped_codec.log_mel(waveform))]
     spread = (true - true.mean(0)).abs().mean()
@@ -364,7 +370,7 @@ def test_codes_in_the_array_are_those_of_the_recording(processed, recordings, ti
     row = read_rows(processed[0] / "utterances.jsonl")[5]
     codes = np.load(processed[0] / "codes.npy")[row["codes_start"] : row["codes_start"] + row["code_len"]]
     codec = SpeechCodec.load(tiny_codec)
-    assert np.array_equal(codec.encode(speech_codec.load_recording(recordings / row["audio"], RATE)).numpy(), codes)
+    assert np.array_equal(codec.encode(sound_files.load_recording(recordings / row["audio"], RATE)).numpy(), codes)
 
 
 def test_paths_of_recordings_that_do_not_ship_stay_empty():
@@ -575,11 +581,11 @@ def test_recordings_that_would_take_gigabytes_are_refused_unread(tiny_codec, tmp
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 16])
 def test_channels_are_averaged_and_many_never_all_in_memory(tmp_path, monkeypatch, channels):
-    monkeypatch.setattr(speech_codec, "BLOCK", 1000)
+    monkeypatch.setattr(sound_files, "BLOCK", 1000)
     sound = np.stack([tones(i, 3) for i in range(channels)], 1)
     soundfile.write(tmp_path / "many.wav", sound, RATE, subtype="FLOAT")
     tracemalloc.start()
-    mono = speech_codec.read_mono(tmp_path / "many.wav")
+    mono = sound_files.read_mono(tmp_path / "many.wav")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert np.array_equal(mono, sound.mean(1)) and (channels < 3 or peak < 3 * mono.nbytes)
@@ -590,7 +596,8 @@ def test_quick_demo_data_never_replaces_the_shipped_set(monkeypatch, capsys):
     assert "--quick would replace" in error_of(demo_data, ["--quick"], monkeypatch, capsys)
 
 
-PROGRAMS = {path.stem for path in (ROOT / "tools").glob("[a-z]*.py")} - {"train_until_done"}  # which has no flags
+PROGRAMS = {path.stem for path in (ROOT / "tools").glob("*.py") if "__main__" in path.read_text(encoding="utf-8")
+            } - {"train_until_done"}  # which has no flags
 
 
 @pytest.mark.parametrize("program", sorted(PROGRAMS))

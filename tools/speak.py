@@ -37,24 +37,13 @@ from tools._common import (
     writing_to,
 )
 from tools.amharic_text import normalise
+from tools.sound_files import trim_silence
 
 FIRST_COMMAND = ("python -m tools.amharic_text build --output-dir build && "
                  "python -m tools.speak --texts build/texts.jsonl --output-dir build/recordings --limit 100")
 # espeak-ng pauses at ASCII marks; some Ethiopic ones it reads out as words.
 SPOKEN_MARKS = str.maketrans({"፣": ",", "፤": ",", "፥": ",", "።": "."})
 FINISHED = ".finished"  # in the output folder until recordings.jsonl is there: made_with of every WAV that was written
-
-
-def trim_silence(waveform: np.ndarray, sample_rate: int, threshold: float = 0.01, margin: float = 0.01) -> np.ndarray:
-    """Cuts both ends where |sample| stays below `threshold` of the peak, keeping `margin` seconds. [n] -> [m].
-
-    Trimming twice changes nothing.
-    """
-    loud = np.flatnonzero(np.abs(waveform) > threshold * np.max(np.abs(waveform), initial=0.0))
-    if not len(loud):
-        return waveform[:0]
-    keep = round(margin * sample_rate)
-    return waveform[max(0, loud[0] - keep) : loud[-1] + 1 + keep]
 
 
 def speaker_of(voice: str) -> str:
