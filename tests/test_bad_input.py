@@ -15,6 +15,7 @@ import pytest
 import yaml
 from conftest import (
     GPT,
+    MADE_WITH,
     TOKENIZER,
     TRAINER,
     call_trainer,
@@ -367,7 +368,7 @@ def test_a_run_reads_manifests_whose_paths_contain_equals_and_at_signs(data: Pat
     call_trainer("--train-manifest", f"{manifest}::am", "--val-manifest", folder / "val_pairs.jsonl", "--tokenizer",
                  TOKENIZER, "--output-dir", data.parent / "out", *QUICK)
     manifests = load_checkpoint(data.parent / "out" / "latest.pth")["manifests"]
-    assert manifests["train"] == [{"path": str(manifest), "language": "am", "rows": 41, "made_with": {}}]
+    assert manifests["train"] == [{"path": str(manifest), "language": "am", "rows": 41, "made_with": MADE_WITH}]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ The fork (IndexTTS2, Amharic), seen by running it:
 
 F1   a resume inside an epoch goes on with the very next sample of the same permutation
      test_resume_exactly.py::test_a_stopped_and_resumed_run_is_bit_identical_to_the_uninterrupted_one
-     test_sample_order.py::test_micro_batches_from_any_position_go_on_exactly_where_the_whole_run_would_be
+     test_sample_order.py::test_steps_from_any_position_go_on_exactly_where_the_whole_run_would_be
 F2   a resume at an epoch's end goes on in the same order
      test_resume_exactly.py::test_a_stopped_and_resumed_run_is_bit_identical_to_the_uninterrupted_one
      test_sample_order.py::test_an_epochs_order_is_a_permutation_that_depends_on_seed_and_epoch_alone
@@ -91,8 +91,8 @@ Found by the soak:
 
 S1   starts that were stopped before their first save, within one second, do not stand in each other's way
      test_regressions.py::test_three_starts_in_one_second_that_leave_no_checkpoint_keep_all_their_logs
-S2   data workers leave when their trainer is killed, even while they are being started
-     test_regressions.py::test_a_data_worker_leaves_although_the_trainer_is_killed_while_it_starts
+S2   data workers that outlive their trainer: there are none, threads read
+     test_signals.py::test_reading_threads_leave_no_process_and_the_same_bits_whatever_their_number
 """
 
 from __future__ import annotations
@@ -101,7 +101,6 @@ import ast
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -113,7 +112,6 @@ import pytest
 import torch
 import yaml
 from conftest import GPT, ROOT, call_trainer, data_args, load_checkpoint, make_dataset, trainer
-from test_signals import is_alive, needs_proc, read_until, training
 
 SETTINGS = ["--batch-size", "4", "--grad-accumulation", "1", "--log-interval", "1", "--save-interval", "2",
             "--val-interval", "4", "--warmup-steps", "1"]
@@ -280,43 +278,3 @@ def test_three_starts_in_one_second_that_leave_no_checkpoint_keep_all_their_logs
     assert load_checkpoint(tmp_path / "latest.pth")["step"] == 2
     assert len(list(tmp_path.glob("abandoned_*/logs/run_*"))) == 3
     assert len(list(tmp_path.glob("logs/run_*"))) == 1
-
-
-SLOWLY_STARTED_WORKERS = f"""
-import os, sys, time
-sys.path.insert(0, {str(ROOT)!r})
-from torch.utils.data._utils import worker
-from trainers import train_gpt_v2 as trainer
-place, parent = sys.argv.pop(1), os.getpid()
-owner, name = (trainer.torch, "set_num_threads") if place == "before" else (worker, "ManagerWatchdog")
-real = getattr(owner, name)
-def slow(*args):
-    if os.getpid() != parent:
-        print("starting worker", os.getpid(), flush=True)
-        time.sleep(2)
-    return real(*args)
-setattr(owner, name, slow)
-sys.exit(trainer.main(sys.argv[1:]))
-"""
-
-
-@needs_proc
-@pytest.mark.parametrize("place", ["before", "after"])
-def test_a_data_worker_leaves_although_the_trainer_is_killed_while_it_starts(place, tiny, tmp_path):
-    """PyTorch's worker takes whoever is its parent once it is up for its trainer: by then that may be process 1.
-
-    The trainer is killed before, or after, the worker ran what the trainer asked it to run at its start.
-    """
-    args = [*data_args(tiny), *SETTINGS, "--output-dir", tmp_path, "--num-workers", 1]
-    with training(*args, program=("-c", SLOWLY_STARTED_WORKERS, place)) as process:
-        worker = int(read_until(process, "starting worker").split()[-1])
-        time.sleep(0.2)
-        process.kill()
-        process.wait()
-        deadline = time.monotonic() + 20
-        while is_alive(worker) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        alive = is_alive(worker)
-        if alive:
-            os.kill(worker, signal.SIGKILL)
-        assert not alive

@@ -30,19 +30,21 @@ def trainer_refuses(output_dir: Path, resume: str) -> bool:
     """Whether a run would not be let into this directory, because of the checkpoints there."""
     order = trainer_order(output_dir) if resume == "auto" else [Path(resume)] if resume else []
     try:
-        trainer.refuse_other_checkpoints(output_dir, trainer.Found(order[0], {}, []) if order else None, resume)
+        trainer.refuse_other_checkpoints(output_dir, trainer.ResumePoint(order[0], {}) if order else None, resume)
     except trainer.UserError:
         return True
     return False
 
 
 def trainer_output_dir(typed: dict[str, Any]) -> Path:
-    return trainer.resolve_output_dir(typed)
+    return trainer.output_dir_of(typed)
 
 
 def trainer_last_exit(output_dir: Path, reason: str, status: int) -> None:
     """Writes down how a run without a step ended."""
-    trainer.Ending(output_dir, trainer.world_from({})).write(reason, status)
+    stop = trainer.StopSignal()
+    process = trainer.Process(stop, trainer.Console(stop, sys.stdout))
+    trainer.record_exit(output_dir / "last_exit.json", reason, status, process)
 
 
 def hold_lock(output_dir: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pty
@@ -237,7 +238,7 @@ def test_the_first_lines_name_config_model_size_and_base(first_run, tiny):
     assert lines[0] == f"[Info] Config: {tiny / 'config.yaml'}"
     assert any(re.match(r"\[Info\] Model: 2 layers x 32, 0\.\d M parameters", line) for line in lines)
     assert "[Info] Base checkpoint: none, training from scratch" in lines
-    assert "[Info] Batch size 8 x accumulation 1 = global batch 8; 0 data workers; peak learning rate 0.001" in lines
+    assert "[Info] Batch size 8 x accumulation 1 = global batch 8; 1 reading threads; peak learning rate 0.001" in lines
 
 
 def test_a_checkpoint_has_the_documented_contents(first_run, tiny):
@@ -270,7 +271,7 @@ def test_a_path_alone_goes_on_in_its_folder_with_the_manifests_and_tokenizer_of_
 
 def test_a_finished_run_says_so_and_is_no_error(out):
     output = call_trainer("--output-dir", out, "--resume", "auto")
-    assert "[Info] Training is complete: epoch 0, step 4. Raise --max-steps or --epochs to go on" in output
+    assert "[Info] Training is complete: epoch 0, step 4. Raise --max-steps to go on" in output
 
 
 @pytest.mark.parametrize("resume,message", [
@@ -380,13 +381,16 @@ def test_all_flags_of_the_fork_are_taken_with_their_meanings():
 def test_the_defaults_are_the_forks():
     defaults = trainer.TrainConfig()
     assert {name: getattr(defaults, name) for name in (
-        "epochs", "weight_decay", "max_steps", "log_interval", "val_interval", "max_val_batches", "grad_clip",
+        "epochs", "weight_decay", "max_steps", "max_val_batches", "grad_clip",
         "text_loss_weight", "mel_loss_weight", "save_interval", "keep_checkpoints", "seed", "output_dir", "amp",
         "grad_checkpointing")} == {
-        "epochs": 10, "weight_decay": 0.01, "max_steps": 0, "log_interval": 100, "val_interval": 1000,
+        "epochs": 10, "weight_decay": 0.01, "max_steps": 0,
         "max_val_batches": 200, "grad_clip": 1.0, "text_loss_weight": 0.2, "mel_loss_weight": 0.8,
         "save_interval": 1000, "keep_checkpoints": 3, "seed": 1234, "output_dir": "training_output", "amp": "off",
         "grad_checkpointing": False}
+    shown = {item.name: item.metadata["help"] for item in dataclasses.fields(trainer.TrainConfig) if item.metadata}
+    assert "(100, at most 1/10 of the run)" in shown["log_interval"]
+    assert "(1000, at most half of the run)" in shown["val_interval"]
 
 
 def test_manifests_may_be_repeated_and_are_read_in_order(tiny, tmp_path):

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import (
     ROOT,
     STOP_SIGNALS,
@@ -27,7 +26,6 @@ from conftest import (
     metrics_of,
     read_jsonl,
     resumable_state,
-    trainer,
 )
 
 SETTINGS = ["--batch-size", "4", "--grad-accumulation", "2", "--log-interval", "1", "--save-interval", "5",
@@ -100,7 +98,7 @@ def process_state(pid: int) -> tuple[str, int]:
 
 
 def children_of(pid: int) -> list[int]:
-    """Process ids of the data workers."""
+    """Process ids of its children."""
     processes = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
     return [process for process in processes if process_state(process)[1] == pid]
 
@@ -109,14 +107,15 @@ def is_alive(pid: int) -> bool:
     return process_state(pid)[0] not in "XZ"
 
 
-needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="data workers are found through /proc")
+needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are found through /proc")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Signals that ask
 
 
-@pytest.mark.parametrize("name,status", [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+@pytest.mark.parametrize("name,status", [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129), ("SIGUSR1", 138),
+                                         ("SIGUSR2", 140)])
 def test_a_signal_saves_the_last_complete_step_and_sets_the_exit_status(name: str, status: int, tiny: Path,
                                                                         tmp_path: Path):
     with training(*data_args(tiny), *SETTINGS, *ENDLESS, "--output-dir", tmp_path) as process:
@@ -130,16 +129,47 @@ def test_a_signal_saves_the_last_complete_step_and_sets_the_exit_status(name: st
     assert max(line["step"] for line in metrics_of(tmp_path)) == stopped_at
 
 
-@needs_proc
-def test_ctrl_c_reaches_the_whole_group_and_only_the_trainer_reacts(tiny: Path, tmp_path: Path):
-    args = [*data_args(tiny), *SETTINGS, *ENDLESS, "--output-dir", tmp_path, "--num-workers", 2]
-    with training(*args) as process:
-        read_until(process, r"\[Train\] .* step=3 ")
-        assert len(children_of(process.pid)) >= 2
-        os.killpg(process.pid, signal.SIGINT)
+NEVER_READ = f"""
+import os, sys, threading
+sys.path.insert(0, {str(ROOT)!r})
+from trainers import train_gpt_v2 as trainer
+read, done, after = os.preadv, [], int(sys.argv.pop(1))
+def preadv(descriptor, buffers, offset):
+    done.append(1)
+    if len(done) > after:
+        if len(done) == after + 1:
+            print("a read that never returns", flush=True)
+        threading.Event().wait()
+    return read(descriptor, buffers, offset)
+os.preadv = preadv
+trainer.leave(trainer.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("name,status", [("SIGTERM", 143), ("SIGINT", 130), ("SIGUSR1", 138)])
+def test_a_disk_that_hangs_while_data_is_awaited_blocks_neither_the_stop_nor_the_save(name: str, status: int,
+                                                                                      tiny: Path, tmp_path: Path):
+    args = [*data_args(tiny), *SETTINGS, *ENDLESS, "--output-dir", tmp_path, "--save-interval", 1000]
+    with training(*args, program=("-c", NEVER_READ, "300")) as process:
+        read = read_until(process, "a read that never returns")
+        time.sleep(0.5)
+        started = time.monotonic()
+        process.send_signal(getattr(signal, name))
+        output = read + rest_of(process)
+        assert time.monotonic() - started < 5
+    assert process.returncode == status, output
+    stopped_at = int(re.search(rf"\[Info\] {name}: stopping at step (\d+)", output)[1])  # type: ignore[index]
+    assert stopped_at > 0 and step_of(tmp_path) == stopped_at
+
+
+def test_a_disk_that_hangs_during_data_preparation_does_not_hold_up_a_stop(tiny: Path, tmp_path: Path):
+    args = [*data_args(tiny), *SETTINGS, "--output-dir", tmp_path]
+    with training(*args, program=("-c", NEVER_READ, "1")) as process:
+        read_until(process, "a read that never returns")
+        process.send_signal(signal.SIGTERM)
         output = rest_of(process)
-    assert process.returncode == 130, output
-    assert f"[Info] SIGINT: stopping at step {step_of(tmp_path)}" in output
+    assert process.returncode == 143, output
+    assert last_exit(tmp_path) == {"reason": "stopped", "status": 143, "step": None}
 
 
 def test_a_signal_during_data_preparation_is_noticed_there(tiny: Path, tmp_path: Path):
@@ -211,7 +241,7 @@ def test_signals_at_random_moments_all_save(no_default_actions, tiny: Path, tmp_
     call_trainer(*args, stopped_at)
     seconds = time.monotonic() - started
     for number in range(8):
-        signum = STOP_SIGNALS[number % 3]
+        signum = STOP_SIGNALS[number % len(STOP_SIGNALS)]
         timer = threading.Timer(rng.uniform(0.01, 2 * seconds), os.kill, (os.getpid(), signum))
         timer.start()
         output = call_trainer(*args, 0, status=128 + signum)
@@ -278,46 +308,25 @@ def test_three_kills_at_random_moments_end_in_the_bits_of_the_uninterrupted_run(
         path.name for path in (tmp_path / "whole").glob("*.pth"))
 
 
-@needs_proc
-def test_a_restart_right_after_a_kill_gets_the_lock_and_the_orphaned_data_workers_leave(tiny: Path, tmp_path: Path):
+def test_a_restart_right_after_a_kill_gets_the_lock(tiny: Path, tmp_path: Path):
     args = [*data_args(tiny), *SETTINGS, *ENDLESS, "--output-dir", tmp_path, "--save-interval", 1]
     with training(*args, "--num-workers", 2) as process:
         read_until(process, r"\[Train\] .* step=3 ")
-        workers = children_of(process.pid)
-        assert len(workers) >= 2
         process.send_signal(signal.SIGKILL)
         process.wait()
-        killed = time.monotonic()
         output = call_trainer(*args, "--resume", "auto", "--num-workers", 0, "--max-steps", 30)
     assert "in use by" not in output and step_of(tmp_path) == 30
-    while any(map(is_alive, workers)) and time.monotonic() < killed + 30:
-        time.sleep(0.1)
-    assert not any(map(is_alive, workers))
 
 
 @needs_proc
-def test_a_killed_data_worker_is_replaced_and_the_run_stays_the_same_bit_for_bit(tiny: Path, tmp_path: Path):
+def test_reading_threads_leave_no_process_and_the_same_bits_whatever_their_number(tiny: Path, tmp_path: Path):
     args = [*data_args(tiny), *SETTINGS, "--epochs", 6]
-    call_trainer(*args, "--output-dir", tmp_path / "whole")
-    with training(*args, "--output-dir", tmp_path / "out", "--num-workers", 2) as process:
+    call_trainer(*args, "--output-dir", tmp_path / "one", "--num-workers", 1)
+    with training(*args, "--output-dir", tmp_path / "five", "--num-workers", 5) as process:
         read_until(process, r"\[Train\] .* step=2 ")
-        os.kill(children_of(process.pid)[0], signal.SIGKILL)
+        assert children_of(process.pid) == []
         output = rest_of(process)
     assert process.returncode == 0, output
-    assert "[Warn] A data worker died" in output
-    assert resumable_state(load_checkpoint(tmp_path / "out" / "latest.pth")) == resumable_state(
-        load_checkpoint(tmp_path / "whole" / "latest.pth"))
-    assert metrics_of(tmp_path / "out") == metrics_of(tmp_path / "whole")
-
-
-def kill_itself(worker: int, trainer_pid: int) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_data_workers_that_die_again_and_again_are_an_error_with_the_remedy(tiny: Path, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(trainer, "start_worker", kill_itself)
-    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
-    output = call_trainer(*data_args(tiny), *SETTINGS, "--output-dir", tmp_path, "--num-workers", 2, status=1)
-    assert output.count("[Warn] A data worker died") == 2
-    assert "[Error] data workers died 3 times in a row" in output and "use fewer: --num-workers 1" in output
-    assert last_exit(tmp_path)["reason"] == "user_error"
+    assert resumable_state(load_checkpoint(tmp_path / "five" / "latest.pth")) == resumable_state(
+        load_checkpoint(tmp_path / "one" / "latest.pth"))
+    assert metrics_of(tmp_path / "five") == metrics_of(tmp_path / "one")

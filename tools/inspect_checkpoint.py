@@ -9,6 +9,7 @@ reader. For a directory it also says which file --resume auto would take, and wh
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import sys
@@ -190,6 +191,15 @@ def print_report(report: dict[str, Any], path: Path) -> None:
         info("--resume auto would stop with an error: no latest.pth or model_step*.pth is whole")
 
 
+def plain(value: Any) -> Any:
+    """JSON has no numbers that are not finite: a loss that was none is null."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__, FIRST_COMMAND)
     parser.add_argument("paths", type=Path, nargs="+", metavar="PATH", help="an output directory, or checkpoint files")
@@ -200,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         report = inspect(args.paths)
     finally:
         if args.json:  # also beside an error message, so that a program always finds its object
-            print(json.dumps(report, ensure_ascii=False))
+            print(json.dumps(plain(report), ensure_ascii=False, allow_nan=False))
     if not args.json:
         print_report(report, args.paths[0])
     broken = [entry for entry in report["checkpoints"] if not entry["verified"]]

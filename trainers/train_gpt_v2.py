@@ -46,6 +46,7 @@ import errno
 import fcntl
 import functools
 import hashlib
+import io
 import json
 import math
 import os
@@ -113,7 +114,7 @@ def first_line(error: BaseException) -> str:
 # 1. Settings
 
 
-def setting(default: Any, help: str, lowest: float | None = None, highest: float = 2**31 - 1, **options: Any) -> Any:
+def setting(default: Any, help: str, lowest: float | None = None, highest: float = 2**63 - 1, **options: Any) -> Any:
     """A TrainConfig field: its default, its flag's help, the numbers it may have, and argparse's options."""
     factory = {"default_factory": list} if default == [] else {"default": default}
     return field(**factory, metadata={  # type: ignore[call-overload]
@@ -201,7 +202,7 @@ def parse_args(argv: Sequence[str] | None = None) -> dict[str, Any]:
         if "" in texts:
             raise UserError(f"{flag} is empty: a variable that is not set? Give a value, or leave the flag out")
         if any(isinstance(text, str) and text.endswith("\r") for text in texts):
-            raise UserError(f"{flag} ends in a carriage return: was the script saved with Windows line ends? "
+            raise UserError(f"{flag} {value!r} ends in a carriage return: was the script saved with Windows line ends? "
                             "Save it with Unix ones")
         if isinstance(texts[0], str):  # "~" in quotes: no shell has replaced it
             texts = [os.path.expanduser(text) for text in texts]
@@ -211,7 +212,7 @@ def parse_args(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 def output_dir_of(typed: Mapping[str, Any]) -> Path:
     """--output-dir; `--resume PATH` alone goes on in that file's folder."""
-    resume = typed.get("resume", "auto")
+    resume = typed.get("resume") or "auto"
     if "output_dir" in typed or resume == "auto":
         return Path(typed.get("output_dir", TrainConfig().output_dir))
     return Path(resume).parent
@@ -225,9 +226,9 @@ def config_problems(config: TrainConfig) -> list[str]:
         flag = f"--{item.name.replace('_', '-')} {value}"
         if lowest is None or value is None:
             continue
-        if not (math.isfinite(value) and value >= lowest):
+        if not (value >= lowest and value < math.inf):
             problems.append(f"{flag}: must be at least {lowest}")
-        elif value > highest:
+        elif value > highest and not (isinstance(value, float) and highest == 2**63 - 1):
             problems.append(f"{flag}: must be at most {highest}")
     if config.dropout == 1:
         problems.append(f"--dropout {config.dropout}: must be below 1")
@@ -459,6 +460,19 @@ class Block(nn.Module):
         return x + F.dropout(self.mlp(self.ln_2(x)), dropout, self.training)
 
 
+class GPTStack(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.h = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.ln_f = nn.LayerNorm(config.model_dim)
+
+
+class PositionTable(nn.Module):
+    def __init__(self, length: int, dim: int):
+        super().__init__()
+        self.emb = nn.Embedding(length, dim)
+
+
 class UnifiedVoiceGPT(nn.Module):
     """Text ids and a speaker condition in, logits for the next text token and the next code out.
 
@@ -472,10 +486,9 @@ class UnifiedVoiceGPT(nn.Module):
         self.attention: Attention = padded_attention
         self.text_embedding = nn.Embedding(config.number_text_tokens + 1, dim)
         self.mel_embedding = nn.Embedding(config.number_mel_codes, dim)
-        self.gpt = nn.ModuleDict({"h": nn.ModuleList(Block(config) for _ in range(config.layers)),
-                                  "ln_f": nn.LayerNorm(dim)})
-        self.mel_pos_embedding = nn.ModuleDict({"emb": nn.Embedding(config.max_mel_tokens + 3, dim)})
-        self.text_pos_embedding = nn.ModuleDict({"emb": nn.Embedding(config.max_text_tokens + 2, dim)})
+        self.gpt = GPTStack(config)
+        self.mel_pos_embedding = PositionTable(config.max_mel_tokens + 3, dim)
+        self.text_pos_embedding = PositionTable(config.max_text_tokens + 2, dim)
         self.final_norm = nn.LayerNorm(dim)
         self.text_head = nn.Linear(dim, config.number_text_tokens + 1)
         self.mel_head = nn.Linear(dim, config.number_mel_codes)
@@ -484,20 +497,20 @@ class UnifiedVoiceGPT(nn.Module):
     def embed(self, batch: PackedBatch) -> Tensor:
         """[total, D]: the sequence given to the transformer."""
         condition = batch.condition + batch.emo_vec.unsqueeze(1)
-        text = self.text_embedding(batch.text_inputs) + self.text_pos_embedding["emb"](batch.text_positions)
-        mel = self.mel_embedding(batch.mel_inputs) + self.mel_pos_embedding["emb"](batch.mel_positions)
+        text = self.text_embedding(batch.text_inputs) + self.text_pos_embedding.emb(batch.text_positions)
+        mel = self.mel_embedding(batch.mel_inputs) + self.mel_pos_embedding.emb(batch.mel_positions)
         rows = torch.cat([condition.flatten(0, 1), self.speed_emb.weight, text, mel])
         return rows.index_select(0, batch.pack_order)
 
     def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """Returns logits at the scored positions: text [sum(t + 1), V + 1] and mel [sum(c + 1), M]."""
         x = F.dropout(self.embed(batch), self.dropout, self.training)
-        for block in self.gpt["h"]:  # type: ignore[attr-defined]
+        for block in self.gpt.h:
             run_block = functools.partial(recompute_in_backward, block, use_reentrant=False) if (
                 self.grad_checkpointing and self.training) else block
             x = run_block(x, batch, self.attention, self.dropout)
         scored = torch.cat([x.index_select(0, batch.text_scored), x.index_select(0, batch.mel_scored)])
-        scored = self.final_norm(self.gpt["ln_f"](scored))
+        scored = self.final_norm(self.gpt.ln_f(scored))
         return self.text_head(scored[: len(batch.text_scored)]), self.mel_head(scored[len(batch.text_scored) :])
 
 
@@ -542,10 +555,8 @@ def init_fresh_weights(model: UnifiedVoiceGPT, seed: int, codes_per_text_token: 
                 weight.fill_(1)
             else:
                 weight.normal_(0, projection_std if name.endswith("c_proj.weight") else 0.02, generator=generator)
-        for table, rate in ((model.text_pos_embedding["emb"], codes_per_text_token),
-                            (model.mel_pos_embedding["emb"], 1.0)):
-            times = torch.arange(len(table.weight)) * rate  # type: ignore[arg-type]
-            table.weight.copy_(sinusoids(times, model.config.model_dim))  # type: ignore[operator, union-attr]
+        for table, rate in ((model.text_pos_embedding.emb, codes_per_text_token), (model.mel_pos_embedding.emb, 1.0)):
+            table.weight.copy_(sinusoids(torch.arange(len(table.weight)) * rate, model.config.model_dim))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -871,7 +882,7 @@ class ManifestDataset:
         if shape and (file.dtype.kind != "f" or found not in (wanted, (1, *wanted))):
             of = "" if file.dtype.kind == "f" else f" of {file.dtype}"
             raise UserError(f"{self.place(row)}: {file.path} holds {list(found)}{of}, the model needs {list(wanted)}. "
-                            "Use the config the features were made for")
+                            "Use the config the features were made for (--config)")
 
     def read_part(self, row: Row, kind: str) -> np.ndarray:
         """One utterance's values of a kind. Raises: BadFeatureFile; UserError where they contradict the manifest."""
@@ -913,7 +924,7 @@ class ManifestDataset:
         self.bad_rows.update(new)
         if len(self.bad_rows) > MAX_BAD_FRACTION * len(self):
             first = list(self.bad_rows.items())[:5]
-            shown = "\n".join(f"  {self.place(self.rows[i])}: {reason}" for i, reason in first)
+            shown = "\n".join(f"  {self.place(self.rows[i])}: {reason} ({self.rows[i].id})" for i, reason in first)
             raise UserError(f"{len(self.bad_rows)} of {len(self)} rows have missing or damaged feature files, more "
                             f"than {MAX_BAD_FRACTION:.0%}. Preprocess them again or drop the rows. The first:\n{shown}")
         return [f"{self.place(self.rows[i])}: skipped, feature file {reason}" for i, reason in new.items()]
@@ -1258,38 +1269,39 @@ class Process:
         finally:
             pool.shutdown(wait=False)
 
-    def agree(self, *numbers: int, error: UserError | None = None) -> list[int]:
+    @contextlib.contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """Where an error of one rank, or the same of all, ends all ranks.
+
+        Raises: UserError on rank 0, which says it, once; SaidByRank0 elsewhere.
+        """
+        error = None
+        try:
+            yield
+        except UserError as caught:
+            error = caught
+        errors = self.world.gather(str(error) if error else None)
+        failed = next((rank for rank, message in enumerate(errors) if message), None)
+        if failed is not None and self.world.rank > 0:
+            raise SaidByRank0
+        if failed is not None:
+            raise error or UserError(f"on rank {failed}: {errors[failed]}")
+
+    def agree(self, *numbers: int, error: str = "") -> list[int]:
         """Sums numbers over the ranks; the place where all ranks stop, or fail, alike.
 
-        Raises: Stopped once any rank got a signal; once any has an error UserError on rank 0, SaidByRank0 elsewhere.
+        Raises: Stopped once any rank got a signal; what failing_together raises once any has an error.
         """
-        if self.world.size == 1:
-            self.check_stop()
-            if error:
-                raise error
-            return list(numbers)
         flags = [int(self.stop.signum == signum) for signum in STOP_SIGNALS]
-        sums = self.world.add_up(torch.tensor([int(error is not None), *flags, *numbers])).tolist()
+        sums = self.world.add_up(torch.tensor([bool(error), *flags, *numbers])).tolist()
         if sums[0]:
-            errors = self.world.gather(str(error) if error else None)
-            if self.world.rank > 0:
-                raise SaidByRank0
-            rank = next(rank for rank, message in enumerate(errors) if message)
-            raise error or UserError(f"on rank {rank}: {errors[rank]}")
+            with self.failing_together():
+                if error:
+                    raise UserError(error)
         for signum, count in zip(STOP_SIGNALS, sums[1:], strict=False):
             if count:
                 raise Stopped(signum)
         return sums[1 + len(flags) :]
-
-    @contextlib.contextmanager
-    def failing_together(self) -> Iterator[None]:
-        """Where an error of one rank, or the same of all, ends all ranks; rank 0 says it, once."""
-        try:
-            yield
-        except UserError as error:
-            self.agree(error=error)
-        else:
-            self.agree()
 
 
 def is_lost_contact(error: BaseException) -> bool:
@@ -1320,16 +1332,17 @@ def process_group(world: World) -> Iterator[None]:
 
 def flush_to_disk(path: Path) -> bool:
     """Waits until a file, or a directory's names, are on the disk; False where the file system has no such thing."""
-    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-        return True
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EACCES, errno.EPERM):
             raise
         return False
-    finally:
-        os.close(descriptor)
+    return True
 
 
 @contextlib.contextmanager
@@ -1850,11 +1863,10 @@ def receive(run: Run, data: ManifestDataset, futures: Sequence[Future[PackedBatc
     batches = [run.process.wait_for(future) for future in futures]
     for batch in batches:
         data.unreported.update(batch.bad_rows)
-    problem = next((batch.error for batch in batches if batch.error), "")
     bad_rows, *sums = run.process.agree(
         len(data.unreported), *numbers, sum(sum(batch.text_counts) for batch in batches),
         sum(sum(batch.mel_counts) for batch in batches), sum(sum(batch.lengths) for batch in batches),
-        int(step_flops(run.model.config, batches)), error=UserError(problem) if problem else None)
+        int(step_flops(run.model.config, batches)), error=next((batch.error for batch in batches if batch.error), ""))
     if bad_rows:
         share_bad_rows(run, data)
     return [batch.to(run.precision.device) for batch in batches if batch.rows], sums
@@ -1960,6 +1972,7 @@ def in_halves(run: Run, data: ManifestDataset, batch: PackedBatch) -> list[Packe
     if run.precision.device.type == "cuda":
         torch.cuda.empty_cache()
     middle = len(batch.rows) // 2
+    run.process.say(f"[Warn] Out of GPU memory: a validation batch of {len(batch.rows)} is split in two")
     halves = (batch.rows[:middle], batch.rows[middle:])
     return [collate_packed([data[row] for row in rows], data.model).to(run.precision.device) for rows in halves]
 
@@ -2236,7 +2249,7 @@ def write_checkpoint(path: Path, checkpoint: Mapping[str, Any]) -> tuple[int, bo
             torch.save({**checkpoint, "digests": make_digests(checkpoint)}, handle)
             handle.flush()
             flush_to_disk(partial)
-            if hasattr(os, "posix_fadvise"):  # so that the disk is read, not the page cache
+            with contextlib.suppress(OSError, AttributeError):  # so that the disk is read, not the page cache
                 os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         try:
             read_checkpoint(partial)
@@ -2383,7 +2396,7 @@ def finish_save(run: Run, wait: bool = True) -> None:
     if save.log_error is not None:
         say(f"[Warn] The logs in {run.state.run_dir} cannot be written: {first_line(save.log_error)}")
     if not save.is_flushed and not run.warned_flush:
-        say(f"[Warn] {save.path.parent}: this file system cannot flush a directory. Checkpoints are whole; one that is "
+        say(f"[Warn] {save.path.parent}: this file system cannot sync a directory. Checkpoints are whole; one that is "
             "seconds old may be lost in a power cut")
         run.warned_flush = True
     state = run.state
@@ -2814,7 +2827,8 @@ def find_model_yaml(config: TrainConfig, checkpoint: Mapping[str, Any] | None) -
         return None
     manifest = Path(split_language((config.train_manifest or config.val_manifest)[0])[0])
     if manifest.is_dir():
-        raise UserError(f"manifest {manifest}: a folder. Name the file in it, such as {manifest / 'train_pairs.jsonl'}")
+        raise UserError(f"manifest {manifest}: Is a directory. Name the file in it, such as "
+                        f"{manifest / 'train_pairs.jsonl'}")
     beside = manifest.with_name("config.yaml")
     for path in (beside, Path("checkpoints/config.yaml")):
         if path.is_file():
@@ -3080,7 +3094,9 @@ def say_start(run: Run) -> None:
     size = sum(p.numel() for p in run.model.parameters()) * 12 + sum(
         t.numel() * t.element_size() for t in run.carried.values())
     files = (config.keep_checkpoints or 1) + 2  # and best.pth, and the one being written
-    free, needed = shutil.disk_usage(run.output_dir).free, files * size
+    needed, free = files * size, math.inf
+    with contextlib.suppress(OSError):  # a file system that does not know
+        free = shutil.disk_usage(run.output_dir).free
     level, hint = ("[Info]", "") if free > needed else ("[Warn]", "; free some, or lower --keep-checkpoints")
     say(f"{level} Disk: {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB for {files} checkpoints{hint}")
 
@@ -3278,6 +3294,7 @@ def run_evaluation(typed: Mapping[str, Any], output_dir: Path, process: Process)
         output_dir.mkdir(parents=True, exist_ok=True)
     run = prepare({"max_val_batches": 0, **typed}, point, output_dir, process)
     share_bad_rows(run, run.val_data)
+    process.say(f"[Info] Validation: {len(validation_rows(run))} of {len(run.val_data)} rows")
     path = output_dir / "eval.jsonl"
     with replacing(path) as partial, partial.open("w", encoding="utf-8") as handle:
         values, *_ = evaluate(run, lambda record: print(json.dumps(record, ensure_ascii=False), file=handle))
@@ -3297,9 +3314,9 @@ def main(argv: Sequence[str] | None = None, on_event: Callable[..., None] = no_e
     stop = StopSignal()
     stop.install()
     raise_open_file_limit()
-    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # closed: >&-
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    sys.stdout, sys.stderr = sys.stdout or open(os.devnull, "w"), sys.stderr or open(os.devnull, "w")  # closed: >&-
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     console = Console(stop, sys.stdout)
     try:
         typed, world = parse_args(argv), world_from(os.environ)
@@ -3309,7 +3326,8 @@ def main(argv: Sequence[str] | None = None, on_event: Callable[..., None] = no_e
         output_dir, resume = output_dir_of(typed), typed.get("resume", "")
         if resume not in ("", "auto") and not Path(resume).is_file():  # before a directory is made
             if Path(resume).is_dir():
-                raise UserError(f"--resume {resume} is a folder. To go on in it: --output-dir {resume} --resume auto")
+                raise UserError(f"--resume {resume}: Is a directory. To go on in it: --output-dir {resume} --resume "
+                                "auto")
             read_explicit(Path(resume))  # says what is there instead
         if typed.get("eval_only"):
             run_evaluation(typed, output_dir, process)

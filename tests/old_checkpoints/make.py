@@ -74,7 +74,8 @@ def make_data(folder: Path) -> None:
         np.save(folder / f"{name}_emo.npy", rng.normal(0, 0.1, (count, 8)).astype(np.float32))
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{name}_pairs.jsonl").write_text(lines, encoding="utf-8")
-    (folder / "config.yaml").write_text(yaml.safe_dump({"gpt": GPT}))
+    dataset = {"features": "random numbers", "num_codes": 32}
+    (folder / "config.yaml").write_text(yaml.safe_dump({"gpt": GPT, "dataset": dataset}))
 
 
 class StopAfterStep(io.StringIO):
@@ -118,7 +119,8 @@ def outcome_of(output_dir: Path) -> dict[str, Any]:
               for kind, wanted in keys.items()}
     weights = {name: hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
                for name, tensor in checkpoint["model"].items()}
-    return {"losses": losses, "weights": weights, "step": checkpoint["step"], "best": checkpoint["best"],
+    best = {name: checkpoint["best"][name] for name in ("step", "loss")}
+    return {"losses": losses, "weights": weights, "step": checkpoint["step"], "best": best,
             "tokens_seen": checkpoint["tokens_seen"], "recent_checkpoints": checkpoint["recent_checkpoints"],
             "scale": checkpoint["scaler"]["scale"] if checkpoint["scaler"] else None}
 
