@@ -14,6 +14,8 @@ python=.venv/bin/python
 launcher=("$python")
 if [[ -n ${GPUS:-} ]]; then
     # After a stop signal the processes get ten minutes to save before torchrun kills them.
-    launcher+=(-m torch.distributed.run --standalone --nproc-per-node "$GPUS" --shutdown-timeout 600)
+    # SIGUSR1 and SIGUSR2, SLURM's warnings, would kill it; this way they reach the processes, which save and leave.
+    launcher+=(-m torch.distributed.run --standalone --nproc-per-node "$GPUS" --shutdown-timeout 600
+        --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2)
 fi
 exec "${launcher[@]}" "${TRAINER:-trainers/train_gpt_v2.py}" --resume auto "$@"

@@ -65,7 +65,7 @@ if "save" in do:
     (out / "latest.pth").unlink(missing_ok=True)
     os.link(saved, out / "latest.pth")
 if do.get("wait"):
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(signum, on_signal)
     print("waiting", flush=True)
     time.sleep(120)
@@ -207,6 +207,7 @@ def save_and_die(step: int | str) -> dict[str, Any]:
     ([{"reason": "stopped", "status": 143}, FINISHED], 2, 0),
     ([{"reason": "stopped", "status": 129}, FINISHED], 2, 0),
     ([{"reason": "stopped", "status": 130}], 1, 130),
+    ([{"reason": "stopped", "status": 138}], 1, 138),  # SLURM's warning, to the trainer alone
     ([{"status": 130}], 1, 130),  # the second Ctrl+C
     ([{"reason": "user_error", "status": 1}], 1, 1),
     ([{"status": 1}], 1, 1),  # a mistake that was noticed before the output directory was opened
@@ -253,7 +254,8 @@ def test_a_typed_checkpoint_is_gone_back_to_only_once(out, stand_in):
     assert second == [*first, "--resume", "auto", "--output-dir", str(out)]
 
 
-@pytest.mark.parametrize("name,status", [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+@pytest.mark.parametrize("name,status", [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129), ("SIGUSR1", 138),
+                                         ("SIGUSR2", 140)])
 def test_a_signal_to_the_loop_is_passed_on_once_and_ends_it_after_the_save(name, status, out, stand_in):
     with started(LOOP, "--output-dir", out, env=stand_in({"wait": True})) as process:
         read_until(process, "waiting")
@@ -414,6 +416,19 @@ def test_under_torchrun_ctrl_c_at_a_terminal_gives_each_process_one_signal_and_t
         read_terminal_until(terminal, b"The trainer ended: stopped, status 130")
         assert process.wait(timeout=60) == 130
     assert (out / "signals").read_text() == "SIGINT\n" * 2
+
+
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGUSR2"])
+def test_slurms_warning_to_torchrun_reaches_its_processes_which_save_and_leave(name, tiny, tmp_path):
+    """torchrun itself would die of it, and leave them behind."""
+    args = [*data_args(tiny), *SETTINGS, "--grad-accumulation", 1, "--epochs", 1_000_000, "--output-dir", tmp_path]
+    with started(SCRIPTS / "train.sh", *args, env=environment(GPUS="2")) as process:
+        read_until(process, r"\[Train\] .* step=6 ")
+        process.send_signal(getattr(signal, name))
+        process.communicate(timeout=120)
+    assert json.loads((tmp_path / "last_exit.json").read_text()) == {
+        "reason": "stopped", "status": 128 + getattr(signal, name), "step": step_of(tmp_path)}
+    assert step_of(tmp_path) >= 6
 
 
 # ---------------------------------------------------------------------------------------------------------------------

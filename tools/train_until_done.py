@@ -1,8 +1,9 @@
 """Trains until the run is finished, and starts the trainer again whatever killed it meanwhile.
 
 All arguments go to scripts/train.sh. It ends when the run is finished, at Ctrl+C, at a mistake that a restart cannot
-mend, and after three restarts in a row that saved no new step. Ctrl+C, SIGTERM and SIGHUP sent to this program are
-passed on to the trainer, which saves; then both end. A signal to the trainer alone is followed by a restart.
+mend, and after three restarts in a row that saved no new step. Ctrl+C, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 (SLURM's
+warnings) sent to this program are passed on to the trainer, which saves; then both end. A SIGTERM or SIGHUP to the
+trainer alone is followed by a restart.
 The output also goes to OUTPUT_DIR/train_until_done.log. RESTART_WAIT: seconds before a restart (10).
 """
 
@@ -24,7 +25,8 @@ from tools._common import ToolError, run_program
 from tools.run_files import LATEST, checkpoint_step, clear_last_exit, list_checkpoints, output_dir_from, read_last_exit
 
 TRAIN = str(Path(__file__).resolve().parent.parent / "scripts" / "train.sh")
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+BY_A_PERSON_OR_SCHEDULER = (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)  # Ctrl+C; SLURM: the time is up
 MAX_RESTARTS = 3  # in a row, without a new step
 
 
@@ -60,7 +62,7 @@ def how_it_ended(last_exit: Mapping[str, Any], status: int, torchrun: bool) -> t
 
 def goes_on(reason: str, status: int) -> bool:
     """Whether another start makes sense: after a kill, a crash, a SIGTERM or SIGHUP that the machine has sent."""
-    return reason in ("killed", "crash") or (reason == "stopped" and status != 128 + signal.SIGINT)
+    return reason in ("killed", "crash") or (reason == "stopped" and status - 128 not in BY_A_PERSON_OR_SCHEDULER)
 
 
 def saved_step(output_dir: Path) -> int:
@@ -117,7 +119,7 @@ class Supervisor:
         copier.start()
         status = process.wait()
         self.process = None
-        copier.join(timeout=5)  # data workers of a killed trainer may still hold the pipe
+        copier.join(timeout=5)  # what a killed trainer started may still hold the pipe
         return status if status >= 0 else 128 - status
 
     def pause(self, seconds: float) -> None:
