@@ -326,9 +326,10 @@ def test_a_manifest_that_a_crash_or_a_packer_changed_is_named(change, word, data
     errs(train_in_process(*data_args(data), *QUICK, "--output-dir", tmp_path / "out"), word)
 
 
-@pytest.mark.parametrize("key", ["target_codes_start", "target_text_ids_start", "prompt_condition_start",
-                                 "prompt_emo_vec_start", "target_code_len"])
-@pytest.mark.parametrize("value", [10**30, 12.0, True])
+@pytest.mark.parametrize("key,value", [
+    ("target_codes_start", 10**30), ("target_text_ids_start", 10**30), ("prompt_condition_start", 10**30),
+    ("prompt_emo_vec_start", 10**30), ("target_code_len", 10**30), ("target_code_len", 12.0),
+    ("target_text_len", True)])
 def test_a_number_in_a_row_that_is_out_of_all_bounds_is_named(value, key, data, tmp_path):
     rows = read_jsonl(data / "train_pairs.jsonl")
     rows[6][key] = value
