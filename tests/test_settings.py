@@ -364,3 +364,22 @@ def test_what_the_golden_losses_stand_for_matters_one_by_one(flag, values, tmp_p
         train(tmp_path / str(value), "--epochs", 2, "--learning-rate", 0.02, "--warmup-steps", 0, flag, value)
         losses.append(losses_of(tmp_path / str(value))[-1])
     assert not np.isclose(*losses, rtol=1e-5)
+
+
+@pytest.mark.parametrize("flag,value", [("--weight-decay", 5), ("--grad-clip", 0.001), ("--mel-loss-weight", 9),
+                                        ("--text-loss-weight", 9), ("--dropout", 0.6), ("--learning-rate", 0.05)])
+def test_what_is_typed_on_resume_counts(flag, value, half_a_run, tmp_path):
+    """And is what a run with that setting from the checkpoint on computes, not what the checkpoint's settings do."""
+    for name, args in {"plain": [], "typed": [flag, value]}.items():
+        out = shutil.copytree(half_a_run, tmp_path / name)
+        runs(train_in_process("--output-dir", out, "--resume", "auto", "--max-steps", 7, *args))
+    plain, typed = losses_of(tmp_path / "plain"), losses_of(tmp_path / "typed")
+    assert plain[:4] == typed[:4] and not np.isclose(plain[-1], typed[-1], rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def half_a_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output directory of 4 steps. Read only."""
+    out = tmp_path_factory.mktemp("half_a_run") / "out"
+    train(out, "--max-steps", 4, "--learning-rate", 0.02, "--warmup-steps", 0)
+    return out
