@@ -10,6 +10,7 @@ from typing import Any
 import gradio as gr
 
 from webui import pipeline
+from webui.belonging import belonging_problems, checkpoint_record
 from webui.commands import PROGRAMS, Field, Form, Problem, command_for, output_of, preview, problems, typed
 from webui.jobs import Job, start_job
 from webui.page import QUIET, Page, refusal
@@ -154,7 +155,23 @@ class FormSection:
     # What is wrong, and Start
 
     def problems(self, form: Form) -> dict[str, Problem]:
-        return problems(self.kind, form, self.page.workspace)
+        """Of each field by itself, and where there are none, of files that do not belong together."""
+        workspace = self.page.workspace
+        return problems(self.kind, form, workspace) or belonging_problems(self.kind, form, workspace,
+                                                                          self.page.checkpoints)
+
+    def check_when_read(self, name: str) -> None:
+        """A new check when the checkpoint in this field has been read in the background."""
+        known = gr.Textbox(visible="hidden")
+
+        def look(jobs: Sequence[Job], language: str, path: str) -> list[Any]:
+            try:
+                return [json.dumps(checkpoint_record(self.page.workspace.inside(path), self.page.checkpoints))]
+            except Refused:
+                return [""]
+
+        self.page.watch(self.tab, [self.inputs[name]], [known], look)
+        self.check_on.append(known.change)
 
     def shown_as(self, language: str, form: Form, values: Form, strict: bool = False) -> list[Any]:
         """Updates of the inputs (new values for some; their help, or what is wrong; that a field is empty only when

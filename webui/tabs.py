@@ -326,7 +326,7 @@ def create_listen_tab(page: Page) -> None:
             with gr.Column():
                 create_form(page, "synthesize", "listen", [["text"], ["checkpoint", "prompt"], ["output"]],
                             [["codec", "tokenizer"], ["temperature", "top_k", "top_p"], ["takes", "seed", "greedy"]],
-                            start="listen.start")
+                            start="listen.start").check_when_read("checkpoint")
             with gr.Column(elem_classes=["live"]):
                 audio = page.add(gr.Audio, "listen.audio", interactive=False, type="filepath", buttons=["download"],
                                  elem_id="listen-audio")
@@ -342,7 +342,8 @@ def create_listen_tab(page: Page) -> None:
         with page.accordion("listen.evaluate"), gr.Row():
             with gr.Column():
                 create_form(page, "evaluate", "listen", [["checkpoint", "data_dir"], ["output_dir"]],
-                            [["recordings", "codec"], ["recogniser"], ["texts", "takes"]])
+                            [["recordings", "codec"], ["recogniser"], ["texts", "takes"]]
+                            ).check_when_read("checkpoint")
             with gr.Column(elem_classes=["live"]):
                 create_job_panel(page, "listen", ["evaluate"], name="evaluate")
 

@@ -89,6 +89,7 @@ def create_training_tab(page: Page) -> None:
                 form.row("grad_checkpointing")
             pick, told = create_resume_section(page, form)
             form.command_and_start("training.start")
+            form.check_when_read("base_checkpoint")
             connect_resume(page, form, pick, told)
             create_settings_file(page, form)
             page.prose("training.tips", elem_classes=["tips"])
