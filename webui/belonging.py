@@ -13,7 +13,7 @@ from pathlib import Path
 from tools._common import ToolError, sha256_of
 from tools.made_with import EMBEDDED, KEYS, OF_SOUND, MadeWith, differences, of_config, of_manifest
 from tools.run_files import LATEST, all_checkpoints, lock_holder, split_language
-from webui.commands import Form, Problem, lines_of, typed
+from webui.command_lines import Form, Problem, lines_of, typed
 from webui.readers import CheckpointTable
 from webui.workspace import ROOT, Workspace
 

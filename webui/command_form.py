@@ -11,10 +11,10 @@ import gradio as gr
 
 from webui import pipeline
 from webui.belonging import belonging_problems, checkpoint_record
-from webui.commands import PROGRAMS, Field, Form, Problem, command_for, output_of, preview, problems, typed
+from webui.command_lines import PROGRAMS, Field, Form, Problem, command_for, output_of, preview, problems, typed
+from webui.job_panel import newest
 from webui.jobs import Job, start_job
-from webui.page import QUIET, Page, refusal
-from webui.panels import newest
+from webui.page_base import QUIET, Page, refusal
 from webui.texts import TEXTS, say
 from webui.workspace import Refused
 
@@ -211,3 +211,18 @@ class FormSection:
             notice = refusal(refused, language)
         form = {**form, **new}
         return [draft and form, *self.shown_as(language, form, new), notice]
+
+
+def create_form(page: Page, kind: str, tab: str, rows: Sequence[Sequence[str]], more: Sequence[Sequence[str]] = (),
+                start: str = "start") -> FormSection:
+    """A program's form: rows of fields, the rarer ones behind "More settings", the command and Start."""
+    form = FormSection(page, kind, tab)
+    with gr.Group():
+        for names in rows:
+            form.row(*names)
+    if more:
+        with page.accordion("more_settings"), gr.Group():
+            for names in more:
+                form.row(*names)
+    form.command_and_start(start)
+    return form
