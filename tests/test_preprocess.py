@@ -25,7 +25,7 @@ import yaml
 from conftest import ROOT, TOKENIZER, read_jsonl, trainer
 from test_signals import children_of, is_alive, needs_proc
 
-from tools import _features, build_pairs, preprocess, speech_codec, train_tokenizer
+from tools import build_pairs, features, preprocess, speech_codec, train_tokenizer
 from tools._common import ToolError, sha256_of
 from tools.amharic_text import TEXT_RULES, letters_of
 from tools.made_with import of_manifest
@@ -439,13 +439,13 @@ def test_rows_in_any_order_read_each_chunk_once(tmp_path: Path, monkeypatch: pyt
     random.Random(3).shuffle(rows)
     write_rows(folder, rows)
     read: list[str] = []
-    load_chunk = _features.FeatureCache.load_chunk
+    load_chunk = features.FeatureCache.load_chunk
 
-    def counting(cache: _features.FeatureCache, path: Path) -> dict[str, list[np.ndarray]]:
+    def counting(cache: features.FeatureCache, path: Path) -> dict[str, list[np.ndarray]]:
         read.append(path.name)
         return load_chunk(cache, path)
 
-    monkeypatch.setattr(_features.FeatureCache, "load_chunk", counting)
+    monkeypatch.setattr(features.FeatureCache, "load_chunk", counting)
     assert "to compute" not in run(folder, output, "--prompts-per-speaker", 0)
     assert sorted(read) == sorted(path.name for path in output.glob("chunks/*.npz")) and len(read) > 8
     run(folder, tmp_path / "fresh", "--prompts-per-speaker", 0)

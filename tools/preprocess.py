@@ -68,7 +68,8 @@ from tools._common import (
     write_text,
     writing_to,
 )
-from tools._features import (
+from tools.amharic_text import TEXT_RULES, letters_of, normalise
+from tools.features import (
     FORMAT,
     Clip,
     FeatureCache,
@@ -78,7 +79,6 @@ from tools._features import (
     find_clip,
     load_features,
 )
-from tools.amharic_text import TEXT_RULES, letters_of, normalise
 from tools.made_with import INDEXTTS2_CODES, record
 from tools.recordings import is_sound_name, read_recordings, why_left_out
 from tools.sound_files import Unusable
