@@ -80,12 +80,12 @@ def training_problems(form: Form, workspace: Workspace, table: CheckpointTable) 
 
 
 def base_problem(data_name: str, data: MadeWith, name: str, record: MadeWith | None) -> Problem | None:
-    """The tokenizer may be another one: the trainer carries its pieces over."""
+    """None for one that is not read yet. One of which nothing is known must not be spoiled by this data."""
     if record is None:
         return None
     if data.get("features") == EMBEDDED and "codec_sha256" not in record:
         return "weights_unknown", {"path": name, "data": data_name}
-    return problem_of(data_name, data, name, record, OF_SOUND)
+    return problem_of(data_name, data, name, record)
 
 
 def voice_problems(kind: str, form: Form, workspace: Workspace, table: CheckpointTable) -> dict[str, Problem]:
