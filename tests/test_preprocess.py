@@ -700,6 +700,18 @@ def test_what_is_no_sound_or_practically_silent_is_skipped(tmp_path: Path):
     assert np.mean(np.equal(found["whisper"]["codes"], found["loud"]["codes"])) > 0.8
 
 
+@pytest.mark.parametrize(("name", "subtype"), [("wav", "GSM610"), ("au", "G723_24"), ("wav", "NMS_ADPCM_16")])
+def test_a_telephone_recording_is_one_like_any_other(name: str, subtype: str, tmp_path: Path):
+    folder = tmp_path / "in"
+    rows = make_recordings(folder, 6)
+    soundfile.write(folder / f"call.{name}", tone(9, 9.0, 8000), 8000, subtype=subtype)
+    rows.append({"id": "call", "speaker": "s0", "text": sentence(99), "audio": f"call.{name}"})
+    write_rows(folder, rows)
+    run(folder, tmp_path / "data")
+    row = resolved(tmp_path / "data")["call"]
+    assert 8.9 < row["duration"] < 9.1 and len(row["codes"]) == row["code_len"] > 190
+
+
 def test_features_that_are_not_finite_are_never_kept(clips: Path, tmp_path: Path):
     codec = SpeechCodec.load(CODEC)
     codec.window_deviation.zero_()
