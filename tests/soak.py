@@ -65,7 +65,7 @@ from conftest import (
 )
 
 VAL_INTERVAL = 4
-ORPHANS_LEAVE = 30.0  # seconds in which the data workers of a killed trainer must be gone
+ORPHANS_LEAVE = 30.0  # seconds in which all that a killed trainer started must be gone
 PATIENCE = 300.0  # seconds without the awaited line, or until the end of a process that was told to stop
 STRIKES_PER_LIFE = 11
 RETRIES = 5  # of an aim that was missed
@@ -303,7 +303,7 @@ class Life:
         self.pace = Pace()
         self.strikes: list[Strike] = []
         self.processes = 0
-        self.sessions: set[int] = set()  # of all trainers; their data workers are members
+        self.sessions: set[int] = set()  # of all trainers; whatever they start is a member
         self.safe_step = self.reached_step = 0  # saved for sure, and trained, by all processes so far
 
     def live(self, count: int) -> list[Strike]:
@@ -433,7 +433,7 @@ class Life:
             raise Fault(f"differs from the uninterrupted run: {'; '.join(wrong)}: {self.settings} {self.folder}")
 
     def expect_no_orphans(self) -> None:
-        """Raises: Fault when data workers outlive their trainers; they are ended then."""
+        """Raises: Fault when a process outlives its trainer; it is ended then."""
         deadline = time.monotonic() + ORPHANS_LEAVE
         while (orphans := members(self.sessions)) and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -441,7 +441,7 @@ class Life:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         if orphans:
-            raise Fault(f"{len(orphans)} data workers outlived their trainer by {ORPHANS_LEAVE:.0f} s: {self.settings} "
+            raise Fault(f"{len(orphans)} processes outlived their trainer by {ORPHANS_LEAVE:.0f} s: {self.settings} "
                         f"{self.folder}")
 
     def differing(self, name: str) -> list[str]:

@@ -93,6 +93,52 @@ S1   starts that were stopped before their first save, within one second, do not
      test_regressions.py::test_three_starts_in_one_second_that_leave_no_checkpoint_keep_all_their_logs
 S2   data workers that outlive their trainer: there are none, threads read
      test_signals.py::test_reading_threads_leave_no_process_and_the_same_bits_whatever_their_number
+
+Public reports whose symptom showed on this project when it was tried:
+
+R1   a /dev/shm that is too small (pytorch#5040, PaddleSpeech#790): threads read, nothing lives there
+     test_signals.py::test_reading_threads_leave_no_process_and_the_same_bits_whatever_their_number
+R2   SIGTERM while data is awaited (pytorch#26072, pocket-tts#277)
+     test_signals.py::test_a_disk_that_hangs_while_data_is_awaited_blocks_neither_the_stop_nor_the_save
+     test_disks.py::test_a_disk_that_hangs_blocks_neither_the_stop_nor_the_save
+R3   a directory that cannot be synced (borg#1287, WSL#2557)
+     test_disks.py::test_a_directory_that_cannot_be_synced_is_one_warning_and_the_save_counts
+R4   a disk without locks (SModels#37, cargo#3666)
+     test_disks.py::test_a_disk_without_locks_is_one_warning
+R5   a disk without mappings (numpy#9894)
+     test_disks.py::test_a_disk_without_mappings_is_read_otherwise
+     test_disks.py::test_checkpoints_are_read_from_a_disk_without_mappings
+R6   a first validation that is not a number (Lightning#2636)
+     test_validation.py::test_a_validation_of_nan_is_never_the_best_and_is_beaten_by_the_next
+R7   one bad row takes its neighbours with it, and nobody says so (TTS#390, deepspeech.pytorch#485)
+     test_numbers.py::test_a_row_whose_loss_is_not_finite_is_named_then_left_out_and_stays_so
+R8   an fp16 scale that sinks for ever (fairseq#2488, insightface#2277)
+     test_numbers.py::test_an_fp16_scale_that_only_sinks_ends_in_an_error
+R9   validation reads the head of the first manifest (Megatron-LM#29, Megatron-Bridge#618)
+     test_validation.py::test_a_capped_validation_takes_rows_of_every_manifest_and_says_how_many
+R10  unlike validations compared after a resume (transformers#24839, llm.c#710)
+     test_validation.py::test_a_best_of_other_loss_weights_is_measured_again_or_dropped
+     test_validation.py::test_a_best_of_other_validation_data_is_measured_again_or_dropped
+R11  --max-steps beyond the epochs (adaptor#15, DiffSinger#214)
+     test_schedule_and_small_runs.py::test_the_schedule_ends_at_the_smaller_of_max_steps_and_the_last_epochs_end
+R12  another codec on resume, or two mixed (RVC#535, GPT-SoVITS#2197)
+     test_validation.py::test_another_codec_on_resume_is_refused
+     test_validation.py::test_training_and_validation_data_of_two_codecs_are_refused
+R13  names of wrapped models (DeepLearningExamples#291, F5-TTS#459)
+     test_numbers.py::test_names_of_wrapped_models_are_understood
+R14  the best chosen on the demo's voice (StyleTTS2FineTune#15)
+     test_validation.py::test_the_demos_voice_never_judges_somebody_elses
+R15  SLURM's SIGUSR1 (Lightning#1455, submitit#1615)
+     test_signals.py::test_a_signal_saves_the_last_complete_step_and_sets_the_exit_status
+     test_scripts.py::test_slurms_warning_to_torchrun_reaches_its_processes_which_save_and_leave
+R16  a short run without one [Train] line (F5-TTS#83, piper#664)
+     test_schedule_and_small_runs.py::test_every_run_prints_ten_train_lines_unless_log_interval_is_typed
+R17  out of memory in validation
+     test_validation.py::test_a_validation_that_runs_out_of_memory_splits_its_batches
+R18  a missing shard
+     test_disks.py::test_a_missing_shard_is_one_error_before_the_first_step
+R24  another codec's codes under released weights (index-tts#22, #687)
+     test_validation.py::test_a_base_checkpoint_made_for_another_codec_is_refused
 """
 
 from __future__ import annotations

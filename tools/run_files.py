@@ -77,8 +77,12 @@ def resume_choice(output_dir: Path, entries: list[dict[str, Any]]) -> Path | Non
         step = by_path[path]["step"] if path in by_path else None
         return math.inf if step is None else step
 
-    order = resume_order(output_dir, step_inside)
-    return next((path for path in order if path in by_path and by_path[path]["verified"]), None)
+    def can_be_taken(path: Path) -> bool:
+        """Whole, and not renamed: a name that promises a later step than is inside would win for ever."""
+        entry = by_path.get(path, {"verified": False})
+        return entry["verified"] and checkpoint_step(path.name) in (None, entry["step"])
+
+    return next(filter(can_be_taken, resume_order(output_dir, step_inside)), None)
 
 
 def newest_first(entry: dict[str, Any]) -> tuple[float, bool]:

@@ -232,7 +232,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "training.grad_accumulation.placeholder": ("to 32 samples a step", "በአንድ እርምጃ እስከ 32 ናሙና"),
     "training.epochs": ("Epochs", "ዙሮች (epochs)"),
     "training.epochs.placeholder": same("10"),
-    "training.num_workers": ("Data Workers", "የውሂብ ጫኝ ሂደቶች"),
+    "training.num_workers": ("Reading Threads", "የውሂብ አንባቢ ክሮች"),
     "training.num_workers.placeholder": ("by the hardware", "በማሽኑ አቅም"),
     "training.amp": ("Mixed Precision (AMP)", "የተቀላቀለ ትክክለኛነት (AMP)"),
     "training.config": ("Model configuration", "የሞዴል ውቅር"),
