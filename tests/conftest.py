@@ -133,7 +133,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 def resumable_state(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """Digests of everything a run's future depends on; equal digests mean equal bits."""
     keys = ("model", "optimizer", "scheduler", "scaler", "epoch", "step", "sample_in_epoch", "best", "last_val",
-            "nonfinite", "tokens_seen", "nonfinite_rows", "suspect_rows", "left_out")
+            "nonfinite", "tokens_seen", "nonfinite_rows", "suspect_rows", "left_out",
+            "skips_told")
     return {key: trainer.digest_tree(checkpoint[key]) for key in keys if key in checkpoint}
 
 

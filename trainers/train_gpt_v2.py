@@ -1407,15 +1407,6 @@ def record_exit(path: Path, reason: str, status: int, process: Process) -> None:
         partial.write_text(json.dumps({"reason": reason, "status": status, "step": step}) + "\n")
 
 
-def explain(error: BaseException, output_dir: Path) -> str:
-    """What a user can do about an error of the machine; "" for any other one."""
-    if isinstance(error, OSError) and error.errno in FULL_DISK:
-        return f"--output-dir {output_dir}: {error.strerror}. Free some disk space and start again"
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-        return f"not enough memory ({first_line(error)}). Close other programs, or use a smaller --batch-size"
-    return ""
-
-
 @contextlib.contextmanager
 def exit_recorded(output_dir: Path, process: Process) -> Iterator[None]:
     """OUTPUT_DIR/last_exit.json: how this process ended; its absence means that it was killed.
@@ -1443,9 +1434,15 @@ def exit_recorded(output_dir: Path, process: Process) -> Iterator[None]:
             raise Stopped(process.stop.signum) from error
         if is_lost_contact(error) and rank > 0:
             raise SaidByRank0 from error
-        explained = (f"another process of this run is gone ({first_line(error)}). The same command with --resume auto "
-                     "goes on from the newest checkpoint") if is_lost_contact(error) else explain(error, output_dir)
-        record_exit(path, "user_error" if explained and not is_lost_contact(error) else "crash", 1, process)
+        reason, explained = "user_error", ""
+        if is_lost_contact(error):
+            reason, explained = "crash", (f"another process of this run is gone ({first_line(error)}). The same "
+                                          "command with --resume auto goes on from the newest checkpoint")
+        elif isinstance(error, OSError) and error.errno in FULL_DISK:
+            explained = f"--output-dir {output_dir}: {error.strerror}. Free some disk space and start again"
+        elif isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            explained = f"not enough memory ({first_line(error)}). Close other programs, or lower --batch-size"
+        record_exit(path, reason if explained else "crash", 1, process)
         if explained:
             raise UserError(explained) from error
         raise
@@ -1465,10 +1462,8 @@ class MetricsLog:
 
     def __init__(self, directory: Path, first_step: int):
         directory.mkdir(parents=True, exist_ok=True)
-        self.directory = directory
-        self.file = (directory / "metrics.jsonl").open("ab", buffering=0)
-        self.unwritten = b""
-        self.lock = threading.Lock()  # a checkpoint's writer flushes while training writes
+        self.directory, self.file = directory, (directory / "metrics.jsonl").open("ab", buffering=0)
+        self.unwritten, self.lock = b"", threading.Lock()  # a checkpoint's writer flushes while training writes
         self.tensorboard: Any = None
         self.open_tensorboard(first_step)
 
@@ -1504,8 +1499,7 @@ class MetricsLog:
         """Everything so far is on the disk when this returns. Raises: OSError."""
         self.write_lines()
         flush_to_disk(self.directory / "metrics.jsonl")
-        tensorboard = self.tensorboard
-        if tensorboard is not None:
+        if (tensorboard := self.tensorboard) is not None:
             tensorboard.flush()
 
     def close(self) -> None:
@@ -1579,6 +1573,7 @@ class TrainState:
     nonfinite_rows: list[int] = field(default_factory=list)  # whose loss was not finite since the last [Train] line
     suspect_rows: list[int] = field(default_factory=list)  # whose loss was so once before that
     left_out: list[int] = field(default_factory=list)  # whose loss was so again
+    skips_told: int = 0  # skipped updates that a [Train] line was followed by
 
 
 @dataclass
@@ -1628,7 +1623,6 @@ class Run:
     nonfinite: Tensor = field(default_factory=lambda: torch.zeros(3))
     nonfinite_flags: list[tuple[list[int], Tensor]] = field(default_factory=list)  # (rows, [B] bool) since it was read
     skips_known: int = 0  # of nonfinite[0], when the flags were last read
-    skips_told: int = 0
     writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint writer"))
     saving: PendingSave | None = None  # at most one in flight
     saved_step: int = 0
@@ -2289,7 +2283,7 @@ MAX_NONFINITE_STREAK = 10
 LOWEST_FP16_SCALE = 1e-4
 # Fields of TrainState that stand in a checkpoint under their own names.
 SAVED_STATE = ("recent_checkpoints", "rotated_out", "best", "last_val", "run_dir", "base_vocab", "first_batch_size",
-               "tokens_seen", "nonfinite_rows", "suspect_rows", "left_out")
+               "tokens_seen", "nonfinite_rows", "suspect_rows", "left_out", "skips_told")
 
 
 def collect_nonfinite_rows(run: Run) -> None:
@@ -2716,7 +2710,8 @@ def restore(run: Run, point: ResumePoint) -> None:
         state.nonfinite_rows, state.suspect_rows, state.left_out = [], [], []
     run.train_data.bad_rows.update({row: NOT_FINITE_TWICE for row in state.left_out})
     run.nonfinite = checkpoint["nonfinite"].clone().to(run.precision.device)
-    run.skips_known = run.skips_told = int(run.nonfinite[0].item())
+    run.skips_known = int(run.nonfinite[0].item())
+    state.skips_told = checkpoint.get("skips_told", run.skips_known)
     restore_schedule(run, checkpoint)
     say("[Info] Restoring gradient scaler state...")
     if run.scaler.is_enabled() and checkpoint.get("scaler"):
@@ -2836,18 +2831,6 @@ def find_model_yaml(config: TrainConfig, checkpoint: Mapping[str, Any] | None) -
     raise UserError(f"no model config: neither {beside} nor checkpoints/config.yaml exists. Pass --config")
 
 
-def default_val_manifest(train_manifests: Sequence[str]) -> str:
-    """val_pairs.jsonl beside the first training manifest: nobody's run is judged on the demo's voice unasked.
-
-    Raises: UserError when there is none.
-    """
-    beside = Path(split_language(train_manifests[0])[0]).with_name("val_pairs.jsonl")
-    if not beside.is_file():
-        raise UserError(f"no validation data: {beside} does not exist. Pass --val-manifest (tools.preprocess holds "
-                        "sentences back for it)")
-    return str(beside)
-
-
 def resolve_config(typed: Mapping[str, Any], checkpoint: Mapping[str, Any] | None, device: torch.device, world: World
                    ) -> tuple[TrainConfig, int]:
     """Typed settings first, then the checkpoint's, then the defaults and what the hardware suggests.
@@ -2874,7 +2857,12 @@ def resolve_config(typed: Mapping[str, Any], checkpoint: Mapping[str, Any] | Non
         world.size)
     if not (config.eval_only and "val_manifest" in typed):
         config.train_manifest = config.train_manifest or ["processed_data/train_pairs.jsonl"]
-        config.val_manifest = config.val_manifest or [default_val_manifest(config.train_manifest)]
+        # Nobody's run is judged on the demo's voice unasked.
+        beside = Path(split_language(config.train_manifest[0])[0]).with_name("val_pairs.jsonl")
+        config.val_manifest = config.val_manifest or [str(beside)]
+        if config.val_manifest == [str(beside)] and not beside.is_file() and "val_manifest" not in asked:
+            raise UserError(f"no validation data: {beside} does not exist. Pass --val-manifest (tools.preprocess holds "
+                            "sentences back for it)")
     config.tokenizer = config.tokenizer or "tokenizers/amharic_extended_bpe.model"
     found_yaml = find_model_yaml(config, checkpoint)
     config.config = str(found_yaml) if found_yaml else ""
@@ -2901,18 +2889,6 @@ def say_changes(config: TrainConfig, checkpoint: Mapping[str, Any], device: torc
         old = checkpoint["environment"].get(name, 1)  # format 1 had no number of its arithmetic
         if old != new:
             say(f"[Warn] {name}: {old} -> {new}. Continuing bit for bit is promised only for the same one")
-
-
-def read_data(config: TrainConfig, model_config: ModelConfig, process: Process
-              ) -> tuple[ManifestDataset, ManifestDataset]:
-    """Training and validation data; --eval-only needs no training data. Raises: UserError, Stopped."""
-    val_data = process.in_thread(lambda: ManifestDataset(config.val_manifest, model_config))
-    train_data = val_data if config.eval_only else process.in_thread(
-        lambda: ManifestDataset(config.train_manifest, model_config))
-    for data in (val_data,) if config.eval_only else (train_data, val_data):
-        for manifest in data.manifests:
-            process.say(f"[Info] {manifest['path']}: {manifest['rows']} rows")
-    return train_data, val_data
 
 
 # Endings and beginnings that wrappers of a model leave in the names of its tensors.
@@ -3011,19 +2987,6 @@ def check_unrecorded(path: str, rate: float | None, data: ManifestDataset, model
                         "have padding in them. Preprocess with the features of these weights")
 
 
-def build_model(config: TrainConfig, model_config: ModelConfig, train_data: ManifestDataset,
-                base: Mapping[str, Tensor] | None, fresh: bool) -> tuple[UnifiedVoiceGPT, dict[str, Tensor], int]:
-    """The model on the CPU, tensors carried along, and the base's vocabulary; from a checkpoint they come later."""
-    model = UnifiedVoiceGPT(model_config, config.dropout, config.grad_checkpointing)
-    if not fresh:
-        return model, {}, 0
-    ratio = sum(row.code_len for row in train_data.rows) / sum(row.text_len for row in train_data.rows)
-    init_fresh_weights(model, config.seed, 1.0 if config.eval_only else ratio)
-    if base is None:
-        return model, {}, 0
-    return model, *load_base_checkpoint(model, base, Path(config.base_checkpoint))
-
-
 def prepare(typed: Mapping[str, Any], point: ResumePoint | None, output_dir: Path, process: Process) -> Run:
     """Settings, data and model of a run; a checkpoint is applied. Raises: UserError, Stopped."""
     checkpoint, say, device = point.checkpoint if point else None, process.say, setup_device()
@@ -3035,15 +2998,24 @@ def prepare(typed: Mapping[str, Any], point: ResumePoint | None, output_dir: Pat
     section = read_yaml(Path(config.config)).get("gpt") if config.config else (checkpoint or {}).get("model_config")
     source = f"--config {config.config}" if config.config else "the checkpoint's config"
     model_config = model_config_from(section, source, tokenizer["size"])
-    train_data, val_data = read_data(config, model_config, process)
-    base: dict[str, Tensor] | None = None
-    content: Mapping[str, Any] = {}
+    val_data = process.in_thread(lambda: ManifestDataset(config.val_manifest, model_config))
+    train_data = val_data if config.eval_only else process.in_thread(
+        lambda: ManifestDataset(config.train_manifest, model_config))
+    datasets = [val_data] if config.eval_only else [train_data, val_data]
+    for manifest in (manifest for data in datasets for manifest in data.manifests):
+        say(f"[Info] {manifest['path']}: {manifest['rows']} rows")
+    base, content, base_vocab = None, None, 0
+    carried: dict[str, Tensor] = {}
     if checkpoint is None and config.base_checkpoint:
         base, content = read_base_checkpoint(Path(config.base_checkpoint))
-    made_with = belongs_together(config, model_config, tokenizer,
-                                 [val_data] if config.eval_only else [train_data, val_data],
-                                 content if base is not None else None, say if point is None else lambda line: None)
-    model, carried, base_vocab = build_model(config, model_config, train_data, base, fresh=checkpoint is None)
+    made_with = belongs_together(config, model_config, tokenizer, datasets, content,
+                                 say if point is None else lambda line: None)
+    model = UnifiedVoiceGPT(model_config, config.dropout, config.grad_checkpointing)
+    if checkpoint is None:
+        ratio = sum(row.code_len for row in train_data.rows) / sum(row.text_len for row in train_data.rows)
+        init_fresh_weights(model, config.seed, ratio)
+    if base is not None:
+        carried, base_vocab = load_base_checkpoint(model, base, Path(config.base_checkpoint))
     if config.freeze_base_vocab and not base_vocab and not (checkpoint or {}).get("base_vocab"):
         raise UserError("--freeze-base-vocab goes with --base-checkpoint: that file's tokens stay frozen")
     precision = choose_precision(config.amp, device)
@@ -3138,7 +3110,7 @@ def leave_out_nonfinite_rows(run: Run) -> None:
     """Tells updates that were skipped since the last [Train] line, and by which rows. A row whose loss is not finite
     for the second time is left out from here on, on every rank. Raises: UserError for too many."""
     state, say, rows = run.state, run.process.say, run.train_data.rows
-    skipped, run.skips_told = run.skips_known - run.skips_told, run.skips_known
+    skipped, state.skips_told = run.skips_known - state.skips_told, run.skips_known
     if not skipped:
         return
     found, state.nonfinite_rows = Counter(state.nonfinite_rows), []
@@ -3302,18 +3274,13 @@ def run_evaluation(typed: Mapping[str, Any], output_dir: Path, process: Process)
     process.say(f"[Info] Losses of every row: {path}")
 
 
-def raise_open_file_limit() -> None:
-    """Every shard stays open: as many files as this process may ask for."""
-    with contextlib.suppress(ValueError, OSError):
-        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
 def main(argv: Sequence[str] | None = None, on_event: Callable[..., None] = no_event) -> int:
     """Returns the exit status: 0, 1 for a mistake that was explained, 128 + signal number when stopped."""
     stop = StopSignal()
     stop.install()
-    raise_open_file_limit()
+    with contextlib.suppress(ValueError, OSError):  # every shard stays open: as many files as may be asked for
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     sys.stdout, sys.stderr = sys.stdout or open(os.devnull, "w"), sys.stderr or open(os.devnull, "w")  # closed: >&-
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
