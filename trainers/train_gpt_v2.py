@@ -563,6 +563,7 @@ def init_fresh_weights(model: UnifiedVoiceGPT, seed: int, codes_per_text_token: 
 # 3. Data
 
 KINDS = ("text_ids", "codes", "condition", "emo_vec")
+NOT_FINITE_TWICE = "its loss was not finite twice"
 CHECKED_ROWS = 1000  # rows with files of their own that are read before training starts
 # What codes, conditions and text ids were made with; recorded beside manifests, in checkpoints and in exports.
 MADE_WITH = {"features": "features", "codec_sha256": "codec", "num_codes": "number of codes",
@@ -925,9 +926,11 @@ class ManifestDataset:
         if len(self.bad_rows) > MAX_BAD_FRACTION * len(self):
             first = list(self.bad_rows.items())[:5]
             shown = "\n".join(f"  {self.place(self.rows[i])}: {reason} ({self.rows[i].id})" for i, reason in first)
-            raise UserError(f"{len(self.bad_rows)} of {len(self)} rows have missing or damaged feature files, more "
-                            f"than {MAX_BAD_FRACTION:.0%}. Preprocess them again or drop the rows. The first:\n{shown}")
-        return [f"{self.place(self.rows[i])}: skipped, feature file {reason}" for i, reason in new.items()]
+            raise UserError(f"{len(self.bad_rows)} of {len(self)} rows have missing or damaged feature files, or a "
+                            f"loss that is not finite: more than {MAX_BAD_FRACTION:.0%}. Preprocess them again or drop "
+                            f"the rows. The first:\n{shown}")
+        kinds = {i: "" if reason == NOT_FINITE_TWICE else "feature file " for i, reason in new.items()}
+        return [f"{self.place(self.rows[i])}: skipped, {kinds[i]}{reason}" for i, reason in new.items()]
 
 
 def near_equal_groups(lengths: Sequence[int], ratio: float = 1.25) -> list[list[int]]:
@@ -2473,8 +2476,6 @@ def say_validation(process: Process, position: Position, values: Mapping[str, fl
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 10. Resuming
-
-NOT_FINITE_TWICE = "left out: its loss was not finite twice"
 
 
 @dataclass
