@@ -147,6 +147,8 @@ def test_a_frozen_vocabulary_stays_and_the_rest_trains(base, tmp_path):
     for name in ("text_embedding.weight", "text_head.weight"):
         assert torch.equal(frozen[name][:-1], base[name][:-1]) and not torch.equal(free[name][:-1], base[name][:-1])
     assert not torch.equal(frozen["mel_head.weight"], base["mel_head.weight"])
+    norms = [lines_of(tmp_path / name)[0]["grad_norm"] for name in ("frozen", "free")]
+    assert norms[0] < norms[1]  # what is frozen takes no part in clipping
 
 
 def test_changed_data_are_accepted_only_when_that_is_typed(data, tmp_path):
@@ -231,6 +233,11 @@ def test_resume_goes_on_from_what_was_typed(tmp_path):
     assert "Step: 6" in runs(train_in_process("--output-dir", out, "--resume", "auto", "--max-steps", 7))
     output = runs(train_in_process("--resume", tmp_path / "copy" / "model_step4.pth", "--max-steps", 5))
     assert "Step: 4" in output and step_of(tmp_path / "copy") == 5
+    for name in ("latest.pth", "model_step7.pth", "model_step6.pth"):
+        (out / name).unlink()
+    assert "Step: 4" in runs(train_in_process("--output-dir", out, "--resume", "auto", "--max-steps", 5))
+    for folder in (out, tmp_path / "copy"):
+        assert [line["step"] for line in lines_of(folder)] == [1, 2, 3, 4, 5]  # none twice
 
 
 # ---------------------------------------------------------------------------------------------------------------------
