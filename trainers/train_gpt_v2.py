@@ -1241,7 +1241,7 @@ class Process:
     console: Console
     world: World = World()
     event: Callable[..., None] = no_event
-    run: Run | None = None  # once it is prepared
+    run: Any = None  # the Run, once it is prepared
 
     def say(self, line: str) -> None:
         self.console.say(line)
@@ -1841,6 +1841,17 @@ class StepStats:
     save_due: bool  # --save-minutes, by rank 0's clock
 
 
+def make_reader(run: Run, data: ManifestDataset) -> Callable[[list[int]], PackedBatch]:
+    """What a reading thread does: data set rows to a batch that can be copied to the device meanwhile."""
+    pinned = run.precision.device.type == "cuda"
+
+    def read(rows: list[int]) -> PackedBatch:
+        batch = collate_packed([data[row] for row in rows], data.model)
+        return batch.map_tensors(Tensor.pin_memory) if pinned else batch
+
+    return read
+
+
 def share_bad_rows(run: Run, data: ManifestDataset) -> None:
     """Tells every rank the bad rows that any of them met, so that all count alike. Raises: UserError."""
     found, data.unreported = data.unreported, {}
@@ -1952,6 +1963,40 @@ def train_step(run: Run, futures: Sequence[Future[PackedBatch]]) -> StepStats:
                      float(flops), bool(saves))
 
 
+def split_after_out_of_memory(run: Run) -> None:
+    """Halves the micro-batch, keeps the global batch. Raises: UserError when it is one sample already."""
+    config = run.config
+    if run.process.world.size > 1:
+        raise UserError(f"out of GPU memory on rank {run.process.world.rank}. Start again with a smaller --batch-size "
+                        "and --resume auto: the global batch stays")
+    if config.batch_size == 1:
+        raise UserError(ONE_SAMPLE_TOO_LARGE)
+    batch_size, grad_accumulation = split_global_batch(config.global_batch, config.batch_size // 2)
+    run.process.say(f"[Warn] Out of GPU memory: micro-batches of {batch_size} x {grad_accumulation} from now on, the "
+                    f"same global batch of {config.global_batch}")
+    run.config = dataclasses.replace(config, batch_size=batch_size, grad_accumulation=grad_accumulation)
+    run.restart_reading()
+    run.optimizer.zero_grad(set_to_none=True)
+    if run.precision.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def wrap_for_ranks(run: Run) -> None:
+    """Wraps the model for several processes, which then start from rank 0's weights.
+
+    Two backward passes of weight 0 settle in which buckets gradients are exchanged. It would change after the first
+    step otherwise, and a resumed run would add up in another order than the one without a stop.
+    """
+    world, device = run.process.world, run.precision.device
+    if world.size == 1:
+        return
+    run.ddp = DistributedDataParallel(run.model, device_ids=[world.local_rank] if device.type == "cuda" else None)
+    run.model.train()
+    for _ in range(2):
+        backward(run, idle_batch(run.model.config).to(device), 1, 1, is_last=True, weight=0.0)
+        run.optimizer.zero_grad(set_to_none=True)
+
+
 def evaluate_batch(run: Run, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor] | None:
     """token_losses without dropout and gradients; None where the GPU's memory does not suffice."""
     try:
@@ -1979,6 +2024,33 @@ def validation_rows(run: Run) -> np.ndarray:
     config = run.config
     return evenly_spread(len(run.val_data), config.max_val_batches * (config.val_batch_size
                                                                       or run.state.first_batch_size))
+
+
+def add_losses(sums: Tensor, data: ManifestDataset, batch: PackedBatch, text: Tensor, mel: Tensor, right: Tensor
+               ) -> None:
+    """Adds to sums [1 + manifests, 5]: text losses, mel losses, likeliest codes, text tokens, codes."""
+    counts = torch.tensor([len(text), len(mel)], device=sums.device)
+    sums[0] += torch.cat([torch.stack([text.double().sum(), mel.double().sum(), right.double().sum()]), counts])
+    if len(sums) == 2:
+        sums[1] = sums[0]
+        return
+    manifests = [data.rows[row].manifest for row in batch.rows]
+    of_text, of_mel = (torch.from_numpy(np.repeat(manifests, counts)).to(sums.device)
+                       for counts in (batch.text_counts, batch.mel_counts))
+    for manifest in set(manifests):
+        its_text, its_mel = (of_text == manifest).double(), (of_mel == manifest).double()
+        sums[1 + manifest] += torch.stack([(text * its_text).sum(), (mel * its_mel).sum(), (right * its_mel).sum(),
+                                           its_text.sum(), its_mel.sum()])
+
+
+def eval_records(data: ManifestDataset, batch: PackedBatch, text: Tensor, mel: Tensor) -> Iterator[dict[str, Any]]:
+    """The rows of eval.jsonl for one batch."""
+    parts = zip(batch.rows, text.split(batch.text_counts), mel.split(batch.mel_counts), strict=True)
+    for row, text_part, mel_part in parts:
+        text_losses, mel_losses = text_part.tolist(), mel_part.tolist()
+        yield {"id": data.rows[row].id, "text_loss": sum(text_losses) / len(text_losses),
+               "mel_loss": sum(mel_losses) / len(mel_losses), "text_tokens": len(text_losses),
+               "mel_tokens": len(mel_losses), "text_token_losses": text_losses, "mel_token_losses": mel_losses}
 
 
 def evaluate(run: Run, on_row: Callable[[dict[str, Any]], None] | None = None) -> list[dict[str, float]]:
@@ -2012,78 +2084,6 @@ def evaluate(run: Run, on_row: Callable[[dict[str, Any]], None] | None = None) -
     return [{"text_loss": text_sum / max(1, text_count), "mel_loss": mel_sum / max(1, mel_count),
              "mel_top1": right_sum / max(1, mel_count)}
             for text_sum, mel_sum, right_sum, text_count, mel_count in world.add_up(sums).tolist()]
-
-
-def add_losses(sums: Tensor, data: ManifestDataset, batch: PackedBatch, text: Tensor, mel: Tensor, right: Tensor
-               ) -> None:
-    """Adds to sums [1 + manifests, 5]: text losses, mel losses, likeliest codes, text tokens, codes."""
-    counts = torch.tensor([len(text), len(mel)], device=sums.device)
-    sums[0] += torch.cat([torch.stack([text.double().sum(), mel.double().sum(), right.double().sum()]), counts])
-    if len(sums) == 2:
-        sums[1] = sums[0]
-        return
-    manifests = [data.rows[row].manifest for row in batch.rows]
-    of_text, of_mel = (torch.from_numpy(np.repeat(manifests, counts)).to(sums.device)
-                       for counts in (batch.text_counts, batch.mel_counts))
-    for manifest in set(manifests):
-        its_text, its_mel = (of_text == manifest).double(), (of_mel == manifest).double()
-        sums[1 + manifest] += torch.stack([(text * its_text).sum(), (mel * its_mel).sum(), (right * its_mel).sum(),
-                                           its_text.sum(), its_mel.sum()])
-
-
-def eval_records(data: ManifestDataset, batch: PackedBatch, text: Tensor, mel: Tensor) -> Iterator[dict[str, Any]]:
-    """The rows of eval.jsonl for one batch."""
-    parts = zip(batch.rows, text.split(batch.text_counts), mel.split(batch.mel_counts), strict=True)
-    for row, text_part, mel_part in parts:
-        text_losses, mel_losses = text_part.tolist(), mel_part.tolist()
-        yield {"id": data.rows[row].id, "text_loss": sum(text_losses) / len(text_losses),
-               "mel_loss": sum(mel_losses) / len(mel_losses), "text_tokens": len(text_losses),
-               "mel_tokens": len(mel_losses), "text_token_losses": text_losses, "mel_token_losses": mel_losses}
-
-
-def make_reader(run: Run, data: ManifestDataset) -> Callable[[list[int]], PackedBatch]:
-    """What a reading thread does: data set rows to a batch that can be copied to the device meanwhile."""
-    pinned = run.precision.device.type == "cuda"
-
-    def read(rows: list[int]) -> PackedBatch:
-        batch = collate_packed([data[row] for row in rows], data.model)
-        return batch.map_tensors(Tensor.pin_memory) if pinned else batch
-
-    return read
-
-
-def split_after_out_of_memory(run: Run) -> None:
-    """Halves the micro-batch, keeps the global batch. Raises: UserError when it is one sample already."""
-    config = run.config
-    if run.process.world.size > 1:
-        raise UserError(f"out of GPU memory on rank {run.process.world.rank}. Start again with a smaller --batch-size "
-                        "and --resume auto: the global batch stays")
-    if config.batch_size == 1:
-        raise UserError(ONE_SAMPLE_TOO_LARGE)
-    batch_size, grad_accumulation = split_global_batch(config.global_batch, config.batch_size // 2)
-    run.process.say(f"[Warn] Out of GPU memory: micro-batches of {batch_size} x {grad_accumulation} from now on, the "
-                    f"same global batch of {config.global_batch}")
-    run.config = dataclasses.replace(config, batch_size=batch_size, grad_accumulation=grad_accumulation)
-    run.restart_reading()
-    run.optimizer.zero_grad(set_to_none=True)
-    if run.precision.device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def wrap_for_ranks(run: Run) -> None:
-    """Wraps the model for several processes, which then start from rank 0's weights.
-
-    Two backward passes of weight 0 settle in which buckets gradients are exchanged. It would change after the first
-    step otherwise, and a resumed run would add up in another order than the one without a stop.
-    """
-    world, device = run.process.world, run.precision.device
-    if world.size == 1:
-        return
-    run.ddp = DistributedDataParallel(run.model, device_ids=[world.local_rank] if device.type == "cuda" else None)
-    run.model.train()
-    for _ in range(2):
-        backward(run, idle_batch(run.model.config).to(device), 1, 1, is_last=True, weight=0.0)
-        run.optimizer.zero_grad(set_to_none=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2450,6 +2450,11 @@ def measured_on(run: Run) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
+def say_validation(process: Process, position: Position, values: Mapping[str, float]) -> None:
+    process.say(f"[Val] epoch={position.last_epoch} step={position.step} text_loss={values['text_loss']:.6f} "
+                f"mel_loss={values['mel_loss']:.6f} mel_top1={values['mel_top1']:.4f}")
+
+
 def validate(run: Run) -> dict[str, Any] | None:
     """Validates and logs. Returns TrainState.best if this is the best so far. Raises: Stopped."""
     position, config, say = run.state.position, run.config, run.process.say
@@ -2467,11 +2472,6 @@ def validate(run: Run) -> dict[str, Any] | None:
     if not is_better(loss, run.state.best):
         return None
     return {"step": position.step, "loss": loss, "measured_on": measured_on(run)}
-
-
-def say_validation(process: Process, position: Position, values: Mapping[str, float]) -> None:
-    process.say(f"[Val] epoch={position.last_epoch} step={position.step} text_loss={values['text_loss']:.6f} "
-                f"mel_loss={values['mel_loss']:.6f} mel_top1={values['mel_top1']:.4f}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2642,6 +2642,11 @@ def restore_model(run: Run, point: ResumePoint) -> None:
     run.state.position = point.position
 
 
+def global_batch_of(checkpoint: Mapping[str, Any]) -> int:
+    config = checkpoint["config"]
+    return config["batch_size"] * config["grad_accumulation"] * checkpoint["environment"]["world_size"]
+
+
 def restore_schedule(run: Run, checkpoint: Mapping[str, Any]) -> None:
     """Goes on with the saved schedule. It is recomputed only when a setting that it follows from, the global batch or
     the data changed; what that does to the learning rate is said."""
@@ -2659,11 +2664,6 @@ def restore_schedule(run: Run, checkpoint: Mapping[str, Any]) -> None:
         run.state.schedule, step = wanted, run.state.position.step
         if wanted != old:
             say(f"[Info] lr at step {step}: {get_lr(step, old):.6e} -> {get_lr(step, wanted):.6e}")
-
-
-def global_batch_of(checkpoint: Mapping[str, Any]) -> int:
-    config = checkpoint["config"]
-    return config["batch_size"] * config["grad_accumulation"] * checkpoint["environment"]["world_size"]
 
 
 def restore_best(run: Run, checkpoint: Mapping[str, Any]) -> None:
@@ -2947,6 +2947,19 @@ def load_base_checkpoint(model: UnifiedVoiceGPT, tensors: Mapping[str, Tensor], 
     return carried, len(tensors["text_embedding.weight"]) - 1
 
 
+def check_unrecorded(path: str, rate: float | None, data: ManifestDataset, model: ModelConfig, has_base: bool,
+                     say: Callable[[str], None]) -> None:
+    """A manifest beside which nothing is recorded: ranges and rates must be possible. Raises: UserError."""
+    say(f"[Warn] {path}: nothing beside it records what its codes, conditions and text ids were made with "
+        "(config.yaml, dataset:), so only ranges and rates are checked")
+    if data.codes_seen > 1000 and data.highest_code < model.code_count // 2:
+        raise UserError(f"{path}: the highest of {data.codes_seen} codes is {data.highest_code}, the model has "
+                        f"{model.code_count}: they are another codec's. Preprocess with the features of these weights")
+    if has_base and rate and model.code_count == 8192 and not 40 < rate < 60:
+        raise UserError(f"{path}: {rate:.1f} codes a second (median), IndexTTS2 has 50: they are another codec's, or "
+                        "have padding in them. Preprocess with the features of these weights")
+
+
 def belongs_together(config: TrainConfig, model_config: ModelConfig, tokenizer: Mapping[str, Any],
                      datasets: Sequence[ManifestDataset], base: Mapping[str, Any] | None, say: Callable[[str], None]
                      ) -> dict[str, Any]:
@@ -2973,19 +2986,6 @@ def belongs_together(config: TrainConfig, model_config: ModelConfig, tokenizer: 
         if not made_with:
             check_unrecorded(path, rate, data, model_config, base is not None, say)
     return known
-
-
-def check_unrecorded(path: str, rate: float | None, data: ManifestDataset, model: ModelConfig, has_base: bool,
-                     say: Callable[[str], None]) -> None:
-    """A manifest beside which nothing is recorded: ranges and rates must be possible. Raises: UserError."""
-    say(f"[Warn] {path}: nothing beside it records what its codes, conditions and text ids were made with "
-        "(config.yaml, dataset:), so only ranges and rates are checked")
-    if data.codes_seen > 1000 and data.highest_code < model.code_count // 2:
-        raise UserError(f"{path}: the highest of {data.codes_seen} codes is {data.highest_code}, the model has "
-                        f"{model.code_count}: they are another codec's. Preprocess with the features of these weights")
-    if has_base and rate and model.code_count == 8192 and not 40 < rate < 60:
-        raise UserError(f"{path}: {rate:.1f} codes a second (median), IndexTTS2 has 50: they are another codec's, or "
-                        "have padding in them. Preprocess with the features of these weights")
 
 
 def prepare(typed: Mapping[str, Any], point: ResumePoint | None, output_dir: Path, process: Process) -> Run:
@@ -3169,6 +3169,18 @@ def after_step(run: Run, stats: StepStats, meter: Meter) -> None:
         meter.restart()
 
 
+def save_or_say_so(run: Run) -> None:
+    """Waits for the last save; nobody leaves while rank 0 still writes: torchrun might end it then.
+
+    Raises: UserError when it failed.
+    """
+    finish_save(run)
+    if run.state.position.step > run.saved_step:
+        raise UserError(f"the last checkpoint could not be saved to {run.output_dir}; the run would go on from step "
+                        f"{run.saved_step}. Free some disk space and resume")
+    run.process.world.gather(None)
+
+
 def train(run: Run) -> None:
     """The loop. Raises: Stopped, after the last complete step was saved."""
     state, data, process = run.state, run.train_data, run.process
@@ -3202,18 +3214,6 @@ def train(run: Run) -> None:
         save_or_say_so(run)
         raise
     save_or_say_so(run)
-
-
-def save_or_say_so(run: Run) -> None:
-    """Waits for the last save; nobody leaves while rank 0 still writes: torchrun might end it then.
-
-    Raises: UserError when it failed.
-    """
-    finish_save(run)
-    if run.state.position.step > run.saved_step:
-        raise UserError(f"the last checkpoint could not be saved to {run.output_dir}; the run would go on from step "
-                        f"{run.saved_step}. Free some disk space and resume")
-    run.process.world.gather(None)
 
 
 def run_training(typed: Mapping[str, Any], output_dir: Path, process: Process) -> None:
