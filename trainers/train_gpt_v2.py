@@ -2988,6 +2988,18 @@ def belongs_together(config: TrainConfig, model_config: ModelConfig, tokenizer: 
     return known
 
 
+def build_model(config: TrainConfig, model_config: ModelConfig, train_data: ManifestDataset,
+                base: Mapping[str, Tensor] | None, fresh: bool) -> tuple[UnifiedVoiceGPT, dict[str, Tensor], int]:
+    """The model on the CPU, tensors carried along, and the base's vocabulary; from a checkpoint they come later."""
+    model = UnifiedVoiceGPT(model_config, config.dropout, config.grad_checkpointing)
+    if fresh:
+        ratio = sum(row.code_len for row in train_data.rows) / sum(row.text_len for row in train_data.rows)
+        init_fresh_weights(model, config.seed, ratio)
+    if base is None:
+        return model, {}, 0
+    return model, *load_base_checkpoint(model, base, Path(config.base_checkpoint))
+
+
 def prepare(typed: Mapping[str, Any], point: ResumePoint | None, output_dir: Path, process: Process) -> Run:
     """Settings, data and model of a run; a checkpoint is applied. Raises: UserError, Stopped."""
     checkpoint, say, device = point.checkpoint if point else None, process.say, setup_device()
@@ -3005,18 +3017,12 @@ def prepare(typed: Mapping[str, Any], point: ResumePoint | None, output_dir: Pat
     datasets = [val_data] if config.eval_only else [train_data, val_data]
     for manifest in (manifest for data in datasets for manifest in data.manifests):
         say(f"[Info] {manifest['path']}: {manifest['rows']} rows")
-    base, content, base_vocab = None, None, 0
-    carried: dict[str, Tensor] = {}
+    base, content = None, None
     if checkpoint is None and config.base_checkpoint:
         base, content = read_base_checkpoint(Path(config.base_checkpoint))
     made_with = belongs_together(config, model_config, tokenizer, datasets, content,
                                  say if point is None else lambda line: None)
-    model = UnifiedVoiceGPT(model_config, config.dropout, config.grad_checkpointing)
-    if checkpoint is None:
-        ratio = sum(row.code_len for row in train_data.rows) / sum(row.text_len for row in train_data.rows)
-        init_fresh_weights(model, config.seed, ratio)
-    if base is not None:
-        carried, base_vocab = load_base_checkpoint(model, base, Path(config.base_checkpoint))
+    model, carried, base_vocab = build_model(config, model_config, train_data, base, fresh=checkpoint is None)
     if config.freeze_base_vocab and not base_vocab and not (checkpoint or {}).get("base_vocab"):
         raise UserError("--freeze-base-vocab goes with --base-checkpoint: that file's tokens stay frozen")
     precision = choose_precision(config.amp, device)
