@@ -554,7 +554,8 @@ def test_recordings_are_uploaded_listed_and_limited_to_sound_files(visitor: Visi
 
 def test_a_dataset_is_checked_line_by_line(visitor: Visitor, workspace: Path):
     good = {"id": "1", "speaker": "s", "text": "ሰላም", "audio": "r0.wav"}
-    lines = [good, {**good, "audio": "nothing.wav"}, {"id": "3", "audio": "r1.wav"}, {**good, "audio": "/etc/passwd"}]
+    lines = [good, {**good, "id": "2", "audio": "nothing.wav"}, {"id": "3", "audio": "r1.wav"},
+             {**good, "id": "4", "audio": "/etc/passwd"}, good]
     (workspace / "recordings" / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines) + "oh\n")
     visitor.open("Dataset")
     visitor.click("dataset-check")
@@ -562,7 +563,8 @@ def test_a_dataset_is_checked_line_by_line(visitor: Visitor, workspace: Path):
     visitor.box("dataset-path").fill("recordings/mixed.jsonl")
     visitor.click("dataset-check")
     told = visitor.sees(".notice", "line 2: no such recording: nothing.wav")
-    assert "line 3: without text" in told and "line 4: no such recording" in told and "line 5: not a JSON" in told
+    assert "line 3: without text" in told and "line 4: no such recording" in told
+    assert "line 5: id '1' is that of line 1 too" in told and "line 6: not a JSON" in told
 
 
 # ---------------------------------------------------------------------------------------------------------------------
