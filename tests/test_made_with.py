@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, trainer
 
 from tools import made_with
 from tools._common import ToolError
@@ -79,3 +79,19 @@ def test_a_config_tells_the_codes_of_its_model(tmp_path: Path):
 def test_nobody_loads_torch_to_compare():
     code = "import sys; import tools.made_with; assert not {'torch', 'numpy', 'trainers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_the_trainer_which_has_its_own_version_decides_alike(tmp_path: Path):
+    assert list(trainer.MADE_WITH) == list(made_with.KEYS)
+    changed = [ALL | {key: other} for key, other in (("features", "indextts2"), ("codec_sha256", "c" * 64),
+               ("num_codes", 8192), ("codes_per_second", 25.0), ("tokenizer_sha256", "c" * 64), ("text_rules", 2))]
+    for other in (ALL, {}, {"num_codes": 1024}, *changed):
+        problems = trainer.compare_made_with([("A", ALL), ("B", other)])[1]
+        assert len(problems) == len(made_with.differences("A", ALL, "B", other))
+        assert all("A (" in problem and "match B" in problem for problem in problems)
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump({"dataset": other}))
+        assert trainer.recorded_beside(tmp_path / "pairs.jsonl") == made_with.of_manifest(tmp_path / "pairs.jsonl")
+    manifests = {"train": [{"codec_sha256": "a"}, {"codec_sha256": ""}]}
+    for content in ({"made_with": ALL}, {"tokenizer": {"sha256": "t"}, "manifests": manifests}, {"model": {}},
+                    {"tokenizer": {"sha256": "t"}, "manifests": {"train": [{"codec_sha256": "a"}, {"codec_sha256": "b"}]}}):
+        assert trainer.recorded_in(content) == made_with.of_checkpoint(content)

@@ -628,9 +628,9 @@ def recorded_in(content: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(content.get("made_with"), dict):
         return dict(content["made_with"])
     with contextlib.suppress(LookupError, TypeError, AttributeError):  # format 1, or somebody else's
-        recorded = {"codec_sha256": content["manifests"]["train"][0].get("codec_sha256"),
-                    "tokenizer_sha256": content["tokenizer"]["sha256"]}
-        return {key: value for key, value in recorded.items() if value}
+        codecs = {part.get("codec_sha256") for part in content["manifests"]["train"]} - {None, ""}
+        codec = {"codec_sha256": codecs.pop()} if len(codecs) == 1 else {}
+        return {"tokenizer_sha256": content["tokenizer"]["sha256"], **codec}
     return {}
 
 
