@@ -1,0 +1,213 @@
+"""Amharic as a reader reads it aloud: text rules, version 2. One text in, a Reading out, nothing else touched.
+
+The order of the passes, each of which leaves plainer text to the next:
+  1. characters      NFC; invisible characters and combining marks vanish; digits of other scripts, wide and joined forms
+  2. sentence marks  ፡፡ ። ፨ ¡ ፡- ፦ and their kin as one of the six marks that a voice pauses at
+  3. abbreviations   in full, with prefix and ending (tools/_amharic_abbreviations.py)
+  4. numerals        in words (tools/_amharic_numbers.py), with the signs that belong to them
+  5. signs           & @ # + = in words
+  6. Latin words     kept, spelled letter by letter, or left out and listed
+  7. the rest        commas, colons, dashes and full stops as pauses; quotes and brackets go, as readers pass over
+                     them; what is left has no sound in Amharic and is listed as unsaid
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from dataclasses import dataclass
+
+from tools._amharic_abbreviations import STOP, say_abbreviations
+from tools._amharic_numbers import CURRENCIES, ETHIOPIC, LATIN, LETTERS, Change, Notes, say_numerals
+from tools._amharic_text_1 import PUNCTUATION
+
+LATIN_CHOICES = ("keep", "spell", "refuse")
+YEAR_CHOICES = ("thousands", "hundreds")
+LETTER_NAMES = dict(zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", (
+    "ኤ ቢ ሲ ዲ ኢ ኤፍ ጂ ኤች አይ ጄ ኬ ኤል ኤም ኤን ኦ ፒ ኪው አር ኤስ ቲ ዩ ቪ ደብሊው ኤክስ ዋይ ዜድ").split(), strict=True))
+
+# 1. Characters
+ODD = re.compile(rf"[⁰¹²³⁴-⁹]+|[^ -~\n{ETHIOPIC}፡-፼{LATIN}]")
+BLANK_LETTERS = "\u115f\u1160\u3164\uffa0\u2800"
+OTHER_SCRIPTS_MARKS = {"٫": ".", "٬": ",", "،": "፣", "؛": "፤", "؟": "?", "۔": "።", "。": "።", "、": "፣", "٪": "%", "№": "#",
+                       "\u2010": "-", "\u2011": "-", "\u2012": "-", "\u2015": "—", "€": "€", "‚": ",", "\uf0b7": "•"}
+COMPATIBLE = re.compile("[\u2100-\u214f\u2160-\u2188\u3300-\u33ff\ufb00-\ufb06\ufe50-\ufe6b\uff01-\uffef…"
+                        "\U0001d400-\U0001d7ff\U0001f100-\U0001f1ff]")
+
+# 2. Sentence marks
+MARKS = {"፨": "። ", "፧": "? ", "¡": "! ", "¿": " ", "፦": "፣ ", "፠": " ", "‼": "! ", "⁇": "? ", "⁈": "? ", "⁉": "! ", "‽": "? "}
+MARK = re.compile("፡፡+|::+|[:፡፥]\\s?[-–—]+(?=\\s|$|[ሀ-ፚ])|[" + "".join(MARKS) + "]")
+APOSTROPHE = re.compile("(?<![0-9])['’‘ʼʻ`´]|['’‘ʼʻ`´](?![0-9])")
+OPENING_QUOTE = re.compile("(?<![^ (\\[\n])['‘`](?=[^ ])")
+
+# 5. Signs
+COMMON_SIGNS = [
+    ("sign", re.compile(r" ?& ?"), " እና "),
+    ("sign", re.compile(r" ?@ ?"), " ኤት "),
+    ("sign", re.compile(rf"#(?=[{LETTERS}])"), " ሃሽታግ "),
+    ("sign", re.compile(r" ?± ?"), " ሲደመር ወይም ሲቀነስ "),
+    ("sign", re.compile(rf"(?<=[{LETTERS})]) ?[+] ?(?=[{LETTERS}(])"), " ሲደመር "),
+    ("sign", re.compile(r"[+]"), " ፕላስ "),
+    ("sign", re.compile(rf"(?<=[{LETTERS})]) ?(?<!=)=(?!=) ?(?=[{LETTERS}(?])"), " እኩል ይሆናል "),
+    ("sign", re.compile(rf"(?<=[{LETTERS})]) ?[×✕✖] ?"), " ሲባዛ በ"),
+    ("sign", re.compile(rf"(?<=[{LETTERS})]) ?÷ ?"), " ሲካፈል ለ"),
+    ("sign", re.compile(rf"(?<=[{LETTERS})]) − (?=[{LETTERS}(])"), " ሲቀነስ "),
+    ("sign", re.compile("%"), " በመቶ "),
+    ("sign", re.compile("‰"), " በሺህ "),
+    ("sign", re.compile(r"[°º]"), " ዲግሪ "),
+]
+MONEY = re.compile("[" + "".join(CURRENCIES) + "]")
+NUMBER_SIGN = re.compile(r"# ?(?=\d)")
+ABOUT = re.compile(r"[~≈] ?(?=\d)(?<!\d.)(?<!\d .)")
+
+# 6. Latin
+LATIN_WORD = re.compile(rf"[{LATIN}]+")
+INITIALISM = re.compile(rf"(?<![{LATIN}])(?:[A-Z]\.){{2,}}(?:[A-Z](?![{LATIN}]))?")
+DOMAIN_DOT = re.compile(rf"(?<=[{LATIN}0-9])\.(?=[{LATIN}]{{2}})")
+
+# 7. The rest
+DASH = re.compile(rf"(?<=[{LETTERS}]) +[-–—]+ +(?=[{LETTERS}])|(?<=[{LETTERS}]) ?—+ ?(?=[{LETTERS}])")
+DOTS = re.compile(r"\.(?: ?\.)+")
+INITIAL = re.compile(rf"(?<![{LETTERS}])([{ETHIOPIC}])\.(?= ?[{ETHIOPIC}])")
+SILENT = set("\"'‘’`´ʼʻ/\\|_•·●▪◦‣►▶■□➢✓✔፡:-\n" + STOP)
+LEFT = re.compile(rf"[^ {LETTERS}{PUNCTUATION}]")
+FOREIGN = re.compile(rf"[^\W\d_{LETTERS}]+")
+SPACE = re.compile(r"\s+")
+FOLD = re.compile(rf" ?([{PUNCTUATION}])[ {PUNCTUATION}]*")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A text as it is spoken, and what became of what was written.
+
+    `changes`: what each rule rewrote. `unsaid`: signs and words of other scripts that were left out because nothing
+    says how they sound; a text with any does not say what its recording says. `latin`: the Latin words in it.
+    """
+
+    text: str
+    changes: tuple[Change, ...] = ()
+    unsaid: tuple[str, ...] = ()
+    latin: tuple[str, ...] = ()
+
+
+def is_invisible(character: str) -> bool:
+    """True for what has no shape of its own: format and control characters, selectors of variants, blank letters."""
+    return (unicodedata.category(character) in ("Cf", "Cc") or character in BLANK_LETTERS or character == "\u034f"
+            or "\ufe00" <= character <= "\ufe0f" or "\U000e0100" <= character <= "\U000e01ef")
+
+
+def plain_character(match: re.Match[str]) -> str:
+    """One odd character, or a run of raised digits, as the later passes know it."""
+    character = match[0]
+    if character in ("²", "³") and match.start() and match.string[match.start() - 1] == "m":
+        return character
+    if len(character) > 1 or (category := unicodedata.category(character)) == "No" and (
+            unicodedata.normalize("NFKC", character) != character):
+        plain = unicodedata.normalize("NFKC", character)
+        return f" {plain}" if "⁄" in plain else f" {plain} "
+    if character in OTHER_SCRIPTS_MARKS:
+        return OTHER_SCRIPTS_MARKS[character]
+    if character.isspace():
+        return "\n" if character in "\u2028\u2029\x85" else " "
+    if is_invisible(character) or category in ("Mn", "Me", "Mc"):
+        return ""
+    if category == "Nd":
+        return str(unicodedata.decimal(character))
+    if COMPATIBLE.match(character):
+        return unicodedata.normalize("NFKC", character)
+    return "\ue001" if character == STOP else character
+
+
+def plain_characters(text: str, notes: Notes) -> str:
+    """Pass 1. Invisible characters and combining marks go without a trace: they have no sound to lose."""
+    text = notes.sub("character", ODD, plain_character, unicodedata.normalize("NFC", text))
+    return APOSTROPHE.sub("", OPENING_QUOTE.sub(" ", text))
+
+
+def say_mark(match: re.Match[str]) -> str:
+    """Pass 2."""
+    mark = match[0]
+    if mark in MARKS:
+        return MARKS[mark]
+    return "። " if mark[-1] in "፡:" else "፣ "
+
+
+def say_signs(text: str, notes: Notes) -> str:
+    """Pass 5."""
+    for rule, pattern, words in COMMON_SIGNS:
+        text = notes.sub(rule, pattern, words, text)
+    return notes.sub("money", MONEY, lambda match: f" {CURRENCIES[match[0]]} ", text)
+
+
+def say_latin(text: str, choice: str, notes: Notes) -> tuple[str, tuple[str, ...]]:
+    """Pass 6: the text, and its Latin words."""
+    text = notes.sub("Latin", INITIALISM, lambda match: match[0].replace(".", "") + STOP, text)
+    text = notes.sub("Latin", DOMAIN_DOT, " ዶት ", text)
+    words = tuple(LATIN_WORD.findall(text))
+    if choice == "spell":
+        text = notes.sub("Latin", LATIN_WORD, lambda match: f" {spelled(match[0])} ", text)
+    elif choice == "refuse":
+        text = notes.sub("Latin", LATIN_WORD, " ", text)
+    return text, words
+
+
+def spelled(word: str) -> str:
+    """The Amharic names of a word's Latin letters; a letter without one as it is."""
+    base = (unicodedata.normalize("NFKD", letter)[0].upper() for letter in word)
+    return " ".join(LETTER_NAMES.get(letter, "") for letter in base).strip()
+
+
+def say_pauses(text: str, notes: Notes) -> str:
+    """Pass 7: dots, dashes, colons and commas as marks. An abbreviation's full stop counts at the end of a line only."""
+    ends = [match.end() for match in re.finditer(rf"[{LETTERS}](?=[^{LETTERS}\n]*(?:\n|$))", text)] if STOP in text else []
+    stops = set()
+    for end in ends:
+        if (at := text.find(STOP, end, end + 3)) >= 0:
+            stops.add(at)
+    text = "".join(("።" if at in stops else " ") if character == STOP else character
+                   for at, character in enumerate(text)) if STOP in text else text
+    text = notes.sub("pause", DASH, "፣ ", text)
+    text = notes.sub("pause", DOTS, lambda match: "፣ " if re.match(rf"\s*[{LETTERS}]", match.string[match.end():][:9])
+                     else "። ", text)
+    text = notes.sub("initial", INITIAL, r"\1 ", text)
+    text = re.sub(rf"(?<=[{LETTERS}]) ?:(?=\s|$)", "፣", text)
+    return text.replace(".", "።").replace(",", "፣").replace(";", "፤")
+
+
+def drop_silent(text: str) -> tuple[str, tuple[str, ...]]:
+    """The text without what readers pass over, and what of the rest could not be said."""
+    unsaid: list[str] = []
+
+    def left(match: re.Match[str]) -> str:
+        silent = match[0] in SILENT or unicodedata.category(match[0]) in ("Ps", "Pe", "Pi", "Pf", "Pd")
+        if not silent:
+            unsaid.append(match[0])
+        return " "
+
+    def foreign(match: re.Match[str]) -> str:
+        unsaid.append(match[0])
+        return " "
+
+    return LEFT.sub(left, FOREIGN.sub(foreign, text)), tuple(unsaid)
+
+
+def read_amharic(text: str, latin: str = "keep", years: str = "thousands") -> Reading:
+    """An Amharic text as it is spoken; see the passes above. `latin`: LATIN_CHOICES, `years`: YEAR_CHOICES."""
+    notes = Notes()
+    said = plain_characters(text, notes)
+    said = notes.sub("mark", MARK, say_mark, said)
+    said = say_abbreviations(said, notes)
+    if re.search("[0-9፩-፼]", said):
+        said = notes.sub("sign", ABOUT, " በግምት ", notes.sub("sign", NUMBER_SIGN, " ቁጥር ", said))
+        said = say_numerals(said, notes, years)
+    said, latin_words = say_latin(say_signs(said, notes), latin, notes)
+    said, unsaid = drop_silent(say_pauses(said, notes))
+    said = FOLD.sub(r"\1 ", SPACE.sub(" ", said).strip()).strip().lstrip(PUNCTUATION).strip()
+    return Reading(said, tuple(notes), unsaid + (latin_words if latin == "refuse" else ()), latin_words)
+
+
+def pass_through(text: str) -> Reading:
+    """A text of another language: NFC, no invisible characters, one space between words; its own marks and numerals."""
+    visible = "".join(character for character in unicodedata.normalize("NFC", text)
+                      if character.isspace() or not is_invisible(character))
+    return Reading(SPACE.sub(" ", visible).strip())
