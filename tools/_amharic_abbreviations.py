@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import re
 
-from tools._amharic_numbers import ETHIOPIC, Notes, attach
+from tools._amharic_numbers import ENDING, ETHIOPIC, STOP, Notes, attach
 
-PREFIXES = ("", "የ", "በ", "ለ", "ከ", "እነ", "የእነ", "ለእነ", "ከእነ", "በእነ", "ለነ", "ከነ", "የነ", "በየ", "እንደ", "ስለ", "ወደ", "ያለ", "እስከ", "ባለ",
-            "በነ", "ለየ", "ከየ", "ና")
+PREFIXES = ("", "የ", "በ", "ለ", "ከ", "እነ", "የእነ", "ለእነ", "ከእነ", "በእነ", "ለነ", "ከነ", "የነ", "በነ", "በየ", "ለየ", "ከየ", "እንደ",
+            "ስለ", "ወደ", "ያለ", "እስከ", "ባለ")
 NOUN_ENDING = re.compile("(?:ዎች|ዎቹ|ዎችን|ች|ቹ|ው|ዋ|ነት|ነቱ|ነቷ|ነታቸው|ኤ|ዬ)?(?:ንና|ንም|ምና|ን|ና|ም|ስ)?")
 
 WHOLE = {
     # eras and years
-    "ዓ/ም": "ዓመተ ምሕረት", "ዓ/ዓ": "ዓመተ ዓለም", "ዓ/ሂ": "ዓመተ ሂጅራ", "ቅ/ል/ክ": "ቅድመ ልደተ ክርስቶስ",
+    "ዓ/ም": "ዓመተ ምሕረት", "አ/ም": "ዓመተ ምሕረት", "ዓ/ዓ": "ዓመተ ዓለም", "ዓ/ሂ": "ዓመተ ሂጅራ", "ቅ/ል/ክ": "ቅድመ ልደተ ክርስቶስ",
     "ድ/ል/ክ": "ድኅረ ልደተ ክርስቶስ", "ቅ/ክ": "ቅድመ ክርስቶስ", "ድ/ክ": "ድኅረ ክርስቶስ", "ዓ/ዘ": "ዓመተ ዘመን", "ክ/ዘ": "ክፍለ ዘመን",
     "ክ/ል/በ": "ክርስቶስ ልደት በፊት", "ቅ/ል/ክርስቶስ": "ቅድመ ልደተ ክርስቶስ",
     # ኤ stands for ኤውሮጳ; newsreaders say አውሮፓውያን
@@ -49,6 +49,7 @@ WHOLE = {
     "ፌ/ፖ": "ፌደራል ፖሊስ", "ፌ/ጠ/ፍ/ቤት": "ፌደራል ጠቅላይ ፍርድ ቤት", "ፌ/ከ/ፍ/ቤት": "ፌደራል ከፍተኛ ፍርድ ቤት", "ፌ/ፍ/ቤት": "ፌደራል ፍርድ ቤት",
     "ኤ/ማ/ሹም": "ኤታማዦር ሹም", "ዐ/ሕግ": "ዐቃቤ ሕግ", "ዓ/ሕግ": "ዐቃቤ ሕግ", "አ/ሕግ": "ዐቃቤ ሕግ", "ዐ/ህግ": "ዐቃቤ ሕግ", "ዓ/ህግ": "ዐቃቤ ሕግ",
     "አ/ህግ": "ዐቃቤ ሕግ", "መ/ቅ": "መጽሐፍ ቅዱስ", "መ/ቅዱስ": "መጽሐፍ ቅዱስ", "ህ/ሰብ": "ኅብረተሰብ", "ኅ/ሰብ": "ኅብረተሰብ",
+    "ኃ/የተ": "ኃላፊነቱ የተወሰነ", "ኃ/የተ/የግ": "ኃላፊነቱ የተወሰነ የግል", "ኃ/የተ/የግል": "ኃላፊነቱ የተወሰነ የግል", "ሃ/የተ": "ኃላፊነቱ የተወሰነ",
     "ኃ/የተ/የግ/ማ": "ኃላፊነቱ የተወሰነ የግል ማኅበር", "ኃ/የተ/የግል/ማ": "ኃላፊነቱ የተወሰነ የግል ማኅበር", "ሃ/የተ/የግ/ማ": "ኃላፊነቱ የተወሰነ የግል ማኅበር",
     "ሀ/የተ/የግ/ማ": "ኃላፊነቱ የተወሰነ የግል ማኅበር", "ኃላ/የተ/የግ/ማ": "ኃላፊነቱ የተወሰነ የግል ማኅበር", "ኃ/የተ/የግ/ማህበር": "ኃላፊነቱ የተወሰነ የግል ማኅበር",
     "ኃ/የተ/የግል/ማህበር": "ኃላፊነቱ የተወሰነ የግል ማኅበር", "አ/ማ": "አክሲዮን ማኅበር", "አ/ማህበር": "አክሲዮን ማኅበር", "አ/ማኅበር": "አክሲዮን ማኅበር",
@@ -80,6 +81,7 @@ WHOLE = {
 INITIALS = {"ገ": "ገብረ", "ወ": "ወልደ", "ኃ": "ኃይለ", "ሃ": "ኃይለ", "ሀ": "ኃይለ", "ሐ": "ኃይለ", "ኅ": "ኃይለ", "ተ": "ተክለ",
             "ም": "ምክትል", "ጠ": "ጠቅላይ", "ዋ": "ዋና", "ረ": "ረዳት", "ሊ": "ሊቀ", "ቤ": "ቤተ", "ክ": "ክፍለ", "ሌ": "ሌተና",
             "ሜ": "ሜጀር", "ብ": "ብርጋዴር", "ቅ": "ቅዱስ", "ጤ": "ጤና", "ፌ": "ፌደራል", "ሚ": "ሚኒስትር"}
+LETTER_NAME = re.compile(rf".?(?:[{ETHIOPIC}]|ኤ[ፍችልምንስክ]|አይ|አር|ኪው|ደብሊው|ኤክስ|ዋይ|ዜድ|ዲ|ጄ)")  # perhaps after a prefix
 OFFICES = re.compile("ዋና|ም$|ምክትል|ፕሬ|ኮሚ|ኃላፊ|ሥራ|አስተዳዳሪ|ሊቀ")  # whose acting holder ተ/ is
 KEYS = {tuple(key.split("/")): words for key, words in WHOLE.items()}
 LONGEST = max(map(len, KEYS))
@@ -95,11 +97,12 @@ ERA_WITHOUT_DOTS = re.compile(rf"(?<=[0-9፩-፼])( ?)ዓም[.]?(?![{ETHIOPIC}])
 UNIT_BEHIND = re.compile(rf"(?<=[0-9]) ?(ሜ|ግ|ሊ|ሚ|ቢ)\.(?![{ETHIOPIC}])")
 UNIT_LETTERS = {"ሜ": "ሜትር", "ግ": "ግራም", "ሊ": "ሊትር", "ሚ": "ሚሊዮን", "ቢ": "ቢሊዮን"}
 MINISTER = re.compile(r"(?<!/)ሚ/ር(?= ?(?:ዶ/ር|ዶክተር|አቶ|ወ/ሮ|ወይዘሮ|ክቡር|ክብርት|ኢ/ር|ፕ/ር|አምባሳደር))")
-SPACED = re.compile(rf"(?<![{ETHIOPIC}])(?:(?:[{ETHIOPIC}]{{1,3}})(?:\. ?| ?/ ?))++[{ETHIOPIC}]{{1,4}}(?![{ETHIOPIC}])[./]?")
+SPACED = re.compile(rf"(?<![{ETHIOPIC}])(?:[{ETHIOPIC}]{{1,3}}(?:\. ?| ?/ ?))++"
+                    rf"[{ETHIOPIC}]{{1,4}}(?![{ETHIOPIC}])[./]?")
 SIGN = re.compile(r"\. ?| ?/ ?")
 TOKEN = re.compile(rf"(?<![{ETHIOPIC}])[{ETHIOPIC}]++(?:[./][{ETHIOPIC}]++)++(/(?![{ETHIOPIC}0-9])|\.(?!\.))?")
-INITIAL_SPACE = re.compile(rf"(?<![{ETHIOPIC}./])([የበለከ]?)(ም|ጠ|ብ/ጄ|ሜ/ጄ|ሌ/ጄ|ሌ/ኮ|ጠ/ሚ|ጠ/ሚ/ር|ፕ/ር|ዶ/ር|ኮ/ል)/ (?=[{ETHIOPIC}]{{2}})")
-STOP = "\ue000"  # a full stop that ends an abbreviation, and a sentence only where the text ends
+INITIAL_SPACE = re.compile(rf"(?<![{ETHIOPIC}./])([የበለከ]?)(ም|ጠ|ብ/ጄ|ሜ/ጄ|ሌ/ጄ|ሌ/ኮ|ጠ/ሚ|ጠ/ሚ/ር|ፕ/ር|ዶ/ር|ኮ/ል)/ "
+                           rf"(?=[{ETHIOPIC}]{{2}})")
 
 
 def family(letter: str) -> int:
@@ -157,10 +160,9 @@ def initial(part: str, following: str) -> str | None:
 def resolve(parts: list[str], signs: list[str]) -> str:
     """The words of a chain such as ም/ጠ/ሚ/ር: the longest known stretch first; acronyms are one word (ኢ.ዜ.አ)."""
     said, at = "", 0
-    if all(len(part) == 1 for part in parts[1:]) and len(parts[0]) < 3 and set(signs) == {"."}:
-        whole = look_up(tuple(parts))
-        if not whole and not any(look_up(tuple(parts[:n])) for n in range(2, min(len(parts), LONGEST) + 1)):
-            return "".join(parts)
+    if set(signs) == {"."} and LETTER_NAME.fullmatch(parts[0][-3:]) and all(map(LETTER_NAME.fullmatch, parts[1:])) and (
+            len(parts[0]) <= 4 and not any(look_up(tuple(parts[:n])) for n in range(2, min(len(parts), LONGEST) + 1))):
+        return "".join(parts)
     while at < len(parts):
         for size in range(min(LONGEST, len(parts) - at), 1, -1):
             if words := look_up(tuple(parts[at : at + size])):
@@ -197,7 +199,10 @@ def say_abbreviations(text: str, notes: Notes) -> str:
     def token(match: re.Match[str]) -> str:
         ending = match[1] or ""
         body = match[0][: len(match[0]) - len(ending)]
-        return resolve(re.split("[./]", body), re.findall("[./]", body)) + {"": "", ".": STOP, "/": " "}[ending]
+        parts = re.split("[./]", body)
+        if match.string[max(0, match.start() - 1) : match.start()].isnumeric() and ENDING.fullmatch(parts[0]):
+            return match[0]  # 5ኛ.ሰላም
+        return resolve(parts, re.findall("[./]", body)) + {"": "", ".": STOP, "/": " "}[ending]
 
     def single(match: re.Match[str]) -> str:
         return (match[1] or match[3] or "") + SINGLE[match[2] or match[4]] + " "

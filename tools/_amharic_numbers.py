@@ -23,6 +23,7 @@ LATIN = "A-Za-zªºÀ-ÖØ-öø-ɏḀ-ỿ"
 LETTERS = ETHIOPIC + LATIN
 NUMBER = r"\d++(?:,\d{3}(?!\d))*+(?:\.\d++)?+"
 FIRST = r"(?<!\d)(?<!\d[.,])"  # where a numeral begins
+STOP = "\ue000"  # a full stop that ends an abbreviation, and a sentence only where the line ends
 TRILLION = (10**12, "ትሪሊዮን")
 
 # Before a numeral, joined to it: in, for, from, of, and their distributives. Other words stand apart.
@@ -77,8 +78,8 @@ class Notes(list[Change]):
         """pattern.sub that notes every replacement."""
         def replace(match: re.Match[str]) -> str:
             said = match.expand(new) if isinstance(new, str) else new(match)
-            if said != match[0]:
-                self.append(Change(rule, match[0].strip(), said.strip()))
+            if said.strip() != match[0].strip():
+                self.append(Change(rule, match[0].strip(), said.replace(STOP, "").strip()))
             return said
 
         return pattern.sub(replace, text)
@@ -127,7 +128,8 @@ def numeral_words(numeral: str, years: str = "thousands") -> str:
 
 def fraction_words(part: int, whole: int) -> str:
     """1/2 ግማሽ, 1/4 ሩብ, 3/4 ሦስት አራተኛ."""
-    return {(1, 2): "ግማሽ", (1, 4): "ሩብ"}.get((part, whole), f"{number_words(part)} {ordinal_words(number_words(whole))}")
+    named = {(1, 2): "ግማሽ", (1, 4): "ሩብ"}.get((part, whole))
+    return named or f"{number_words(part)} {ordinal_words(number_words(whole))}"
 
 
 def attach(words: str, ending: str) -> str:
@@ -256,13 +258,15 @@ def part_words(text: str, notes: Notes) -> str:
 
 CHAIN = re.compile(rf"{FIRST}\d++(?:([./-])\d++)(?:\1\d++)++(?!\d)")
 TIME = re.compile(r"(?<![\d:፡.,/-])(\d{1,2})[:፡](\d{2})(?:[:፡](\d{2}))?(?![\d:፡]|[.,]\d)"
-                  rf"(?: ?ሰዓት(ታት|[{ETHIOPIC}]{{0,2}})(?![{ETHIOPIC}]))?")
-POINT_TIME = re.compile(rf"(ጠዋቱ|ጥዋቱ|ማለዳው|ቀኑ|ረፋዱ|ሰዓት በኋላ|ምሽቱ|ማታው|ሌሊቱ) (\d{{1,2}})\.([0-5]\d)(?= ሰዓት(?![{ETHIOPIC}]))")
-RATIO_NEAR = re.compile("ጥምርታ|ሬሾ|ሚዛን|ስኬል|ውጤት")
+                  rf"(?: ?[ሰሠ][ዓአኣ]ት(ታት|[{ETHIOPIC}]{{0,2}})(?![{ETHIOPIC}]))?")
+POINT_TIME = re.compile(rf"(ጠዋቱ|ጥዋቱ|ማለዳው|ቀኑ|ረፋዱ|ሰዓት በኋላ|ምሽቱ|ማታው|ሌሊቱ) (\d{{1,2}})\.([0-5]\d)"
+                        rf"(?= ?[ሰሠ][ዓአኣ]ት(?![{ETHIOPIC}]))")
+RATIO_NEAR = re.compile("ጥምርታ|ሬሾ|ሚዛን|ስኬል")
+RACE_TIME = re.compile(rf"(?<![\d:፡.,/-])(\d{{1,2}})[:፡]([0-5]\d)(?:(\.\d{{1,3}})(?: ?ደቂቃ)?| ?ደቂቃ)(?![{ETHIOPIC}\d])")
 VERSE = re.compile(rf"(?<![{ETHIOPIC}])(?:([በለከየ]?)({'|'.join(sorted(BOOK_NAMES, key=len, reverse=True))})\.? ?)?"
                    r"(?<![\d:.,])(\d{1,3}) ?([:፥]) ?(\d{1,3})(?: ?[-–] ?(\d{1,3}))?(?![\d:])")
 PAIR = re.compile(r"(?<![\d:፡])(\d++) ?[:፡፥] ?(\d++)(?![\d:፡])")
-FRACTION = re.compile(rf"(?<![\d/⁄.,])(?:(\d+) )?(\d{{1,3}})([/⁄])(\d{{1,3}})(?![\d/⁄]|[.,]\d)([{ETHIOPIC}]*)")
+FRACTION = re.compile(rf"(?<![\d/⁄.,-])(?:(\d+) )?(\d{{1,3}})([/⁄])(\d{{1,3}})(?![\d/⁄]|[.,]\d)([{ETHIOPIC}]*)")
 NO_FRACTION = re.compile("(?:አንቀጽ|አንቀፅ|ቁጥር|አዋጅ|ደንብ|መመሪያ|መዝገብ|ገጽ|ገፅ|ቤት|ዓመት|ቀን)[^።]{0,3}$")
 
 
@@ -325,6 +329,7 @@ def say_dates_and_times(text: str, notes: Notes) -> str:
     text = notes.sub("date", CHAIN, say_chain, text)
     text = notes.sub("verse", VERSE, say_verse, text)
     text = notes.sub("time", POINT_TIME, r"\1 \2:\3", text)
+    text = notes.sub("time", RACE_TIME, lambda match: f"{match[1]} ደቂቃ ከ{int(match[2])}{match[3] or ''} ሰከንድ", text)
     text = notes.sub("time", TIME, say_time, text)
     text = notes.sub("ratio", PAIR, r"\1 ለ\2", text)
     return notes.sub("fraction", FRACTION, say_fraction, text)
@@ -339,7 +344,8 @@ MONEY_BEFORE = re.compile(rf"(US ?\$|(?<![{LETTERS}])(?:USD|ETB|EUR|GBP|Br) |[{S
                           rf"(?: ?(?:ዶላር|ዩሮ|ፓውንድ)(?=$|[^{ETHIOPIC}]))?((?:{CASES})(?![{LETTERS}])|)")
 MONEY_BEHIND = re.compile(rf"(?<=\d) ?([{SIGNS}]|(?:USD|ETB|EUR|GBP|Br|Birr|birr)(?![{LETTERS}]))([{ETHIOPIC}]*)")
 CENTS = re.compile(rf"{FIRST}(?<![-–])(\d++(?:,\d{{3}})*+)\.(\d\d) (ብር|ዶላር|ዩሮ)(?![{ETHIOPIC}])(?! ?[-–])")
-CENTS_BEHIND = re.compile(rf"(?<![{ETHIOPIC}])([በለከየ]?)ብር (\d++(?:,\d{{3}})*+)\.(\d\d)(?!\d|[.,]\d| ?(?:{SCALE_WORDS}))")
+CENTS_BEHIND = re.compile(rf"(?<![{ETHIOPIC}])([በለከየ]?)ብር (\d++(?:,\d{{3}})*+)\.(\d\d)"
+                          rf"(?!\d|[.,]\d| ?(?:{SCALE_WORDS}))")
 PER = {"%": "በመቶ", "‰": "በሺህ"}
 PER_BEHIND = re.compile(rf"(?<=\d) ?([%‰])([{ETHIOPIC}]*)")
 PER_BEFORE = re.compile(rf"([%‰])({NUMBER})")
@@ -351,7 +357,12 @@ UNITS_BEHIND = re.compile(rf"(?<=\d) ?({'|'.join(map(re.escape, sorted(UNIT_NAME
 
 def with_ending(words: str, ending: str) -> str:
     """Words and the letters that stood behind their sign: an ending joins, a word stands apart."""
-    return attach(words, ending) if ENDING.fullmatch(ending) else f"{words} {ending}"
+    return attach(words, ending) if ENDING.fullmatch(ending) else f"{words} {ending}".strip()
+
+
+def amount_words(whole: str, name: str, cents: str) -> str:
+    """3.75 birr as three birr with 75 cents: what a cashier and a newsreader say."""
+    return f"{whole} {name} ከ{int(cents)} ሳንቲም" if whole != "0" else f"{int(cents)} ሳንቲም"
 
 
 def say_money(match: re.Match[str]) -> str:
@@ -359,27 +370,23 @@ def say_money(match: re.Match[str]) -> str:
     name = CURRENCIES.get(sign.strip()[-1]) or CODES[sign.strip()]
     scale = scale or SCALE_LETTERS.get(letter or "")
     if not scale and (cents := re.fullmatch(r"([\d,]+)\.(\d\d)", amount)) and sign[-1] in "$€":
-        return f"{cents[1]} {name} ከ{int(cents[2])} ሳንቲም{ending}" if cents[1] != "0" else f"{int(cents[2])} ሳንቲም{ending}"
+        return amount_words(cents[1], name, cents[2]) + ending
     return amount + (f" {scale}" if scale else "") + " " + attach(name, ending)
-
-
-def say_cents(match: re.Match[str]) -> str:
-    whole, cents, name = match.groups()
-    return f"{whole} {name} ከ{int(cents)} ሳንቲም" if whole != "0" else f"{int(cents)} ሳንቲም"
 
 
 def say_measures(text: str, notes: Notes) -> str:
     text = notes.sub("money", MONEY_BEFORE, say_money, text)
     text = notes.sub("money", MONEY_BEHIND,
                      lambda match: " " + with_ending((CURRENCIES | CODES)[match[1]], match[2]), text)
-    text = notes.sub("money", CENTS, say_cents, text)
-    text = notes.sub("money", CENTS_BEHIND, lambda match: f"{match[1]}{match[2]} ብር ከ{int(match[3])} ሳንቲም", text)
+    text = notes.sub("money", CENTS, lambda match: amount_words(match[1], match[3], match[2]), text)
+    text = notes.sub("money", CENTS_BEHIND, lambda match: match[1] + amount_words(match[2], "ብር", match[3]), text)
     text = notes.sub("per cent", PER_BEHIND, lambda match: " " + with_ending(PER[match[1]], match[2]), text)
     text = notes.sub("per cent", PER_BEFORE, lambda match: f"{match[2]} {PER[match[1]]} ", text)
     text = notes.sub("degrees", DEGREES, lambda match: " " + with_ending(
         "ዲግሪ" + {"C": " ሴንቲግሬድ", "F": " ፋራናይት"}.get(match[1] or "", ""), match[2]), text)
     text = notes.sub("degrees", MINUTES, lambda match: {"′": " ደቂቃ ", "″": " ሰከንድ "}[match[1]], text)
-    return notes.sub("unit", UNITS_BEHIND, lambda match: " " + with_ending(UNIT_NAMES[match[1]], match[2]), text)
+    text = notes.sub("unit", UNITS_BEHIND, lambda match: " " + with_ending(UNIT_NAMES[match[1]], match[2]), text)
+    return text.replace("²", " 2 ").replace("³", " 3 ")
 
 
 # Sums, signs, ranges, scores
@@ -392,10 +399,16 @@ SIZE = re.compile(rf"{FIRST}({NUMBER}) ?× ?({NUMBER})(?= (?:ሜትር|ሴንቲ
 MORE = re.compile(rf"({NUMBER}) ?([<>≤≥]) ?({NUMBER})")
 MORE_THAN = re.compile(rf"([<>≤≥]) ?({NUMBER})")
 TEMPERATURE = re.compile(rf"(?<![\d{LETTERS})])[-−–]({NUMBER})(?= ዲግሪ)")
-NEGATIVE = re.compile(rf"(?<![\d{LATIN})])(?<![{ETHIOPIC}][{ETHIOPIC}])(?P<before>[{LETTERS}]+ )?[-−–](?=\d)")
-NAMES_WITH_NUMBER = re.compile(rf"(?:ኮቪድ|ኮሮና|ቫይረስ|ቦይንግ|ኤርባስ|አፖሎ|ሚግ|ሱኮይ|ኤፍ|[{LATIN}]+) $")
+NEGATIVE = re.compile(rf"(?<![\d{LATIN})])(?<![{ETHIOPIC}][{ETHIOPIC}])[-−–](?=\d)")
+# Names that a number follows; a hyphen in between is no minus. A word of one letter is such a name, too (ቱ -154).
+NAMED = re.compile(rf"(?:ኮቪድ|ኮሮና|ቫይረስ|ቦይንግ|ኤርባስ|አፖሎ|ሚግ|ሱኮይ|[{LATIN}]|(?<![{ETHIOPIC}])(?![በለከ] )[{ETHIOPIC}]{{1,2}}) $")
 RANGE = re.compile(rf"{FIRST}(?<![-–])({NUMBER}) ?[-–—~] ?({NUMBER})(?! ?[-–]\d)")
-RANGE_OF_MEASURES = re.compile(r"(\d(?:ኛ| በመቶ| በሺህ| ሰዓት| ሰዓት ተኩል| ደቂቃ| ተኩል| ብር| ዶላር| ዲግሪ(?: ሴንቲግሬድ| ፋራናይት)?)) ?[-–—] ?(?=\d|[በለከየ]\d)")
+RANGE_OF_MEASURES = re.compile(r"(\d(?:ኛ| በመቶ| በሺህ| ሰዓት| ሰዓት ተኩል| ደቂቃ| ተኩል| ብር| ዶላር| ዲግሪ(?: ሴንቲግሬድ| ፋራናይት)?))"
+                               r" ?[-–—] ?(?=\d|[በለከየ]\d)")
+MONTHS = ("መስከረም|ጥቅምት|ኅዳር|ህዳር|ሕዳር|ታኅሣሥ|ታህሳስ|ታኅሳስ|ታህሣሥ|ጥር|የካቲት|መጋቢት|ሚያዝያ|ሚያዚያ|ግንቦት|ሰኔ|ሐምሌ|ሀምሌ|ነሐሴ|ነሀሴ"
+          "|ጳጉሜን|ጳጉሜ"
+          "|ጃንዋሪ|ጃንዩዌሪ|ፌብሯሪ|ማርች|ኤፕሪል|ሜይ|ጁን|ጁላይ|ኦገስት|ሴፕቴምበር|ኦክቶበር|ኖቬምበር|ዲሴምበር")
+RANGE_OF_DATES = re.compile(rf"(\d(?: ቀን)?) ?[-–—] ?(?=(?:{MONTHS})(?![{ETHIOPIC}]))")
 SCORE_NEAR = re.compile("አሸን|ረታ|ረት|ድል|ተሸን|ውጤት|ግብ|ጎል|ጨዋታ|አቻ|መለያ ምት|ተለያ|መርታት|ማሸነፍ")
 
 
@@ -407,7 +420,7 @@ def say_range(match: re.Match[str]) -> str:
     """እስከ from a lower number to a higher one, ለ between the two numbers of a score."""
     first, last = (float(number.replace(",", "")) for number in match.groups())
     near = match.string[max(0, match.start() - 40) : match.end() + 40]
-    whole = first.is_integer() and last.is_integer() and "," not in match[0]
+    whole = not {",", "."} & set(match[0])
     starts = match.string[max(0, match.start() - 1) : match.start()] == "ከ"
     score = whole and not starts and ((max(first, last) <= 20 and first >= last)
                                       or (max(first, last) <= 200 and SCORE_NEAR.search(near) is not None))
@@ -416,8 +429,7 @@ def say_range(match: re.Match[str]) -> str:
 
 def say_negative(match: re.Match[str]) -> str:
     """A minus in front of a number, but not the hyphen of a name (ኮቪድ -19)."""
-    before = match["before"] or ""
-    return match[0] if NAMES_WITH_NUMBER.search(before) else f"{before}አሉታዊ "
+    return match[0] if NAMED.search(match.string[max(0, match.start() - 10) : match.start()]) else "አሉታዊ "
 
 
 def say_signs(text: str, notes: Notes) -> str:
@@ -427,6 +439,7 @@ def say_signs(text: str, notes: Notes) -> str:
     text = notes.sub("comparison", MORE_THAN, lambda match: f" ከ{match[2]} {LIMITED[match[1]]} ", text)
     text = notes.sub("range", RANGE, say_range, text)
     text = notes.sub("range", RANGE_OF_MEASURES, r"\1 እስከ ", text)
+    text = notes.sub("range", RANGE_OF_DATES, r"\1 እስከ ", text)
     text = notes.sub("minus", TEMPERATURE, r"ከዜሮ በታች \1", text)
     text = notes.sub("minus", NEGATIVE, say_negative, text)
     return text

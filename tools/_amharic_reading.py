@@ -1,7 +1,7 @@
 """Amharic as a reader reads it aloud: text rules, version 2. One text in, a Reading out, nothing else touched.
 
 The order of the passes, each of which leaves plainer text to the next:
-  1. characters      NFC; invisible characters and combining marks vanish; digits of other scripts, wide and joined forms
+  1. characters      NFC; invisible characters and combining marks vanish; one form for digits and wide characters
   2. sentence marks  ፡፡ ። ፨ ¡ ፡- ፦ and their kin as one of the six marks that a voice pauses at
   3. abbreviations   in full, with prefix and ending (tools/_amharic_abbreviations.py)
   4. numerals        in words (tools/_amharic_numbers.py), with the signs that belong to them
@@ -17,8 +17,8 @@ import re
 import unicodedata
 from dataclasses import dataclass
 
-from tools._amharic_abbreviations import STOP, say_abbreviations
-from tools._amharic_numbers import CURRENCIES, ETHIOPIC, LATIN, LETTERS, Change, Notes, say_numerals
+from tools._amharic_abbreviations import say_abbreviations
+from tools._amharic_numbers import CURRENCIES, ETHIOPIC, LATIN, LETTERS, STOP, Change, Notes, say_numerals
 from tools._amharic_text_1 import PUNCTUATION
 
 LATIN_CHOICES = ("keep", "spell", "refuse")
@@ -29,13 +29,14 @@ LETTER_NAMES = dict(zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", (
 # 1. Characters
 ODD = re.compile(rf"[⁰¹²³⁴-⁹]+|[^ -~\n{ETHIOPIC}፡-፼{LATIN}]")
 BLANK_LETTERS = "\u115f\u1160\u3164\uffa0\u2800"
-OTHER_SCRIPTS_MARKS = {"٫": ".", "٬": ",", "،": "፣", "؛": "፤", "؟": "?", "۔": "።", "。": "።", "、": "፣", "٪": "%", "№": "#",
-                       "\u2010": "-", "\u2011": "-", "\u2012": "-", "\u2015": "—", "€": "€", "‚": ",", "\uf0b7": "•"}
+OTHER_SCRIPTS_MARKS = {"٫": ".", "٬": ",", "،": "፣", "؛": "፤", "؟": "?", "۔": "።", "。": "።", "、": "፣", "٪": "%",
+                       "№": "#", "\u2010": "-", "\u2011": "-", "\u2012": "-", "\u2015": "—", "‚": ","}
 COMPATIBLE = re.compile("[\u2100-\u214f\u2160-\u2188\u3300-\u33ff\ufb00-\ufb06\ufe50-\ufe6b\uff01-\uffef…"
                         "\U0001d400-\U0001d7ff\U0001f100-\U0001f1ff]")
 
 # 2. Sentence marks
-MARKS = {"፨": "። ", "፧": "? ", "¡": "! ", "¿": " ", "፦": "፣ ", "፠": " ", "‼": "! ", "⁇": "? ", "⁈": "? ", "⁉": "! ", "‽": "? "}
+MARKS = {"፨": "። ", "፧": "? ", "¡": "! ", "¿": " ", "፦": "፣ ", "፠": " ", "‼": "! ", "⁇": "? ", "⁈": "? ", "⁉": "! ",
+         "‽": "? "}
 MARK = re.compile("፡፡+|::+|[:፡፥]\\s?[-–—]+(?=\\s|$|[ሀ-ፚ])|[" + "".join(MARKS) + "]")
 APOSTROPHE = re.compile("(?<![0-9])['’‘ʼʻ`´]|['’‘ʼʻ`´](?![0-9])")
 OPENING_QUOTE = re.compile("(?<![^ (\\[\n])['‘`](?=[^ ])")
@@ -66,8 +67,9 @@ INITIALISM = re.compile(rf"(?<![{LATIN}])(?:[A-Z]\.){{2,}}(?:[A-Z](?![{LATIN}]))
 DOMAIN_DOT = re.compile(rf"(?<=[{LATIN}0-9])\.(?=[{LATIN}]{{2}})")
 
 # 7. The rest
-DASH = re.compile(rf"(?<=[{LETTERS}]) +[-–—]+ +(?=[{LETTERS}])|(?<=[{LETTERS}]) ?—+ ?(?=[{LETTERS}])")
+DASH = re.compile(rf"(?<=[{LETTERS})”»\"]) +[-–—]+ *(?=[“”«‹\"(]*[{LETTERS}])|(?<=[{LETTERS}]) ?—+ ?(?=[{LETTERS}])")
 DOTS = re.compile(r"\.(?: ?\.)+")
+LAST_STOP = re.compile(rf"([{LETTERS}][^{LETTERS}{STOP}\n]{{0,3}}){STOP}(?=[^{LETTERS}\n]*(?:\n|$))")
 INITIAL = re.compile(rf"(?<![{LETTERS}])([{ETHIOPIC}])\.(?= ?[{ETHIOPIC}])")
 SILENT = set("\"'‘’`´ʼʻ/\\|_•·●▪◦‣►▶■□➢✓✔፡:-\n" + STOP)
 LEFT = re.compile(rf"[^ {LETTERS}{PUNCTUATION}]")
@@ -158,14 +160,8 @@ def spelled(word: str) -> str:
 
 
 def say_pauses(text: str, notes: Notes) -> str:
-    """Pass 7: dots, dashes, colons and commas as marks. An abbreviation's full stop counts at the end of a line only."""
-    ends = [match.end() for match in re.finditer(rf"[{LETTERS}](?=[^{LETTERS}\n]*(?:\n|$))", text)] if STOP in text else []
-    stops = set()
-    for end in ends:
-        if (at := text.find(STOP, end, end + 3)) >= 0:
-            stops.add(at)
-    text = "".join(("።" if at in stops else " ") if character == STOP else character
-                   for at, character in enumerate(text)) if STOP in text else text
+    """Pass 7: dots, dashes, colons and commas as marks. An abbreviation's full stop counts where a line ends."""
+    text = LAST_STOP.sub(r"\1።", text).replace(STOP, " ")
     text = notes.sub("pause", DASH, "፣ ", text)
     text = notes.sub("pause", DOTS, lambda match: "፣ " if re.match(rf"\s*[{LETTERS}]", match.string[match.end():][:9])
                      else "። ", text)
@@ -174,13 +170,15 @@ def say_pauses(text: str, notes: Notes) -> str:
     return text.replace(".", "።").replace(",", "፣").replace(";", "፤")
 
 
-def drop_silent(text: str) -> tuple[str, tuple[str, ...]]:
+def drop_silent(text: str, notes: Notes) -> tuple[str, tuple[str, ...]]:
     """The text without what readers pass over, and what of the rest could not be said."""
     unsaid: list[str] = []
+    silent: dict[str, None] = {}
 
     def left(match: re.Match[str]) -> str:
-        silent = match[0] in SILENT or unicodedata.category(match[0]) in ("Ps", "Pe", "Pi", "Pf", "Pd")
-        if not silent:
+        if match[0] in SILENT or unicodedata.category(match[0]) in ("Ps", "Pe", "Pi", "Pf", "Pd"):
+            silent[match[0]] = None
+        else:
             unsaid.append(match[0])
         return " "
 
@@ -188,7 +186,11 @@ def drop_silent(text: str) -> tuple[str, tuple[str, ...]]:
         unsaid.append(match[0])
         return " "
 
-    return LEFT.sub(left, FOREIGN.sub(foreign, text)), tuple(unsaid)
+    text = LEFT.sub(left, FOREIGN.sub(foreign, text))
+    silent.pop("\n", None)
+    if silent:
+        notes.append(Change("passed over", " ".join(silent), ""))
+    return text, tuple(unsaid)
 
 
 def read_amharic(text: str, latin: str = "keep", years: str = "thousands") -> Reading:
@@ -197,11 +199,11 @@ def read_amharic(text: str, latin: str = "keep", years: str = "thousands") -> Re
     said = plain_characters(text, notes)
     said = notes.sub("mark", MARK, say_mark, said)
     said = say_abbreviations(said, notes)
-    if re.search("[0-9፩-፼]", said):
+    if re.search("[0-9፩-፼²³]", said):
         said = notes.sub("sign", ABOUT, " በግምት ", notes.sub("sign", NUMBER_SIGN, " ቁጥር ", said))
         said = say_numerals(said, notes, years)
     said, latin_words = say_latin(say_signs(said, notes), latin, notes)
-    said, unsaid = drop_silent(say_pauses(said, notes))
+    said, unsaid = drop_silent(say_pauses(said, notes), notes)
     said = FOLD.sub(r"\1 ", SPACE.sub(" ", said).strip()).strip().lstrip(PUNCTUATION).strip()
     return Reading(said, tuple(notes), unsaid + (latin_words if latin == "refuse" else ()), latin_words)
 

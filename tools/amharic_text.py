@@ -1,6 +1,6 @@
 """Amharic text: normalisation for speech, and the demo corpus of short texts.
 
-  normalise   reads text from standard input, writes it ready to be spoken and tokenised
+  normalise   reads text from standard input, writes it ready to be spoken and tokenised; --explain says what it did
   build       cuts the sources into short texts, split into training and validation
 
 `build` promises: a validation text occurs in no training text, and neither does a held-out word, not even inside
@@ -9,18 +9,20 @@ a longer word or in another spelling of the same sounds.
 
 from __future__ import annotations
 
+import argparse
 import io
 import math
 import random
 import re
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 from tools import _amharic_text_1
 from tools._amharic_reading import LATIN_CHOICES, YEAR_CHOICES, Reading, pass_through, read_amharic
-from tools._amharic_text_1 import PUNCTUATION, ethiopic_number, number_words, ordinal_words
+from tools._amharic_text_1 import PUNCTUATION
 from tools._common import ToolError, info, make_parser, run_program, write_jsonl, write_text
 
 FIRST_COMMAND = "echo 'በ፲፱፻፶ ዓ.ም፤ሰላም' | python -m tools.amharic_text normalise"
@@ -192,23 +194,68 @@ def read_source(path: Path) -> list[str]:
     return [line for line in lines if line.strip() and not line.startswith("#")]
 
 
-def normalise_stream(source: BinaryIO) -> None:
-    """Prints every line of UTF-8 text as it is spoken. Raises ToolError naming a line that is not UTF-8."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8")  # the text is the product: never escaped for a terminal
+def read_lines(source: BinaryIO) -> Iterator[tuple[int, str]]:
+    """The lines of UTF-8 text with their numbers from 1. Raises ToolError naming a line that is not UTF-8."""
     for number, line in enumerate(source, 1):
         try:
-            print(normalise(line.decode()))
+            yield number, line.decode().rstrip("\r\n")
         except UnicodeDecodeError as error:
             raise ToolError(f"standard input, line {number}: not UTF-8 text at byte {error.start}. Give it UTF-8, for "
                             "example through iconv -t UTF-8") from error
 
 
+def explanation(reading: Reading) -> list[str]:
+    """What was changed in a text and what of it is not said, a line each."""
+    lines = [f"    {change.rule}: {shown(change.before)} -> {shown(change.after)}" for change in reading.changes]
+    if reading.unsaid:
+        lines.append("    NOT SAID: " + " ".join(map(shown, reading.unsaid)))
+    return lines + (["    Latin: " + " ".join(reading.latin)] if reading.latin else [])
+
+
+def shown(text: str) -> str:
+    """A piece of text for a line of a report; what cannot be seen as its code point."""
+    return "".join(c if c.isprintable() else f"U+{ord(c):04X}" for c in text) or "nothing"
+
+
+def normalise_stream(source: BinaryIO, args: argparse.Namespace) -> None:
+    """Prints every line as it is spoken; with --explain also what was changed, what is not said, and the sums."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")  # the text is the product: never escaped for a terminal
+    counts: Counter[str] = Counter()
+    unsaid: Counter[str] = Counter()
+    for number, line in read_lines(source):
+        reading = read_aloud(line, args.language, args.rules, args.latin, args.years)
+        if args.latin == "refuse" and reading.latin and not args.explain:
+            raise ToolError(f"standard input, line {number}: Latin words ({' '.join(reading.latin[:5])}). Write them "
+                            "in Ethiopic letters, or take --latin keep or spell")
+        print(reading.text)
+        counts.update(lines=1, changed=bool(reading.changes), losing=bool(reading.unsaid), Latin=bool(reading.latin))
+        unsaid.update(reading.unsaid)
+        if args.explain:
+            print("\n".join(explanation(reading)) or "    nothing to change")
+    if args.explain:
+        info(f"{counts['lines']} lines: {counts['changed']} changed, {counts['losing']} losing signs or words, "
+             f"{counts['Latin']} with Latin words")
+        if unsaid:
+            info("Not said: " + ", ".join(f"{shown(sign)} ({count})" for sign, count in unsaid.most_common(20)))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__, FIRST_COMMAND)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("normalise", help="standard input to standard output, line by line",
-                        epilog=parser.epilog, formatter_class=parser.formatter_class)
+    reader = commands.add_parser("normalise", help="standard input to standard output, line by line (the command that "
+                                 "is meant when none is named)", epilog=parser.epilog,
+                                 formatter_class=parser.formatter_class)
+    reader.add_argument("--explain", action="store_true", help="show under each line what was changed and what is not "
+                        "said, and the sums at the end")
+    reader.add_argument("--language", default="am", help="of the text; only Amharic is turned into words (am)")
+    reader.add_argument("--rules", type=int, choices=[1, TEXT_RULES], default=TEXT_RULES,
+                        help=f"version of the Amharic rules; 1 for what was made under it ({TEXT_RULES})")
+    reader.add_argument("--latin", choices=LATIN_CHOICES, default="keep",
+                        help="Latin words: keep them, spell them letter by letter, or refuse the text (keep)")
+    reader.add_argument("--years", choices=YEAR_CHOICES, default="thousands",
+                        help="1990 as ሺህ ዘጠኝ መቶ ዘጠና, or by hundreds as አሥራ ዘጠኝ መቶ ዘጠና: do as your readers do "
+                             "(thousands)")
     build = commands.add_parser("build", help="write texts.jsonl and held_out_words.txt",
                                 epilog=f"first command:\n  {BUILD_COMMAND}", formatter_class=parser.formatter_class)
     build.add_argument("--sources", type=Path, default=Path("processed_data/sources"),
@@ -219,9 +266,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     build.add_argument("--held-out-words", type=int, default=600,
                        help="words that occur in validation texts only, 2 to 5 in each of four fifths of them (600)")
     build.add_argument("--seed", type=int, default=1234, help="another seed gives another choice of words (1234)")
-    args = parser.parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    flags = words and words[0].startswith("--") and words[0] != "--help"
+    args = parser.parse_args(["normalise", *words] if flags else words)
     if args.command == "normalise":
-        normalise_stream(sys.stdin.buffer)
+        normalise_stream(sys.stdin.buffer, args)
         return
     if args.sequences < 0:
         raise ToolError(f"--sequences is {args.sequences}; take 0 or more")
