@@ -159,13 +159,13 @@ def attach(words: str, ending: str) -> str:
 
 # Telephone numbers, codes, groups of digits
 
-PHONE = re.compile(r"(?<![\d.,])(?:\+ ?\d{1,3}(?:[ -]?\(0\))?(?:[ -]?\d){6,12}|0\d{2,3}(?:[ -]\d{2,7}){1,4}|0\d{7,10}"
-                   r"|251[ -]?\d(?:[ -]?\d){6,9})(?![\d,]|\.\d)")
+PHONE = re.compile(r"(?<![\d.,])(?<!\d )(?:\+ ?\d{1,3}(?:[ -]?\(0\))?(?:[ -]?\d){6,12}"
+                   r"|0\d{2,3}(?:[ -]\d{2,7}){1,4}|0\d{7,10}|251[ -]?\d(?:[ -]?\d){6,9})(?![\d,]|\.\d)")
 SERVICE_CODE = re.compile(r"\*\d+(?:\*\d+)*#")
 CODE_BEFORE = re.compile(r"(?:ስልክ|ሞባይል|ፋክስ|አጭር|ነፃ (?:የስልክ )?መስመር|ነጻ (?:የስልክ )?መስመር|SMS|ሰሌዳ)"
                          rf"(?:[^\d።?!]{{0,16}}|[^\d።?!]{{0,4}}[\d -]{{3,16}}(?: ወይም | እና |[፣,/] ?))[{ETHIOPIC}]?$")
 ACCOUNT_BEFORE = re.compile(rf"(?:[ሂሒ]ሳብ|መለያ|መታወቂያ)(?: ቁጥር)?[^\d።?!]{{0,6}}[{ETHIOPIC}]?$")
-CODE_BEHIND = re.compile(r" (?:ላይ |ቁጥር )?(?:ይደውሉ|ደውሉ|ደውል|በመደወል|መደወል|ደውለው|ይላኩ|ላኩ|ላክ|በመላክ|መላክ)")
+CODE_BEHIND = re.compile(r" (?:ላይ |ቁጥር |[^ ]{1,4} ብለው )?(?:ይደውሉ|ደውሉ|ደውል|በመደወል|መደወል|ደውለው|ይላኩ|ላኩ|ላክ|በመላክ|መላክ)")
 CODE = re.compile(r"(?<![\d.,:/+-])\d{3,16}(?![\d:/%]|[.,]\d)")
 SPACED = re.compile(r"(?<![\d.,:/+-])(?<!(?<!\d)\d )(?<!(?<!\d)\d\d )(?<!(?<!\d)\d{3} )"
                     r"[1-9]\d{0,2}(?: \d{3})++(?![\d:/-]|,\d| \d{1,3}(?!\d))")
@@ -181,7 +181,8 @@ def say_telephone(text: str, notes: Notes) -> str:
     """Telephone numbers, *804# and the numbers that one dials or writes to, digit by digit."""
     def phone(match: re.Match[str]) -> str:
         plus = "ፕላስ " if match[0][0] == "+" else ""
-        return plus + digit_words(match[0].replace("(0)", ""))
+        long = sum(map(str.isdigit, match[0])) >= 7
+        return plus + digit_words(match[0].replace("(0)", "")) if long else match[0]
 
     def code(match: re.Match[str]) -> str:
         before = match.string[max(0, match.start() - 40) : match.start()]
@@ -257,14 +258,14 @@ def part_words(text: str, notes: Notes) -> str:
 # Dates, verses, times, fractions
 
 CHAIN = re.compile(rf"{FIRST}\d++(?:([./-])\d++)(?:\1\d++)++(?!\d)")
-TIME = re.compile(r"(?<![\d:፡.,/-])(\d{1,2})[:፡](\d{2})(?:[:፡](\d{2}))?(?![\d:፡]|[.,]\d)"
+TIME = re.compile(r"(?<![\d:፡.,/])(\d{1,2})[:፡](\d{2})(?:[:፡](\d{2}))?(?![\d:፡]|[.,]\d)"
                   rf"(?: ?[ሰሠ][ዓአኣ]ት(ታት|[{ETHIOPIC}]{{0,2}})(?![{ETHIOPIC}]))?")
 POINT_TIME = re.compile(rf"(ጠዋቱ|ጥዋቱ|ማለዳው|ቀኑ|ረፋዱ|ሰዓት በኋላ|ምሽቱ|ማታው|ሌሊቱ) (\d{{1,2}})\.([0-5]\d)"
                         rf"(?= ?[ሰሠ][ዓአኣ]ት(?![{ETHIOPIC}]))")
 RATIO_NEAR = re.compile("ጥምርታ|ሬሾ|ሚዛን|ስኬል")
 RACE_TIME = re.compile(rf"(?<![\d:፡.,/-])(\d{{1,2}})[:፡]([0-5]\d)(?:(\.\d{{1,3}})(?: ?ደቂቃ)?| ?ደቂቃ)(?![{ETHIOPIC}\d])")
 VERSE = re.compile(rf"(?<![{ETHIOPIC}])(?:([በለከየ]?)({'|'.join(sorted(BOOK_NAMES, key=len, reverse=True))})\.? ?)?"
-                   r"(?<![\d:.,])(\d{1,3}) ?([:፥]) ?(\d{1,3})(?: ?[-–] ?(\d{1,3}))?(?![\d:])")
+                   r"(?<![\d:.,])(\d{1,3}) ?([:፡፥]) ?(\d{1,3})(?: ?[-–] ?(\d{1,3}))?(?![\d:])")
 PAIR = re.compile(r"(?<![\d:፡])(\d++) ?[:፡፥] ?(\d++)(?![\d:፡])")
 FRACTION = re.compile(rf"(?<![\d/⁄.,-])(?:(\d+) )?(\d{{1,3}})([/⁄])(\d{{1,3}})(?![\d/⁄]|[.,]\d)([{ETHIOPIC}]*)")
 NO_FRACTION = re.compile("(?:አንቀጽ|አንቀፅ|ቁጥር|አዋጅ|ደንብ|መመሪያ|መዝገብ|ገጽ|ገፅ|ቤት|ዓመት|ቀን)[^።]{0,3}$")
@@ -290,7 +291,7 @@ def say_chain(match: re.Match[str]) -> str:
 
 def say_verse(match: re.Match[str]) -> str:
     prefix, book, chapter, mark, verse, last = match.groups()
-    if not book and mark == ":":
+    if not book and mark != "፥":
         return match[0]
     name = f"{prefix}{BOOK_NAMES[book]} " if book else ""
     chapter_word = "" if book in ("ምዕራፍ", "ምዕ") else "ምዕራፍ "
@@ -316,7 +317,7 @@ def say_fraction(match: re.Match[str]) -> str:
     plain = part[0] != "0" and 0 < int(part) < int(parts) and (int(parts) <= 10) and not NO_FRACTION.search(before)
     lead = f"{whole} " if whole else ""
     if sign == "/" and not plain and not (ending.startswith("ኛ") and int(part) and int(parts)):
-        return f"{lead}{int(part) if len(part) < 3 else part} {int(parts) if len(parts) < 3 else parts}{ending}"
+        return match[0]
     if ending.startswith("ኛ"):
         return f"{lead}{number_words(int(part))} {attach(number_words(int(parts)), ending)}"
     words = fraction_words(int(part), int(parts))
@@ -395,7 +396,8 @@ OPERATORS = {"+": " ሲደመር ", "-": " ሲቀነስ ", "−": " ሲቀነስ
              "X": " ሲባዛ በ", "÷": " ሲካፈል ለ", "/": " ሲካፈል ለ"}
 SUM = re.compile(rf"{FIRST}{NUMBER}(?: ?[-−–+×*xX÷/] ?{NUMBER})++(?= ?=)")
 OPERATOR = re.compile(rf" ?([-−–+×*xX÷/]) ?(?={NUMBER})")
-SIZE = re.compile(rf"{FIRST}({NUMBER}) ?× ?({NUMBER})(?= (?:ሜትር|ሴንቲ|ሚሊ|ኪሎ|ካሬ))")
+SIZE = re.compile(rf"(?<=\d) ?(?:[xX]|×(?= ?{NUMBER} (?:ሜትር|ሴንቲ|ሚሊ|ኪሎ|ካሬ))) ?(?=\d)")
+SLASH = re.compile(r"(?<=\d) ?/ ?(?=\d)")
 MORE = re.compile(rf"({NUMBER}) ?([<>≤≥]) ?({NUMBER})")
 MORE_THAN = re.compile(rf"([<>≤≥]) ?({NUMBER})")
 TEMPERATURE = re.compile(rf"(?<![\d{LETTERS})])[-−–]({NUMBER})(?= ዲግሪ)")
@@ -408,8 +410,14 @@ RANGE_OF_MEASURES = re.compile(r"(\d(?:ኛ| በመቶ| በሺህ| ሰዓት| ሰ
 MONTHS = ("መስከረም|ጥቅምት|ኅዳር|ህዳር|ሕዳር|ታኅሣሥ|ታህሳስ|ታኅሳስ|ታህሣሥ|ጥር|የካቲት|መጋቢት|ሚያዝያ|ሚያዚያ|ግንቦት|ሰኔ|ሐምሌ|ሀምሌ|ነሐሴ|ነሀሴ"
           "|ጳጉሜን|ጳጉሜ"
           "|ጃንዋሪ|ጃንዩዌሪ|ፌብሯሪ|ማርች|ኤፕሪል|ሜይ|ጁን|ጁላይ|ኦገስት|ሴፕቴምበር|ኦክቶበር|ኖቬምበር|ዲሴምበር")
+DAYS = "ሰኞ|ማክሰኞ|ረቡዕ|ሐሙስ|ሀሙስ|ዓርብ|አርብ|ቅዳሜ|እሑድ|እሁድ"
 RANGE_OF_DATES = re.compile(rf"(\d(?: ቀን)?) ?[-–—] ?(?=(?:{MONTHS})(?![{ETHIOPIC}]))")
-SCORE_NEAR = re.compile("አሸን|ረታ|ረት|ድል|ተሸን|ውጤት|ግብ|ጎል|ጨዋታ|አቻ|መለያ ምት|ተለያ|መርታት|ማሸነፍ")
+RANGE_OF_DAYS = re.compile(rf"(?<![{ETHIOPIC}])([በለከየ]?(?:{DAYS}|{MONTHS})) ?[-–—] ?"
+                           rf"(?=(?:{DAYS}|{MONTHS})(?![{ETHIOPIC}]))")
+MONTH_BEFORE = re.compile(f"(?:{MONTHS}) ?$")
+AIRCRAFT = re.compile("(?:ቦይንግ|ኤርባስ) ?$")
+SCORE_NEAR = re.compile(rf"[አተ]ሸን[ፈፉፋፎፏ]|ማሸነፍ|ጨዋታ|አቻ(?!ም)|መለያ ምት|(?<![{ETHIOPIC}])(?:በ?ድል(?!ድ)|ውጤት|ግብ(?![ርፅጽ])"
+                        rf"|ጎል(?![ማበ])|ረ(?:ታ|ቱ|ታች|ትቶ|ትታ)(?![{ETHIOPIC}]))")
 
 
 def say_sum(match: re.Match[str]) -> str:
@@ -421,9 +429,12 @@ def say_range(match: re.Match[str]) -> str:
     first, last = (float(number.replace(",", "")) for number in match.groups())
     near = match.string[max(0, match.start() - 40) : match.end() + 40]
     whole = not {",", "."} & set(match[0])
-    starts = match.string[max(0, match.start() - 1) : match.start()] == "ከ"
-    score = whole and not starts and ((max(first, last) <= 20 and first >= last)
-                                      or (max(first, last) <= 200 and SCORE_NEAR.search(near) is not None))
+    before = match.string[max(0, match.start() - 12) : match.start()]
+    if AIRCRAFT.search(before):
+        return f"{match[1]} {match[2]}"
+    played = SCORE_NEAR.search(near) is not None
+    score = whole and before[-1:] != "ከ" and not MONTH_BEFORE.search(before) and (
+        (max(first, last) <= 20 and (first >= last or played)) or (played and last <= first <= 200))
     return f"{match[1]} {'ለ' if score else 'እስከ '}{match[2]}"
 
 
@@ -434,12 +445,13 @@ def say_negative(match: re.Match[str]) -> str:
 
 def say_signs(text: str, notes: Notes) -> str:
     text = notes.sub("sum", SUM, say_sum, text)
-    text = notes.sub("size", SIZE, r"\1 በ\2", text)
+    text = SLASH.sub(" ", notes.sub("size", SIZE, " በ", text))
     text = notes.sub("comparison", MORE, lambda match: f"{match[1]} ከ{match[3]} {COMPARED[match[2]]}", text)
     text = notes.sub("comparison", MORE_THAN, lambda match: f" ከ{match[2]} {LIMITED[match[1]]} ", text)
     text = notes.sub("range", RANGE, say_range, text)
     text = notes.sub("range", RANGE_OF_MEASURES, r"\1 እስከ ", text)
     text = notes.sub("range", RANGE_OF_DATES, r"\1 እስከ ", text)
+    text = notes.sub("range", RANGE_OF_DAYS, r"\1 እስከ ", text)
     text = notes.sub("minus", TEMPERATURE, r"ከዜሮ በታች \1", text)
     text = notes.sub("minus", NEGATIVE, say_negative, text)
     return text

@@ -41,13 +41,15 @@ MARK = re.compile("፡፡+|::+|[:፡፥]\\s?[-–—]+(?=\\s|$|[ሀ-ፚ])|[" + "
 APOSTROPHE = re.compile("(?<![0-9])['’‘ʼʻ`´]|['’‘ʼʻ`´](?![0-9])")
 OPENING_QUOTE = re.compile("(?<![^ (\\[\n])['‘`](?=[^ ])")
 
+LABEL = re.compile(r"(^|[።?!\n] ?)(\(?(?:[0-9]{1,2}|[፩-፼]{1,2}|[ሀለሐመሠረሰሸቀበተ])[.)])(?= ?[ሀ-ፚ]{2})", re.MULTILINE)
+
 # 5. Signs
 COMMON_SIGNS = [
     ("sign", re.compile(r" ?& ?"), " እና "),
     ("sign", re.compile(r" ?@ ?"), " ኤት "),
     ("sign", re.compile(rf"#(?=[{LETTERS}])"), " ሃሽታግ "),
     ("sign", re.compile(r" ?± ?"), " ሲደመር ወይም ሲቀነስ "),
-    ("sign", re.compile(rf"(?<=[{LETTERS})]) ?[+] ?(?=[{LETTERS}(])"), " ሲደመር "),
+    ("sign", re.compile(rf"(?<=[{LETTERS})])(?: [+] |[+])(?=[{LETTERS}(])"), " ሲደመር "),
     ("sign", re.compile(r"[+]"), " ፕላስ "),
     ("sign", re.compile(rf"(?<=[{LETTERS})]) ?(?<!=)=(?!=) ?(?=[{LETTERS}(?])"), " እኩል ይሆናል "),
     ("sign", re.compile(rf"(?<=[{LETTERS})]) ?[×✕✖] ?"), " ሲባዛ በ"),
@@ -198,6 +200,7 @@ def read_amharic(text: str, latin: str = "keep", years: str = "thousands") -> Re
     notes = Notes()
     said = plain_characters(text, notes)
     said = notes.sub("mark", MARK, say_mark, said)
+    said = notes.sub("label", LABEL, lambda match: match[1] + match[2][:-1].lstrip("(") + "፣ ", said)
     said = say_abbreviations(said, notes)
     if re.search("[0-9፩-፼²³]", said):
         said = notes.sub("sign", ABOUT, " በግምት ", notes.sub("sign", NUMBER_SIGN, " ቁጥር ", said))
