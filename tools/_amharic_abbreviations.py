@@ -8,6 +8,7 @@ the MIT-licensed package amharic-text-processor and common usage, and written an
 
 from __future__ import annotations
 
+import functools
 import re
 
 from tools._amharic_numbers import ENDING, ETHIOPIC, STOP, Notes, attach
@@ -31,7 +32,9 @@ WHOLE = {
     "ፕ/ት": "ፕሬዚዳንት",
     "ፕ/ንት": "ፕሬዚዳንት", "ኮ/ል": "ኮሎኔል", "ኮ/ር": "ኮማንደር", "ጄ/ል": "ጄኔራል", "ጀ/ል": "ጄኔራል", "ሜ/ጄ": "ሜጀር ጄኔራል",
     "ሜ/ጄ/ል": "ሜጀር ጄኔራል", "ብ/ጄ": "ብርጋዴር ጄኔራል", "ብ/ጄ/ል": "ብርጋዴር ጄኔራል", "ሌ/ጄ": "ሌተና ጄኔራል",
-    "ሌ/ጄ/ል": "ሌተና ጄኔራል", "ሌ/ኮ": "ሌተና ኮሎኔል", "ሌ/ኮ/ል": "ሌተና ኮሎኔል", "ሻ/ል": "ሻምበል", "ሻ/ቃ": "ሻለቃ", "መ/አ": "መቶ አለቃ",
+    "ሌ/ጄ/ል": "ሌተና ጄኔራል", "ብ/ጄኔራል": "ብርጋዴር ጄኔራል", "ሜ/ጄኔራል": "ሜጀር ጄኔራል", "ሌ/ጄኔራል": "ሌተና ጄኔራል",
+    "ሌ/ኮሎኔል": "ሌተና ኮሎኔል",
+    "ሌ/ኮ": "ሌተና ኮሎኔል", "ሌ/ኮ/ል": "ሌተና ኮሎኔል", "ሻ/ል": "ሻምበል", "ሻ/ቃ": "ሻለቃ", "መ/አ": "መቶ አለቃ",
     "መ/አለቃ": "መቶ አለቃ", "ሃ/አለቃ": "ሃምሳ አለቃ", "አ/አለቃ": "አሥር አለቃ", "ሊ/መንበር": "ሊቀ መንበር", "አፈ/ጉባኤ": "አፈ ጉባኤ",
     "ቀ/ኃ/ሥ": "ቀዳማዊ ኃይለ ሥላሴ", "ፊ/ማርሻል": "ፊልድ ማርሻል", "አር/ት": "አርቲስት", "ጋ/ጠኛ": "ጋዜጠኛ", "ሲ/ር": "ሲስተር",
     "ዲ/ን": "ዲያቆን", "ቀ/ች": "ቀኛዝማች", "ግ/ች": "ግራዝማች", "ወ/ር": "ወታደር", "አ/ቶ": "አቶ", "ኮ/ነር": "ኮሚሽነር",
@@ -63,7 +66,9 @@ WHOLE = {
     "ፍ/ብ/ሕ/ቁ": "ፍትሐ ብሔር ሕግ ቁጥር", "ፍ/ብ/ሥ/ሥ/ሕ/ቁ": "ፍትሐ ብሔር ሥነ ሥርዓት ሕግ ቁጥር", "ፍ/ብሔር": "ፍትሐ ብሔር",
     # places
     "አ/አ": "አዲስ አበባ", "አ/አበባ": "አዲስ አበባ", "አ/አ/ዩ": "አዲስ አበባ ዩኒቨርሲቲ", "ድ/ዳ": "ድሬ ዳዋ", "ድ/ዳዋ": "ድሬ ዳዋ",
-    "ባ/ዳር": "ባሕር ዳር", "ደ/ብርሃን": "ደብረ ብርሃን", "ደ/ማርቆስ": "ደብረ ማርቆስ", "ደ/ታቦር": "ደብረ ታቦር", "ደ/ዘይት": "ደብረ ዘይት",
+    "ሀ/ስብከት": "ሀገረ ስብከት", "ም/ራቅ": "ምሥራቅ", "ም/ዕራብ": "ምዕራብ", "ሰ/ምዕራብ": "ሰሜን ምዕራብ", "ሰ/ምሥራቅ": "ሰሜን ምሥራቅ",
+    "ደ/ምዕራብ": "ደቡብ ምዕራብ", "ደ/ምሥራቅ": "ደቡብ ምሥራቅ", "ባ/ዳር": "ባሕር ዳር",
+    "ደ/ብርሃን": "ደብረ ብርሃን", "ደ/ማርቆስ": "ደብረ ማርቆስ", "ደ/ታቦር": "ደብረ ታቦር", "ደ/ዘይት": "ደብረ ዘይት",
     "ደ/ሊባኖስ": "ደብረ ሊባኖስ", "ደ/ኤልያስ": "ደብረ ኤልያስ", "ደ/አፍሪካ": "ደቡብ አፍሪካ", "ደ/ወሎ": "ደቡብ ወሎ", "ደ/ጎንደር": "ደቡብ ጎንደር",
     "ደ/ሱዳን": "ደቡብ ሱዳን", "ደ/ኮሪያ": "ደቡብ ኮሪያ", "ደ/ኦሞ": "ደቡብ ኦሞ", "ሰ/ሸዋ": "ሰሜን ሸዋ", "ሰ/ወሎ": "ሰሜን ወሎ",
     "ሰ/ጎንደር": "ሰሜን ጎንደር", "ሰ/ኮሪያ": "ሰሜን ኮሪያ", "ሰ/አሜሪካ": "ሰሜን አሜሪካ", "ቅ/ማርያም": "ቅድስት ማርያም", "ቅ/ሥላሴ": "ቅድስት ሥላሴ",
@@ -80,8 +85,9 @@ WHOLE = {
 }
 # A letter in front of a whole word. መ/, አ/, ደ/ and others have several readings and are in WHOLE, word by word.
 INITIALS = {"ገ": "ገብረ", "ወ": "ወልደ", "ኃ": "ኃይለ", "ሃ": "ኃይለ", "ሀ": "ኃይለ", "ሐ": "ኃይለ", "ኅ": "ኃይለ", "ተ": "ተክለ",
-            "ም": "ምክትል", "ጠ": "ጠቅላይ", "ዋ": "ዋና", "ረ": "ረዳት", "ሊ": "ሊቀ", "ቤ": "ቤተ", "ክ": "ክፍለ", "ሌ": "ሌተና",
-            "ሜ": "ሜጀር", "ብ": "ብርጋዴር", "ቅ": "ቅዱስ", "ጤ": "ጤና", "ፌ": "ፌደራል", "ሚ": "ሚኒስትር"}
+            "ም": "ምክትል", "ጠ": "ጠቅላይ", "ዋ": "ዋና", "ረ": "ረዳት", "ሊ": "ሊቀ", "ቤ": "ቤተ", "ቅ": "ቅዱስ", "ጤ": "ጤና",
+            "ፌ": "ፌደራል"}
+EAST_OR_WEST = re.compile("ሸዋ|ጎጃም|ጐጃም|ሐረርጌ|ሀረርጌ|ወለጋ|አፍሪካ|አውሮፓ|እስያ|አርሲ|ጉጂ")  # ም/ before them is either
 LETTER_NAME = re.compile(rf".?(?:[{ETHIOPIC}]|ኤ[ፍችልምንስክ]|አይ|አር|ኪው|ደብሊው|ኤክስ|ዋይ|ዜድ|ዲ|ጄ)")  # perhaps after a prefix
 OFFICES = re.compile("ዋና|ም$|ምክትል|ፕሬ|ኮሚ|ኃላፊ|ሥራ|አስተዳዳሪ|ሊቀ")  # whose acting holder ተ/ is
 KEYS = {tuple(key.split("/")): words for key, words in WHOLE.items()}
@@ -96,13 +102,15 @@ BEFORE_DIGIT = re.compile(rf"(?<![{ETHIOPIC}./])([የበለከ]?)(ተቁ|ቁ|ገ
                           rf"(?<![{ETHIOPIC}./])([የበለከ]?)(ተቁ|ቁ) ?(?=[0-9፩-፼])")
 ERA_WITHOUT_DOTS = re.compile(rf"(?<=[0-9፩-፼])( ?)ዓም[.]?(?![{ETHIOPIC}])")
 UNIT_BEHIND = re.compile(rf"(?<=[0-9]) ?(ሜ|ግ|ሊ|ሚ|ቢ)\.(?![{ETHIOPIC}])")
+BARE_UNIT = re.compile(rf"(?<=[0-9]) ?(ኪሜ|ሴሜ|ሳሜ|ሚሜ|ኪግ|ሚግ)(?![{ETHIOPIC}])[.]?|(?<![{ETHIOPIC}])በ(ኪሜ)(?![{ETHIOPIC}])")
+RAISED = re.compile(rf"((?:ኪሎ |ሴንቲ |ሚሊ )?ሜትር|(?<=[0-9])ሜ|(?<=[0-9] )ሜ){STOP}? ?([²³])")
 UNIT_LETTERS = {"ሜ": "ሜትር", "ግ": "ግራም", "ሊ": "ሊትር", "ሚ": "ሚሊዮን", "ቢ": "ቢሊዮን"}
 MINISTER = re.compile(r"(?<!/)ሚ/ር(?= ?(?:ዶ/ር|ዶክተር|አቶ|ወ/ሮ|ወይዘሮ|ክቡር|ክብርት|ኢ/ር|ፕ/ር|አምባሳደር))")
-SPACED = re.compile(rf"(?<![{ETHIOPIC}])(?:[{ETHIOPIC}]{{1,3}}(?:\. ?| ?/ ?))++"
+SPACED = re.compile(rf"(?<![{ETHIOPIC}])(?:[{ETHIOPIC}]{{1,3}}(?:\. ?| ?/ ?)){{1,9}}+"
                     rf"[{ETHIOPIC}]{{1,4}}(?![{ETHIOPIC}])[./]?")
 SIGN = re.compile(r"\. ?| ?/ ?")
 TOKEN = re.compile(rf"(?<![{ETHIOPIC}])[{ETHIOPIC}]++(?:[./][{ETHIOPIC}]++)++(/(?![{ETHIOPIC}0-9])|\.(?!\.))?")
-INITIAL_SPACE = re.compile(rf"(?<![{ETHIOPIC}./])([የበለከ]?)(ም|ጠ|ብ/ጄ|ሜ/ጄ|ሌ/ጄ|ሌ/ኮ|ጠ/ሚ|ጠ/ሚ/ር|ፕ/ር|ዶ/ር|ኮ/ል)/ "
+INITIAL_SPACE = re.compile(rf"(?<![{ETHIOPIC}./])([የበለከ]?)(ገ|ወ|ኃ|ሃ|ም|ጠ|ብ/ጄ|ሜ/ጄ|ሌ/ጄ|ሌ/ኮ|ጠ/ሚ|ጠ/ሚ/ር|ፕ/ር|ዶ/ር|ኮ/ል)/ "
                            rf"(?=[{ETHIOPIC}]{{2}})")
 
 
@@ -136,6 +144,7 @@ for _key, _words in KEYS.items():
     BY_HEAD.setdefault(_key[:-1], []).append((_key, _words))
 
 
+@functools.lru_cache(maxsize=4096)
 def look_up(parts: tuple[str, ...]) -> str | None:
     """The words of an abbreviation with its prefix and its ending, or None."""
     for prefix in PREFIXES:
@@ -153,17 +162,25 @@ def initial(part: str, following: str) -> str | None:
     """ገ before a word as ገብረ, with its prefix; None where the letter stands for no one word."""
     for prefix in PREFIXES:
         letter = part.removeprefix(prefix)
-        if part.startswith(prefix) and letter in INITIALS and (len(following) > 1 or letter in "ምዋተፌጠረ"):
+        if part.startswith(prefix) and letter in INITIALS and (len(following) > 1 or letter in "ምዋተፌጠረ") and not (
+                letter == "ም" and EAST_OR_WEST.match(following)):
             return prefix + ("ተጠባባቂ" if letter == "ተ" and OFFICES.match(following) else INITIALS[letter])
     return None
+
+
+def acronym(parts: list[str], signs: list[str]) -> int:
+    """How many parts from the first on are names of letters with full stops between, none of them in the table."""
+    size = 1 if len(parts[0]) <= 4 and LETTER_NAME.fullmatch(parts[0][-3:]) else 0
+    while size and size < len(parts) and signs[size - 1] == "." and LETTER_NAME.fullmatch(parts[size]):
+        size += 1
+    return 0 if any(look_up(tuple(parts[:n])) for n in range(2, min(size, LONGEST) + 1)) else size
 
 
 def resolve(parts: list[str], signs: list[str]) -> str:
     """The words of a chain such as ም/ጠ/ሚ/ር: the longest known stretch first; acronyms are one word (ኢ.ዜ.አ)."""
     said, at = "", 0
-    if set(signs) == {"."} and LETTER_NAME.fullmatch(parts[0][-3:]) and all(map(LETTER_NAME.fullmatch, parts[1:])) and (
-            len(parts[0]) <= 4 and not any(look_up(tuple(parts[:n])) for n in range(2, min(len(parts), LONGEST) + 1))):
-        return "".join(parts)
+    if (size := acronym(parts, signs)) > 1:
+        said, at = "".join(parts[:size]) + " ", size
     while at < len(parts):
         for size in range(min(LONGEST, len(parts) - at), 1, -1):
             if words := look_up(tuple(parts[at : at + size])):
@@ -205,8 +222,13 @@ def say_abbreviations(text: str, notes: Notes) -> str:
             return match[0]  # 5ኛ.ሰላም
         return resolve(parts, re.findall("[./]", body)) + {"": "", ".": STOP, "/": " "}[ending]
 
+    def raised(match: re.Match[str]) -> str:
+        name = match[1] if len(match[1]) > 1 else " ሜትር"
+        return f"ካሬ {name.strip()}" if match[2] == "²" else f"{name} ኩብ"
+
     def single(match: re.Match[str]) -> str:
-        return (match[1] or match[3] or "") + SINGLE[match[2] or match[4]] + " "
+        prefix, word = (group for group in match.groups() if group is not None)
+        return f"{prefix}{SINGLE[word]} "
 
     text = notes.sub("abbreviation", MINISTER, "ሚኒስትር", text)
     text = notes.sub("abbreviation", INITIAL_SPACE, r"\1\2/", text)
@@ -215,5 +237,8 @@ def say_abbreviations(text: str, notes: Notes) -> str:
     text = notes.sub("abbreviation", BEFORE_DIGIT, single, text)
     text = notes.sub("abbreviation", ERA_WITHOUT_DOTS, r" ዓመተ ምሕረት" + STOP, text)
     text = notes.sub("abbreviation", UNIT_BEHIND, lambda match: f" {UNIT_LETTERS[match[1]]}{STOP}", text)
+    text = notes.sub("abbreviation", BARE_UNIT, lambda match: f" {WHOLE['/'.join(match[1])]}" if match[1] else
+                     "በ" + WHOLE["/".join(match[2])], text)
     text = notes.sub("abbreviation", SPACED, spaced, text)
-    return notes.sub("abbreviation", TOKEN, token, text)
+    text = notes.sub("abbreviation", TOKEN, token, text)
+    return notes.sub("unit", RAISED, raised, text)

@@ -159,9 +159,10 @@ def attach(words: str, ending: str) -> str:
 
 # Telephone numbers, codes, groups of digits
 
-PHONE = re.compile(r"(?<![\d.,])(?<!\d )(?:\+ ?\d{1,3}(?:[ -]?\(0\))?(?:[ -]?\d){6,12}"
-                   r"|0\d{2,3}(?:[ -]\d{2,7}){1,4}|0\d{7,10}|251[ -]?\d(?:[ -]?\d){6,9})(?![\d,]|\.\d)")
-SERVICE_CODE = re.compile(r"\*\d+(?:\*\d+)*#")
+PHONE = re.compile(r"(?<![\d.,])(?<!\d )(?:\(?\+ ?\d{1,3}\)?(?:[ -]?\(0\))?(?:[ -]?\d){6,12}"
+                   r"|\(0\d{2,3}\)[ -]?\d{2,7}(?:[ -]\d{2,7}){0,3}|0\d{2,3}(?:[ /-]\d{2,7}){1,4}|0\d(?:[ -]\d\d){4}"
+                   r"|0\d{7,10}|251[ -]?\d(?:[ -]?\d){6,9})(?![\d,]|\.\d)")
+SERVICE_CODE = re.compile(r"(?<![\d*])\*\d++(?:\*\d++)*+#")
 CODE_BEFORE = re.compile(r"(?:ስልክ|ሞባይል|ፋክስ|አጭር|ነፃ (?:የስልክ )?መስመር|ነጻ (?:የስልክ )?መስመር|SMS|ሰሌዳ)"
                          rf"(?:[^\d።?!]{{0,16}}|[^\d።?!]{{0,4}}[\d -]{{3,16}}(?: ወይም | እና |[፣,/] ?))[{ETHIOPIC}]?$")
 ACCOUNT_BEFORE = re.compile(rf"(?:[ሂሒ]ሳብ|መለያ|መታወቂያ)(?: ቁጥር)?[^\d።?!]{{0,6}}[{ETHIOPIC}]?$")
@@ -174,13 +175,14 @@ DOTTED = re.compile(r"(?<![\d.,])([1-9]\d{0,2}(?:\.\d{3}){2,}+|[1-9]\d{0,2}(?:\.
                     r"|[1-9]\d{0,2}\.000)(?:,(\d{1,2}))?(?![\d]|[.,]\d)")
 COMMAS = re.compile(r"(?<![\d.,])\d++(?:,\d++)++(?:\.\d++)?+")
 NO_CENTS = re.compile(r"(?<=\d)\.00(?![\d.])(?!\.\d)")
+MEASURE_BEHIND = re.compile(" ?(?:ሚሊዮን|ሚሊየን|ቢሊዮን|ቢሊየን|%|በመቶ|ኪሎ|ሜትር|ዲግሪ|°)")
 BARE_POINT = re.compile(r"(?<![^ (\[\n+$€£=-])\.(?=\d)")
 
 
 def say_telephone(text: str, notes: Notes) -> str:
     """Telephone numbers, *804# and the numbers that one dials or writes to, digit by digit."""
     def phone(match: re.Match[str]) -> str:
-        plus = "ፕላስ " if match[0][0] == "+" else ""
+        plus = "ፕላስ " if "+" in match[0] else ""
         long = sum(map(str.isdigit, match[0])) >= 7
         return plus + digit_words(match[0].replace("(0)", "")) if long else match[0]
 
@@ -201,8 +203,9 @@ def group_digits(text: str, notes: Notes) -> str:
     def commas(match: re.Match[str]) -> str:
         whole, point, fraction = match[0].partition(".")
         parts = whole.split(",")
-        if parts[0] == "0" and len(parts) == 2 and not point:
-            return f"0.{parts[1]}"
+        decimal = parts[0] == "0" or (len(parts[-1]) < 3 and MEASURE_BEHIND.match(match.string, match.end()))
+        if len(parts) == 2 and not point and decimal:
+            return ".".join(parts)
         if parts[0][0] != "0" and len(parts[0]) < 4 and all(len(part) == 3 for part in parts[1:]):
             return match[0]
         return "፣ ".join(parts) + point + fraction
@@ -264,7 +267,8 @@ POINT_TIME = re.compile(rf"(ጠዋቱ|ጥዋቱ|ማለዳው|ቀኑ|ረፋዱ|�
                         rf"(?= ?[ሰሠ][ዓአኣ]ት(?![{ETHIOPIC}]))")
 RATIO_NEAR = re.compile("ጥምርታ|ሬሾ|ሚዛን|ስኬል")
 RACE_TIME = re.compile(rf"(?<![\d:፡.,/-])(\d{{1,2}})[:፡]([0-5]\d)(?:(\.\d{{1,3}})(?: ?ደቂቃ)?| ?ደቂቃ)(?![{ETHIOPIC}\d])")
-VERSE = re.compile(rf"(?<![{ETHIOPIC}])(?:([በለከየ]?)({'|'.join(sorted(BOOK_NAMES, key=len, reverse=True))})\.? ?)?"
+BOOK = "|".join(sorted(BOOK_NAMES, key=len, reverse=True))
+VERSE = re.compile(rf"(?<![{ETHIOPIC}])(?:(?:(?<!\d)([123]) )?([በለከየ]?)({BOOK})\.? ?)?"
                    r"(?<![\d:.,])(\d{1,3}) ?([:፡፥]) ?(\d{1,3})(?: ?[-–] ?(\d{1,3}))?(?![\d:])")
 PAIR = re.compile(r"(?<![\d:፡])(\d++) ?[:፡፥] ?(\d++)(?![\d:፡])")
 FRACTION = re.compile(rf"(?<![\d/⁄.,-])(?:(\d+) )?(\d{{1,3}})([/⁄])(\d{{1,3}})(?![\d/⁄]|[.,]\d)([{ETHIOPIC}]*)")
@@ -290,10 +294,10 @@ def say_chain(match: re.Match[str]) -> str:
 
 
 def say_verse(match: re.Match[str]) -> str:
-    prefix, book, chapter, mark, verse, last = match.groups()
+    letter, prefix, book, chapter, mark, verse, last = match.groups()
     if not book and mark != "፥":
         return match[0]
-    name = f"{prefix}{BOOK_NAMES[book]} " if book else ""
+    name = (f"{letter}ኛ " if letter else "") + f"{prefix}{BOOK_NAMES[book]} " if book else ""
     chapter_word = "" if book in ("ምዕራፍ", "ምዕ") else "ምዕራፍ "
     return f"{name}{chapter_word}{int(chapter)} ቁጥር {int(verse)}" + (f" እስከ {int(last)}" if last else "")
 
@@ -394,13 +398,13 @@ def say_measures(text: str, notes: Notes) -> str:
 
 OPERATORS = {"+": " ሲደመር ", "-": " ሲቀነስ ", "−": " ሲቀነስ ", "–": " ሲቀነስ ", "×": " ሲባዛ በ", "*": " ሲባዛ በ", "x": " ሲባዛ በ",
              "X": " ሲባዛ በ", "÷": " ሲካፈል ለ", "/": " ሲካፈል ለ"}
-SUM = re.compile(rf"{FIRST}{NUMBER}(?: ?[-−–+×*xX÷/] ?{NUMBER})++(?= ?=)")
+SUM = re.compile(rf"{FIRST}(?<![-−–+×*xX÷/])(?<![-−–+×*xX÷/] ){NUMBER}(?: ?[-−–+×*xX÷/] ?{NUMBER})++(?= ?=)")
 OPERATOR = re.compile(rf" ?([-−–+×*xX÷/]) ?(?={NUMBER})")
 SIZE = re.compile(rf"(?<=\d) ?(?:[xX]|×(?= ?{NUMBER} (?:ሜትር|ሴንቲ|ሚሊ|ኪሎ|ካሬ))) ?(?=\d)")
 SLASH = re.compile(r"(?<=\d) ?/ ?(?=\d)")
-MORE = re.compile(rf"({NUMBER}) ?([<>≤≥]) ?({NUMBER})")
+MORE = re.compile(rf"{FIRST}({NUMBER}) ?([<>≤≥]) ?({NUMBER})")
 MORE_THAN = re.compile(rf"([<>≤≥]) ?({NUMBER})")
-TEMPERATURE = re.compile(rf"(?<![\d{LETTERS})])[-−–]({NUMBER})(?= ዲግሪ)")
+TEMPERATURE = re.compile(rf"(?<![\d{LETTERS})])(?<!እስከ )[-−–]({NUMBER})(?= ዲግሪ)")
 NEGATIVE = re.compile(rf"(?<![\d{LATIN})])(?<![{ETHIOPIC}][{ETHIOPIC}])[-−–](?=\d)")
 # Names that a number follows; a hyphen in between is no minus. A word of one letter is such a name, too (ቱ -154).
 NAMED = re.compile(rf"(?:ኮቪድ|ኮሮና|ቫይረስ|ቦይንግ|ኤርባስ|አፖሎ|ሚግ|ሱኮይ|[{LATIN}]|(?<![{ETHIOPIC}])(?![በለከ] )[{ETHIOPIC}]{{1,2}}) $")
@@ -438,6 +442,10 @@ def say_range(match: re.Match[str]) -> str:
     return f"{match[1]} {'ለ' if score else 'እስከ '}{match[2]}"
 
 
+APART_NEGATIVE = re.compile(rf"(?<![{ETHIOPIC}])([በለከየ]) [-−–](?=\d)")
+TIMES = re.compile(r"(?<=\d) ?\* ?(?=\d)")
+
+
 def say_negative(match: re.Match[str]) -> str:
     """A minus in front of a number, but not the hyphen of a name (ኮቪድ -19)."""
     return match[0] if NAMED.search(match.string[max(0, match.start() - 10) : match.start()]) else "አሉታዊ "
@@ -452,6 +460,8 @@ def say_signs(text: str, notes: Notes) -> str:
     text = notes.sub("range", RANGE_OF_MEASURES, r"\1 እስከ ", text)
     text = notes.sub("range", RANGE_OF_DATES, r"\1 እስከ ", text)
     text = notes.sub("range", RANGE_OF_DAYS, r"\1 እስከ ", text)
+    text = notes.sub("sign", TIMES, " ሲባዛ በ", text)
+    text = notes.sub("minus", APART_NEGATIVE, r"\1አሉታዊ ", text)
     text = notes.sub("minus", TEMPERATURE, r"ከዜሮ በታች \1", text)
     text = notes.sub("minus", NEGATIVE, say_negative, text)
     return text

@@ -39,6 +39,9 @@ MARKS = {"፨": "። ", "፧": "? ", "¡": "! ", "¿": " ", "፦": "፣ ", "፠"
          "‽": "? "}
 MARK = re.compile("፡፡+|::+|[:፡፥]\\s?[-–—]+(?=\\s|$|[ሀ-ፚ])|[" + "".join(MARKS) + "]")
 APOSTROPHE = re.compile("(?<![0-9])['’‘ʼʻ`´]|['’‘ʼʻ`´](?![0-9])")
+QUOTES = "\"'«»“”„‹›‘’"
+PREFIX_QUOTE = re.compile(rf"(?<![{LETTERS}])([የበለከ])[{QUOTES}]+(?=[{LETTERS}0-9፩-፼])")
+QUOTED_ENDING = re.compile(rf"(?<=[{LETTERS}0-9፩-፼])[{QUOTES}]+((?:ን|ና|ም|ስ|ው|ንና|ንም)(?![{LETTERS}]))")
 OPENING_QUOTE = re.compile("(?<![^ (\\[\n])['‘`](?=[^ ])")
 
 LABEL = re.compile(r"(^|[።?!\n] ?)(\(?(?:[0-9]{1,2}|[፩-፼]{1,2}|[ሀለሐመሠረሰሸቀበተ])[.)])(?= ?[ሀ-ፚ]{2})", re.MULTILINE)
@@ -66,13 +69,14 @@ ABOUT = re.compile(r"[~≈] ?(?=\d)(?<!\d.)(?<!\d .)")
 # 6. Latin
 LATIN_WORD = re.compile(rf"[{LATIN}]+")
 INITIALISM = re.compile(rf"(?<![{LATIN}])(?:[A-Z]\.){{2,}}(?:[A-Z](?![{LATIN}]))?")
+TITLE = re.compile(rf"(?<![{LATIN}])(Dr|Mr|Mrs|Ms|Prof|Eng|St|No|Vol|vs|etc)\.(?= ?[{LETTERS}0-9])")
 DOMAIN_DOT = re.compile(rf"(?<=[{LATIN}0-9])\.(?=[{LATIN}]{{2}})")
 
 # 7. The rest
 DASH = re.compile(rf"(?<=[{LETTERS})”»\"]) +[-–—]+ *(?=[“”«‹\"(]*[{LETTERS}])|(?<=[{LETTERS}]) ?—+ ?(?=[{LETTERS}])")
 DOTS = re.compile(r"\.(?: ?\.)+")
 LAST_STOP = re.compile(rf"([{LETTERS}][^{LETTERS}{STOP}\n]{{0,3}}){STOP}(?=[^{LETTERS}\n]*(?:\n|$))")
-INITIAL = re.compile(rf"(?<![{LETTERS}])([{ETHIOPIC}])\.(?= ?[{ETHIOPIC}])")
+INITIAL = re.compile(rf"(?<![{LETTERS}])([{ETHIOPIC}]|{'|'.join(LETTER_NAMES.values())})\.(?= ?[{ETHIOPIC}])")
 SILENT = set("\"'‘’`´ʼʻ/\\|_•·●▪◦‣►▶■□➢✓✔፡:-\n" + STOP)
 LEFT = re.compile(rf"[^ {LETTERS}{PUNCTUATION}]")
 FOREIGN = re.compile(rf"[^\W\d_{LETTERS}]+")
@@ -103,7 +107,7 @@ def is_invisible(character: str) -> bool:
 def plain_character(match: re.Match[str]) -> str:
     """One odd character, or a run of raised digits, as the later passes know it."""
     character = match[0]
-    if character in ("²", "³") and match.start() and match.string[match.start() - 1] == "m":
+    if character in ("²", "³") and match.start() and match.string[match.start() - 1] in "mሜር.":
         return character
     if len(character) > 1 or (category := unicodedata.category(character)) == "No" and (
             unicodedata.normalize("NFKC", character) != character):
@@ -125,6 +129,7 @@ def plain_character(match: re.Match[str]) -> str:
 def plain_characters(text: str, notes: Notes) -> str:
     """Pass 1. Invisible characters and combining marks go without a trace: they have no sound to lose."""
     text = notes.sub("character", ODD, plain_character, unicodedata.normalize("NFC", text))
+    text = QUOTED_ENDING.sub(r"\1", PREFIX_QUOTE.sub(r"\1", text))
     return APOSTROPHE.sub("", OPENING_QUOTE.sub(" ", text))
 
 
@@ -146,6 +151,7 @@ def say_signs(text: str, notes: Notes) -> str:
 def say_latin(text: str, choice: str, notes: Notes) -> tuple[str, tuple[str, ...]]:
     """Pass 6: the text, and its Latin words."""
     text = notes.sub("Latin", INITIALISM, lambda match: match[0].replace(".", "") + STOP, text)
+    text = notes.sub("Latin", TITLE, r"\1 ", text)
     text = notes.sub("Latin", DOMAIN_DOT, " ዶት ", text)
     words = tuple(LATIN_WORD.findall(text))
     if choice == "spell":
