@@ -86,7 +86,7 @@ WHOLE = {
 # A letter in front of a whole word. መ/, አ/, ደ/ and others have several readings and are in WHOLE, word by word.
 INITIALS = {"ገ": "ገብረ", "ወ": "ወልደ", "ኃ": "ኃይለ", "ሃ": "ኃይለ", "ሀ": "ኃይለ", "ሐ": "ኃይለ", "ኅ": "ኃይለ", "ተ": "ተክለ",
             "ም": "ምክትል", "ጠ": "ጠቅላይ", "ዋ": "ዋና", "ረ": "ረዳት", "ሊ": "ሊቀ", "ቤ": "ቤተ", "ቅ": "ቅዱስ", "ጤ": "ጤና",
-            "ፌ": "ፌደራል"}
+            "ፌ": "ፌደራል", "ር": "ርዕሰ"}
 EAST_OR_WEST = re.compile("ሸዋ|ጎጃም|ጐጃም|ሐረርጌ|ሀረርጌ|ወለጋ|አፍሪካ|አውሮፓ|እስያ|አርሲ|ጉጂ")  # ም/ before them is either
 LETTER_NAME = re.compile(rf".?(?:[{ETHIOPIC}]|ኤ[ፍችልምንስክ]|አይ|አር|ኪው|ደብሊው|ኤክስ|ዋይ|ዜድ|ዲ|ጄ)")  # perhaps after a prefix
 OFFICES = re.compile("ዋና|ም$|ምክትል|ፕሬ|ኮሚ|ኃላፊ|ሥራ|አስተዳዳሪ|ሊቀ")  # whose acting holder ተ/ is
@@ -100,7 +100,7 @@ BARE = re.compile(rf"(?<![{ETHIOPIC}./])([የበለከ]?)(ዶር|እኤአ)[.]?(
 DOTTED_WORD = re.compile(rf"(?<![{ETHIOPIC}./])([የበለከ]?)(ፕሮፍ|ኢንጂ|ዶር)\. ?(?=[{ETHIOPIC}])")
 BEFORE_DIGIT = re.compile(rf"(?<![{ETHIOPIC}./])([የበለከ]?)(ተቁ|ቁ|ገ|ምዕ|አን)[.] ?(?=[0-9፩-፼])|"
                           rf"(?<![{ETHIOPIC}./])([የበለከ]?)(ተቁ|ቁ) ?(?=[0-9፩-፼])")
-ERA_WITHOUT_DOTS = re.compile(rf"(?<=[0-9፩-፼])( ?)ዓም[.]?(?![{ETHIOPIC}])")
+ERA_WITHOUT_DOTS = re.compile(rf"(?<=[0-9፩-፼]) ?ዓም([.]?)(?![{ETHIOPIC}])")
 UNIT_BEHIND = re.compile(rf"(?<=[0-9]) ?(ሜ|ግ|ሊ|ሚ|ቢ)\.(?![{ETHIOPIC}])")
 BARE_UNIT = re.compile(rf"(?<=[0-9]) ?(ኪሜ|ሴሜ|ሳሜ|ሚሜ|ኪግ|ሚግ)(?![{ETHIOPIC}])[.]?|(?<![{ETHIOPIC}])በ(ኪሜ)(?![{ETHIOPIC}])")
 RAISED = re.compile(rf"((?:ኪሎ |ሴንቲ |ሚሊ )?ሜትር|(?<=[0-9])ሜ|(?<=[0-9] )ሜ){STOP}? ?([²³])")
@@ -235,7 +235,7 @@ def say_abbreviations(text: str, notes: Notes) -> str:
     text = notes.sub("abbreviation", BARE, lambda match: match[1] + SINGLE[match[2]], text)
     text = notes.sub("abbreviation", DOTTED_WORD, single, text)
     text = notes.sub("abbreviation", BEFORE_DIGIT, single, text)
-    text = notes.sub("abbreviation", ERA_WITHOUT_DOTS, r" ዓመተ ምሕረት" + STOP, text)
+    text = notes.sub("abbreviation", ERA_WITHOUT_DOTS, lambda match: " ዓመተ ምሕረት" + STOP * len(match[1]), text)
     text = notes.sub("abbreviation", UNIT_BEHIND, lambda match: f" {UNIT_LETTERS[match[1]]}{STOP}", text)
     text = notes.sub("abbreviation", BARE_UNIT, lambda match: f" {WHOLE['/'.join(match[1])]}" if match[1] else
                      "በ" + WHOLE["/".join(match[2])], text)

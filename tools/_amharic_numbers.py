@@ -356,7 +356,8 @@ PER_BEHIND = re.compile(rf"(?<=\d) ?([%‰])([{ETHIOPIC}]*)")
 PER_BEFORE = re.compile(rf"([%‰])({NUMBER})")
 DEGREES = re.compile(rf"(?<=\d) ?[°º](?: ?([CF])(?![{LATIN}]))?([{ETHIOPIC}]*)")
 MINUTES = re.compile(r"(?<=\d)([′″])")
-UNITS_BEHIND = re.compile(rf"(?<=\d) ?({'|'.join(map(re.escape, sorted(UNIT_NAMES, key=len, reverse=True)))})"
+UNITS_BEHIND = re.compile(r"(?:(?<=\d) ?|(?<=ሺህ) |(?<=ሚሊዮን) |(?<=ሚሊየን) |(?<=ቢሊዮን) |(?<=ቢሊየን) )"
+                          rf"({'|'.join(map(re.escape, sorted(UNIT_NAMES, key=len, reverse=True)))})"
                           rf"(?![{LATIN}²³/\d])([{ETHIOPIC}]*)")
 
 
@@ -390,8 +391,7 @@ def say_measures(text: str, notes: Notes) -> str:
     text = notes.sub("degrees", DEGREES, lambda match: " " + with_ending(
         "ዲግሪ" + {"C": " ሴንቲግሬድ", "F": " ፋራናይት"}.get(match[1] or "", ""), match[2]), text)
     text = notes.sub("degrees", MINUTES, lambda match: {"′": " ደቂቃ ", "″": " ሰከንድ "}[match[1]], text)
-    text = notes.sub("unit", UNITS_BEHIND, lambda match: " " + with_ending(UNIT_NAMES[match[1]], match[2]), text)
-    return text.replace("²", " 2 ").replace("³", " 3 ")
+    return notes.sub("unit", UNITS_BEHIND, lambda match: " " + with_ending(UNIT_NAMES[match[1]], match[2]), text)
 
 
 # Sums, signs, ranges, scores
@@ -420,7 +420,7 @@ RANGE_OF_DAYS = re.compile(rf"(?<![{ETHIOPIC}])([በለከየ]?(?:{DAYS}|{MONTHS
                            rf"(?=(?:{DAYS}|{MONTHS})(?![{ETHIOPIC}]))")
 MONTH_BEFORE = re.compile(f"(?:{MONTHS}) ?$")
 AIRCRAFT = re.compile("(?:ቦይንግ|ኤርባስ) ?$")
-SCORE_NEAR = re.compile(rf"[አተ]ሸን[ፈፉፋፎፏ]|ማሸነፍ|ጨዋታ|አቻ(?!ም)|መለያ ምት|(?<![{ETHIOPIC}])(?:በ?ድል(?!ድ)|ውጤት|ግብ(?![ርፅጽ])"
+SCORE_NEAR = re.compile(rf"ሸ[ነን][ፈፉፋፌፍፎፏ]|ጨዋታ|አቻ(?!ም)|መለያ ምት|(?<![{ETHIOPIC}])(?:በ?ድል(?!ድ)|ውጤት|ግብ(?![ርፅጽ])"
                         rf"|ጎል(?![ማበ])|ረ(?:ታ|ቱ|ታች|ትቶ|ትታ)(?![{ETHIOPIC}]))")
 
 
@@ -459,7 +459,6 @@ def say_signs(text: str, notes: Notes) -> str:
     text = notes.sub("range", RANGE, say_range, text)
     text = notes.sub("range", RANGE_OF_MEASURES, r"\1 እስከ ", text)
     text = notes.sub("range", RANGE_OF_DATES, r"\1 እስከ ", text)
-    text = notes.sub("range", RANGE_OF_DAYS, r"\1 እስከ ", text)
     text = notes.sub("sign", TIMES, " ሲባዛ በ", text)
     text = notes.sub("minus", APART_NEGATIVE, r"\1አሉታዊ ", text)
     text = notes.sub("minus", TEMPERATURE, r"ከዜሮ በታች \1", text)

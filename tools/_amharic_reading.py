@@ -18,7 +18,17 @@ import unicodedata
 from dataclasses import dataclass
 
 from tools._amharic_abbreviations import say_abbreviations
-from tools._amharic_numbers import CURRENCIES, ETHIOPIC, LATIN, LETTERS, STOP, Change, Notes, say_numerals
+from tools._amharic_numbers import (
+    CURRENCIES,
+    ETHIOPIC,
+    LATIN,
+    LETTERS,
+    RANGE_OF_DAYS,
+    STOP,
+    Change,
+    Notes,
+    say_numerals,
+)
 from tools._amharic_text_1 import PUNCTUATION
 
 LATIN_CHOICES = ("keep", "spell", "refuse")
@@ -44,7 +54,7 @@ PREFIX_QUOTE = re.compile(rf"(?<![{LETTERS}])([የበለከ])[{QUOTES}]+(?=[{LET
 QUOTED_ENDING = re.compile(rf"(?<=[{LETTERS}0-9፩-፼])[{QUOTES}]+((?:ን|ና|ም|ስ|ው|ንና|ንም)(?![{LETTERS}]))")
 OPENING_QUOTE = re.compile("(?<![^ (\\[\n])['‘`](?=[^ ])")
 
-LABEL = re.compile(r"(^|[።?!\n] ?)(\(?(?:[0-9]{1,2}|[፩-፼]{1,2}|[ሀለሐመሠረሰሸቀበተ])[.)])(?= ?[ሀ-ፚ]{2})", re.MULTILINE)
+LABEL = re.compile(r"(^|[።?!\n] ?)(\(?(?:[0-9]{1,2}|[፩-፼]{1,2}|[ሀለሐ])[.)])(?= [ሀ-ፚ]{2})", re.MULTILINE)
 
 # 5. Signs
 COMMON_SIGNS = [
@@ -60,7 +70,13 @@ COMMON_SIGNS = [
     ("sign", re.compile(rf"(?<=[{LETTERS})]) − (?=[{LETTERS}(])"), " ሲቀነስ "),
     ("sign", re.compile("%"), " በመቶ "),
     ("sign", re.compile("‰"), " በሺህ "),
-    ("sign", re.compile(r"[°º]"), " ዲግሪ "),
+    ("degrees", re.compile(rf"[°º] ?C(?![{LATIN}])"), " ዲግሪ ሴንቲግሬድ "),
+    ("degrees", re.compile(r"[°º]"), " ዲግሪ "),
+    ("unit", re.compile(rf"(?<![{LATIN}])m³"), " ሜትር ኩብ "),
+    ("unit", re.compile(rf"(?<![{LATIN}])m²"), " ካሬ ሜትር "),
+    ("number", re.compile("²"), " ሁለት "),
+    ("number", re.compile("³"), " ሦስት "),
+    ("range", RANGE_OF_DAYS, r"\1 እስከ "),
 ]
 MONEY = re.compile("[" + "".join(CURRENCIES) + "]")
 NUMBER_SIGN = re.compile(r"# ?(?=\d)")
@@ -73,7 +89,8 @@ TITLE = re.compile(rf"(?<![{LATIN}])(Dr|Mr|Mrs|Ms|Prof|Eng|St|No|Vol|vs|etc)\.(?
 DOMAIN_DOT = re.compile(rf"(?<=[{LATIN}0-9])\.(?=[{LATIN}]{{2}})")
 
 # 7. The rest
-DASH = re.compile(rf"(?<=[{LETTERS})”»\"]) +[-–—]+ *(?=[“”«‹\"(]*[{LETTERS}])|(?<=[{LETTERS}]) ?—+ ?(?=[{LETTERS}])")
+DASH = re.compile(
+    rf"(?<=[{LETTERS})”»\"]) +[-–—]+(?: +(?=[“”«‹\"(]*[{LETTERS}])|(?=[“”«‹\"]))|(?<=[{LETTERS}]) ?—+ ?(?=[{LETTERS}])")
 DOTS = re.compile(r"\.(?: ?\.)+")
 LAST_STOP = re.compile(rf"([{LETTERS}][^{LETTERS}{STOP}\n]{{0,3}}){STOP}(?=[^{LETTERS}\n]*(?:\n|$))")
 INITIAL = re.compile(rf"(?<![{LETTERS}])([{ETHIOPIC}]|{'|'.join(LETTER_NAMES.values())})\.(?= ?[{ETHIOPIC}])")
@@ -208,7 +225,7 @@ def read_amharic(text: str, latin: str = "keep", years: str = "thousands") -> Re
     said = notes.sub("mark", MARK, say_mark, said)
     said = notes.sub("label", LABEL, lambda match: match[1] + match[2][:-1].lstrip("(") + "፣ ", said)
     said = say_abbreviations(said, notes)
-    if re.search("[0-9፩-፼²³]", said):
+    if re.search("[0-9፩-፼]", said):
         said = notes.sub("sign", ABOUT, " በግምት ", notes.sub("sign", NUMBER_SIGN, " ቁጥር ", said))
         said = say_numerals(said, notes, years)
     said, latin_words = say_latin(say_signs(said, notes), latin, notes)
