@@ -68,8 +68,8 @@ def test_whatever_is_typed_only_letters_and_marks_come_out_and_stay_so():
 
 
 @pytest.mark.parametrize("unit", [
-    "፩", "1,", "1 000 ", "1.", "1-", "1/", "8:00-", "ሀ.", "ሀ/", "ዓ.ም. ", "ም/ጠ/ሚ/ር/", "ሀ", "$1 ", "1%", "½", "- ", ".", "፡",
-    "a.", "🙂", "\u200b", "ሀ\u0301", "1=", "1+", "*1", "1ኛ ", "1<", "(",
+    "፩", "1,", "1 000 ", "1.", "1-", "1/", "8:00-", "ሀ.", "ሀ/", "ዓ.ም. ", "ም/ጠ/ሚ/ር/", "ሀ", "$1 ", "1%", "½", "- ", ".",
+    "፡", "a.", "🙂", "\u200b", "ሀ\u0301", "1=", "1+", "*1", "1ኛ ", "1<", "(",
 ])
 def test_a_long_line_of_one_sign_is_read_in_one_pass(unit: str):
     """Patterns that look at every start for every end take minutes here."""

@@ -16,7 +16,16 @@ import soundfile
 import torch
 import yaml
 
-from tools import _amharic_text_1, amharic_text, build_pairs, demo_data, preprocess, speak, speech_codec, train_tokenizer
+from tools import (
+    _amharic_text_1,
+    amharic_text,
+    build_pairs,
+    demo_data,
+    preprocess,
+    speak,
+    speech_codec,
+    train_tokenizer,
+)
 from tools._common import ToolError, atomic_path, run_program, sha256_of
 from tools.speech_codec import CodecConfig, SpeechCodec
 

@@ -63,7 +63,7 @@ WHOLE = {
     # law
     "ሥ/ሥ": "ሥነ ሥርዓት", "ሥ/ሥ/ሕ/ቁ": "ሥነ ሥርዓት ሕግ ቁጥር", "ወ/መ/ሕ": "ወንጀለኛ መቅጫ ሕግ", "ወ/መ/ሕግ": "ወንጀለኛ መቅጫ ሕግ",
     "ወ/መ/ሕ/ቁ": "ወንጀለኛ መቅጫ ሕግ ቁጥር", "ወ/ሕ/ቁ": "ወንጀል ሕግ ቁጥር", "ወ/ሕግ": "ወንጀል ሕግ", "ፍ/ሕግ": "ፍትሐ ብሔር ሕግ",
-    "ፍ/ብ/ሕ/ቁ": "ፍትሐ ብሔር ሕግ ቁጥር", "ፍ/ብ/ሥ/ሥ/ሕ/ቁ": "ፍትሐ ብሔር ሥነ ሥርዓት ሕግ ቁጥር", "ፍ/ብሔር": "ፍትሐ ብሔር",
+    "ፍ/ብ/ሕ/ቁ": "ፍትሐ ብሔር ሕግ ቁጥር", "ፍ/ሕ/ቁ": "ፍትሐ ብሔር ሕግ ቁጥር", "ፍ/ብ/ሥ/ሥ/ሕ/ቁ": "ፍትሐ ብሔር ሥነ ሥርዓት ሕግ ቁጥር", "ፍ/ብሔር": "ፍትሐ ብሔር",
     # places
     "አ/አ": "አዲስ አበባ", "አ/አበባ": "አዲስ አበባ", "አ/አ/ዩ": "አዲስ አበባ ዩኒቨርሲቲ", "ድ/ዳ": "ድሬ ዳዋ", "ድ/ዳዋ": "ድሬ ዳዋ",
     "ሀ/ስብከት": "ሀገረ ስብከት", "ም/ራቅ": "ምሥራቅ", "ም/ዕራብ": "ምዕራብ", "ሰ/ምዕራብ": "ሰሜን ምዕራብ", "ሰ/ምሥራቅ": "ሰሜን ምሥራቅ",
@@ -79,8 +79,10 @@ WHOLE = {
     "ፖ/ሣ/ቁ": "ፖስታ ሣጥን ቁጥር", "ፖ/ሳ/ቁ": "ፖስታ ሣጥን ቁጥር", "ፖ/ሣ": "ፖስታ ሣጥን", "ፖ/ሳ": "ፖስታ ሣጥን",
     "ኪ/ሜ": "ኪሎ ሜትር", "ሴ/ሜ": "ሴንቲ ሜትር", "ሳ/ሜ": "ሴንቲ ሜትር", "ሚ/ሜ": "ሚሊ ሜትር", "ኪ/ግ": "ኪሎ ግራም", "ሚ/ግ": "ሚሊ ግራም",
     "ሚ/ሊ": "ሚሊ ሊትር", "ካ/ሜ": "ካሬ ሜትር", "ካሬ/ሜ": "ካሬ ሜትር", "ስኩ/ሜ": "ስኩዌር ሜትር", "ካ/ኪ/ሜ": "ካሬ ኪሎ ሜትር",
-    "ካሬ/ኪ/ሜ": "ካሬ ኪሎ ሜትር", "ስኩ/ኪ/ሜ": "ስኩዌር ኪሎ ሜትር", "ኪ/ሜ/ሰ": "ኪሎ ሜትር በሰዓት", "ሜ/ሰ": "ሜትር በሰከንድ",
-    "ሜ/ኩ": "ሜትር ኩብ", "ሜ/ኩብ": "ሜትር ኩብ", "ኪ/ዋ": "ኪሎ ዋት", "ሜ/ዋ": "ሜጋ ዋት", "ጊ/ዋ": "ጊጋ ዋት", "ኪ/ዋ/ሰ": "ኪሎ ዋት ሰዓት",
+    "ካሬ/ኪ/ሜ": "ካሬ ኪሎ ሜትር", "ስኩ/ኪ/ሜ": "ስኩዌር ኪሎ ሜትር", "ኪ/ሜ/ሰ": "ኪሎ ሜትር በሰዓት", "ኪ/ሜ/ሰዓት": "ኪሎ ሜትር በሰዓት",
+    "ሜ/ሰ": "ሜትር በሰከንድ",
+    "ሴ/ግ": "ሴንቲግሬድ", "ኪዩ/ሜ": "ኪዩቢክ ሜትር", "ሜ/ኩ": "ሜትር ኩብ",
+    "ሜ/ኩብ": "ሜትር ኩብ", "ኪ/ዋ": "ኪሎ ዋት", "ሜ/ዋ": "ሜጋ ዋት", "ጊ/ዋ": "ጊጋ ዋት", "ኪ/ዋ/ሰ": "ኪሎ ዋት ሰዓት",
     "ሄ/ር": "ሄክታር", "ኩ/ል": "ኩንታል", "ሊ/ር": "ሊትር", "ዲ/ሴ": "ዲግሪ ሴንቲግሬድ", "ዲ/ግ": "ዲግሪ", "ሜ/ቶን": "ሜትሪክ ቶን",
 }
 # A letter in front of a whole word. መ/, አ/, ደ/ and others have several readings and are in WHOLE, word by word.
@@ -95,17 +97,20 @@ LONGEST = max(map(len, KEYS))
 
 # Words that are abbreviations without a sign, or with one full stop.
 SINGLE = {"ዶር": "ዶክተር", "እኤአ": "እንደ አውሮፓውያን አቆጣጠር", "ፕሮፍ": "ፕሮፌሰር", "ኢንጂ": "ኢንጂነር", "ቁ": "ቁጥር", "ተቁ": "ተራ ቁጥር",
-          "ገ": "ገጽ", "ምዕ": "ምዕራፍ", "አን": "አንቀጽ"}
+          "ሞባ": "ሞባይል", "ገ": "ገጽ", "ምዕ": "ምዕራፍ", "አን": "አንቀጽ"}
 BARE = re.compile(rf"(?<![{ETHIOPIC}./])([የበለከ]?)(ዶር|እኤአ)[.]?(?![{ETHIOPIC}/])")
 DOTTED_WORD = re.compile(rf"(?<![{ETHIOPIC}./])([የበለከ]?)(ፕሮፍ|ኢንጂ|ዶር)\. ?(?=[{ETHIOPIC}])")
-BEFORE_DIGIT = re.compile(rf"(?<![{ETHIOPIC}./])([የበለከ]?)(ተቁ|ቁ|ገ|ምዕ|አን)[.] ?(?=[0-9፩-፼])|"
+BEFORE_DIGIT = re.compile(rf"(?<![{ETHIOPIC}./])([የበለከ]?)(ተቁ|ቁ|ገ|ምዕ|አን|ሞባ)[.] ?(?=[0-9፩-፼])|"
                           rf"(?<![{ETHIOPIC}./])([የበለከ]?)(ተቁ|ቁ) ?(?=[0-9፩-፼])")
 ERA_WITHOUT_DOTS = re.compile(rf"(?<=[0-9፩-፼]) ?ዓም([.]?)(?![{ETHIOPIC}])")
-UNIT_BEHIND = re.compile(rf"(?<=[0-9]) ?(ሜ|ግ|ሊ|ሚ|ቢ)\.(?![{ETHIOPIC}])")
+UNIT_BEHIND = re.compile(rf"(?<=[0-9]) ?(ሜ|ግ|ሊ|ሚ|ቢ)(\.)(?![{ETHIOPIC}])|(?<=[0-9])(ሜ|ግ|ሊ)(?![{ETHIOPIC}./²³])")
+PER_HOUR = re.compile(rf"(?<=ኪሎ ሜትር)/(?:ሰ|ሰዓት)(?![{ETHIOPIC}])[.]?")
 BARE_UNIT = re.compile(rf"(?<=[0-9]) ?(ኪሜ|ሴሜ|ሳሜ|ሚሜ|ኪግ|ሚግ)(?![{ETHIOPIC}])[.]?|(?<![{ETHIOPIC}])በ(ኪሜ)(?![{ETHIOPIC}])")
 RAISED = re.compile(rf"((?:ኪሎ |ሴንቲ |ሚሊ )?ሜትር|(?<=[0-9])ሜ|(?<=[0-9] )ሜ){STOP}? ?([²³])")
 UNIT_LETTERS = {"ሜ": "ሜትር", "ግ": "ግራም", "ሊ": "ሊትር", "ሚ": "ሚሊዮን", "ቢ": "ቢሊዮን"}
-MINISTER = re.compile(r"(?<!/)ሚ/ር(?= ?(?:ዶ/ር|ዶክተር|አቶ|ወ/ሮ|ወይዘሮ|ክቡር|ክብርት|ኢ/ር|ፕ/ር|አምባሳደር))")
+# A minister where a person follows; else WHOLE takes the ministry.
+MINISTER = re.compile(r"(ው/)?((?<!/)|ጉ/)ሚ(?:/ር|(?<=ጉ/ሚ))"
+                      r"(?= ?(?:ዶ/ር|ዶክተር|አቶ|ወ/ሮ|ወይዘሮ|ክቡር|ክብርት|ኢ/ር|ፕ/ር|አምባሳደር))")
 SPACED = re.compile(rf"(?<![{ETHIOPIC}])(?:[{ETHIOPIC}]{{1,3}}(?:\. ?| ?/ ?)){{1,9}}+"
                     rf"[{ETHIOPIC}]{{1,4}}(?![{ETHIOPIC}])[./]?")
 SIGN = re.compile(r"\. ?| ?/ ?")
@@ -176,24 +181,28 @@ def acronym(parts: list[str], signs: list[str]) -> int:
     return 0 if any(look_up(tuple(parts[:n])) for n in range(2, min(size, LONGEST) + 1)) else size
 
 
-def resolve(parts: list[str], signs: list[str]) -> str:
-    """The words of a chain such as ም/ጠ/ሚ/ር: the longest known stretch first; acronyms are one word (ኢ.ዜ.አ)."""
-    said, at = "", 0
-    if (size := acronym(parts, signs)) > 1:
-        said, at = "".join(parts[:size]) + " ", size
+def resolve(parts: list[str], signs: list[str]) -> tuple[str, bool]:
+    """The words of a chain such as ም/ጠ/ሚ/ር, and whether it ends in an abbreviation.
+
+    The longest known stretch comes first; an acronym is one word (ኢ.ዜ.አ).
+    """
+    said, at, size, known = "", 0, acronym(parts, signs), False
+    if size > 1:
+        said, at, known = "".join(parts[:size]) + " ", size, True
     while at < len(parts):
         for size in range(min(LONGEST, len(parts) - at), 1, -1):
             if words := look_up(tuple(parts[at : at + size])):
+                known = True
                 break
         else:
             size, following = 1, parts[at + 1] if at + 1 < len(parts) else ""
             words = (initial(parts[at], following) if following else None) or parts[at]
-            known = words != parts[at]
-            stop = following and signs[at] == "." and not known and len(parts[at]) > 1 and len(following) > 1
-            words += "." if stop else ""
+            known = False
+            if following and signs[at] == "." and words == parts[at] and len(words) > 1 and len(following) > 1:
+                words += "."  # two sentences without a space between
         said += words + " "
         at += size
-    return said.strip()
+    return said.strip(), known
 
 
 def say_abbreviations(text: str, notes: Notes) -> str:
@@ -220,7 +229,10 @@ def say_abbreviations(text: str, notes: Notes) -> str:
         parts = re.split("[./]", body)
         if match.string[max(0, match.start() - 1) : match.start()].isnumeric() and ENDING.fullmatch(parts[0]):
             return match[0]  # 5ኛ.ሰላም
-        return resolve(parts, re.findall("[./]", body)) + {"": "", ".": STOP, "/": " "}[ending]
+        signs = re.findall("[./]", body)
+        words, known = resolve(parts, signs)
+        stop = STOP if known and (signs[-1] == "." or len(parts[-1]) == 1) else "."  # ዓ.ም. and ዶ/ር., not ት/ቤት.
+        return words + {"": "", ".": stop, "/": " "}[ending]
 
     def raised(match: re.Match[str]) -> str:
         name = match[1] if len(match[1]) > 1 else " ሜትር"
@@ -230,15 +242,18 @@ def say_abbreviations(text: str, notes: Notes) -> str:
         prefix, word = (group for group in match.groups() if group is not None)
         return f"{prefix}{SINGLE[word]} "
 
-    text = notes.sub("abbreviation", MINISTER, "ሚኒስትር", text)
+    text = notes.sub("abbreviation", MINISTER, lambda match: ("ውጭ " if match[1] else "") + (
+        "ጉዳይ " if match[2] else "") + "ሚኒስትር", text)
     text = notes.sub("abbreviation", INITIAL_SPACE, r"\1\2/", text)
     text = notes.sub("abbreviation", BARE, lambda match: match[1] + SINGLE[match[2]], text)
     text = notes.sub("abbreviation", DOTTED_WORD, single, text)
     text = notes.sub("abbreviation", BEFORE_DIGIT, single, text)
     text = notes.sub("abbreviation", ERA_WITHOUT_DOTS, lambda match: " ዓመተ ምሕረት" + STOP * len(match[1]), text)
-    text = notes.sub("abbreviation", UNIT_BEHIND, lambda match: f" {UNIT_LETTERS[match[1]]}{STOP}", text)
+    text = notes.sub("abbreviation", UNIT_BEHIND, lambda match: f" {UNIT_LETTERS[match[1] or match[3]]}" + (
+        STOP if match[2] else ""), text)
     text = notes.sub("abbreviation", BARE_UNIT, lambda match: f" {WHOLE['/'.join(match[1])]}" if match[1] else
                      "በ" + WHOLE["/".join(match[2])], text)
+    text = notes.sub("unit", PER_HOUR, " በሰዓት", text)
     text = notes.sub("abbreviation", SPACED, spaced, text)
     text = notes.sub("abbreviation", TOKEN, token, text)
     return notes.sub("unit", RAISED, raised, text)

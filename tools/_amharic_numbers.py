@@ -30,8 +30,8 @@ TRILLION = (10**12, "ትሪሊዮን")
 PREFIXES = frozenset(["በ", "ለ", "ከ", "የ", "በየ", "ለየ", "ከየ", "የየ", "እየ"])
 CASES = "(?:ንና|ንም|ምና|ን|ም|ና|ስ)?"
 PLURALS = "(?:ዎች|ዎቹ|ኦች|ኦቹ|ቶች|ቶቹ|ሮች|ሮቹ|ዶች|ዶቹ|ኞች|ኞቹ)"
-ORDINAL_ENDING = f"[ተረደነኘ]?ኛ(?:ው|ዋ|ዎች|ዎቹ|ነት|ነቱ)?{CASES}"
-STRONG_ENDING = f"(?:{ORDINAL_ENDING}|(?:{PLURALS}|ው|ዋ|[ቱሩዱኙሁ]|[ቷሯዷኟ]|[ታራዳኛ](?:ችን|ችሁ|ቸው)){CASES})"
+ORDINAL_ENDING = f"[ተረደነኘ]?ኛ(?:[ውዉዋ]|ዎች|ዎቹ|ነት|ነቱ)?{CASES}"
+STRONG_ENDING = f"(?:{ORDINAL_ENDING}|(?:{PLURALS}|[ውዉዋ]|[ቱሩዱኙሁ]|[ቷሯዷኟ]|[ታራዳኛ](?:ችን|ችሁ|ቸው)){CASES})"
 ENDING = re.compile(f"{STRONG_ENDING}|(?:[ትርድኝ]{CASES}|ንና|ንም|ምና|ን|ም|ና|ስ)")
 ORDINAL = re.compile("[ተረደነኘ]?(ኛ.*)")
 
@@ -74,8 +74,12 @@ class Change:
 class Notes(list[Change]):
     """What the rules changed in one text, in the order of the rules."""
 
-    def sub(self, rule: str, pattern: re.Pattern[str], new: str | Callable[[re.Match[str]], str], text: str) -> str:
-        """pattern.sub that notes every replacement."""
+    def sub(self, rule: str, pattern: re.Pattern[str], new: str | Callable[[re.Match[str]], str], text: str,
+            signs: str = "") -> str:
+        """pattern.sub that notes every replacement. `signs`: no match is without one of them; spares long texts."""
+        if signs and not any(sign in text for sign in signs):
+            return text
+
         def replace(match: re.Match[str]) -> str:
             said = match.expand(new) if isinstance(new, str) else new(match)
             if said.strip() != match[0].strip():
@@ -149,7 +153,7 @@ def attach(words: str, ending: str) -> str:
         return stem + ending
     if ending[0] in "ቱሩዱኙሁቷሯዷኟ":  # another word's definite ending: 20ቱ is ሃያው
         ending = ("ው" if first % 8 == 1 else "ዋ") + ending[1:]
-    vowel = {"ው": 1, "ዎ": 6, "ኦ": 6, "ዋ": 7}.get(ending[0])
+    vowel = {"ው": 1, "ዉ": 1, "ዎ": 6, "ኦ": 6, "ዋ": 7}.get(ending[0])
     if consonant and vowel is not None:
         return stem + chr(family + vowel) + ending[1:]
     if ending[0] in "ቶሮዶኞታራዳትርድኝ":  # belongs to no word of this sound: a word of its own
@@ -168,13 +172,14 @@ CODE_BEFORE = re.compile(r"(?:ስልክ|ሞባይል|ፋክስ|አጭር|ነፃ 
 ACCOUNT_BEFORE = re.compile(rf"(?:[ሂሒ]ሳብ|መለያ|መታወቂያ)(?: ቁጥር)?[^\d።?!]{{0,6}}[{ETHIOPIC}]?$")
 CODE_BEHIND = re.compile(r" (?:ላይ |ቁጥር |[^ ]{1,4} ብለው )?(?:ይደውሉ|ደውሉ|ደውል|በመደወል|መደወል|ደውለው|ይላኩ|ላኩ|ላክ|በመላክ|መላክ)")
 CODE = re.compile(r"(?<![\d.,:/+-])\d{3,16}(?![\d:/%]|[.,]\d)")
+MARKED = re.compile(r"(?<![\d.,፣])[1-9]\d{0,2}(?:፣\d{3})++(?![\d፣])")
 SPACED = re.compile(r"(?<![\d.,:/+-])(?<!(?<!\d)\d )(?<!(?<!\d)\d\d )(?<!(?<!\d)\d{3} )"
                     r"[1-9]\d{0,2}(?: \d{3})++(?![\d:/-]|,\d| \d{1,3}(?!\d))")
 APOSTROPHES = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:['’]\d{3})++(?!\d)")
 DOTTED = re.compile(r"(?<![\d.,])([1-9]\d{0,2}(?:\.\d{3}){2,}+|[1-9]\d{0,2}(?:\.\d{3})++(?=,\d{1,2}(?!\d))"
-                    r"|[1-9]\d{0,2}\.000)(?:,(\d{1,2}))?(?![\d]|[.,]\d)")
+                    r"|[1-9]\d{0,2}\.000|[1-9]\d{0,2}\.\d{3}(?= ?(?:ብር|ዶላር|ሰዎች)))(?:,(\d{1,2}))?(?![\d]|[.,]\d)")
 COMMAS = re.compile(r"(?<![\d.,])\d++(?:,\d++)++(?:\.\d++)?+")
-NO_CENTS = re.compile(r"(?<=\d)\.00(?![\d.])(?!\.\d)")
+NO_CENTS = re.compile(r"(?<=\d)\.(?:00(?![\d.])(?!\.\d)|-(?!\d))")
 MEASURE_BEHIND = re.compile(" ?(?:ሚሊዮን|ሚሊየን|ቢሊዮን|ቢሊየን|%|በመቶ|ኪሎ|ሜትር|ዲግሪ|°)")
 BARE_POINT = re.compile(r"(?<![^ (\[\n+$€£=-])\.(?=\d)")
 
@@ -194,7 +199,7 @@ def say_telephone(text: str, notes: Notes) -> str:
 
     text = notes.sub("telephone", PHONE, phone, text)
     text = notes.sub("code", SERVICE_CODE, lambda match: "ኮከብ " + " ኮከብ ".join(
-        map(digit_words, match[0][1:-1].split("*"))) + " መሰላል", text)
+        map(digit_words, match[0][1:-1].split("*"))) + " መሰላል", text, "*")
     return notes.sub("code", CODE, code, text)
 
 
@@ -210,11 +215,12 @@ def group_digits(text: str, notes: Notes) -> str:
             return match[0]
         return "፣ ".join(parts) + point + fraction
 
-    text = notes.sub("groups", APOSTROPHES, lambda match: re.sub("['’]", ",", match[0]), text)
+    text = notes.sub("groups", APOSTROPHES, lambda match: re.sub("['’]", ",", match[0]), text, "'’")
     text = notes.sub("groups", DOTTED, lambda match: match[1].replace(".", ",") + (f".{match[2]}" if match[2] else ""),
-                     text)
-    text = notes.sub("list", COMMAS, commas, text)
-    text = notes.sub("groups", SPACED, lambda match: match[0].replace(" ", ","), text)
+                     text, ".")
+    text = notes.sub("groups", MARKED, lambda match: match[0].replace("፣", ","), text, "፣")
+    text = notes.sub("list", COMMAS, commas, text, ",")
+    text = notes.sub("groups", SPACED, lambda match: match[0].replace(" ", ","), text, " ")
     return NO_CENTS.sub("", BARE_POINT.sub("0.", text))
 
 
@@ -224,6 +230,7 @@ ETHIOPIC_NUMERAL = re.compile("[፩-፼]++")
 RUN = re.compile(rf"(?<![{LETTERS}])[{LETTERS}]++")
 APART_ORDINAL = re.compile(rf"(?<=\d)(?: ?[-–]? ?)({ORDINAL_ENDING})(?![{LETTERS}])")
 HYPHEN_ENDING = re.compile(rf"(?<=\d)[-–]({STRONG_ENDING})(?![{LETTERS}])")
+SCORE_WITH_HYPHENS = re.compile(r"(?<=\d) ?[-–]ለ[-–] ?(?=\d)")
 APART_PREFIX = re.compile(rf"(?<![{LETTERS}])([በለከየ]) (?=\d)")
 
 
@@ -255,7 +262,7 @@ def part_words(text: str, notes: Notes) -> str:
     text = notes.sub("words and digits", RUN, part, text)
     text = notes.sub("ending", APART_ORDINAL, r"\1", text)
     text = notes.sub("ending", HYPHEN_ENDING, r"\1", text)
-    return APART_PREFIX.sub(r"\1", text)
+    return APART_PREFIX.sub(r"\1", SCORE_WITH_HYPHENS.sub(" ለ", text))
 
 
 # Dates, verses, times, fractions
@@ -265,11 +272,12 @@ TIME = re.compile(r"(?<![\d:፡.,/])(\d{1,2})[:፡](\d{2})(?:[:፡](\d{2}))?(?![
                   rf"(?: ?[ሰሠ][ዓአኣ]ት(ታት|[{ETHIOPIC}]{{0,2}})(?![{ETHIOPIC}]))?")
 POINT_TIME = re.compile(rf"(ጠዋቱ|ጥዋቱ|ማለዳው|ቀኑ|ረፋዱ|ሰዓት በኋላ|ምሽቱ|ማታው|ሌሊቱ) (\d{{1,2}})\.([0-5]\d)"
                         rf"(?= ?[ሰሠ][ዓአኣ]ት(?![{ETHIOPIC}]))")
+HOUR_BEFORE = re.compile(rf"(?<![{ETHIOPIC}])በ?[ሰሠ][ዓአኣ]ት[፡:፣]? ?$")
 RATIO_NEAR = re.compile("ጥምርታ|ሬሾ|ሚዛን|ስኬል")
 RACE_TIME = re.compile(rf"(?<![\d:፡.,/-])(\d{{1,2}})[:፡]([0-5]\d)(?:(\.\d{{1,3}})(?: ?ደቂቃ)?| ?ደቂቃ)(?![{ETHIOPIC}\d])")
 BOOK = "|".join(sorted(BOOK_NAMES, key=len, reverse=True))
-VERSE = re.compile(rf"(?<![{ETHIOPIC}])(?:(?:(?<!\d)([123]) )?([በለከየ]?)({BOOK})\.? ?)?"
-                   r"(?<![\d:.,])(\d{1,3}) ?([:፡፥]) ?(\d{1,3})(?: ?[-–] ?(\d{1,3}))?(?![\d:])")
+VERSE = re.compile(rf"(?<![{ETHIOPIC}])(?:(?:(?<!\d)([123]) )?([በለከየ]?)({BOOK})\.? ?|(?<![\d:.,]))"
+                   r"(\d{1,3}) ?([:፡፥]) ?(\d{1,3})(?: ?[-–] ?(\d{1,3}))?(?![\d:])")
 PAIR = re.compile(r"(?<![\d:፡])(\d++) ?[:፡፥] ?(\d++)(?![\d:፡])")
 FRACTION = re.compile(rf"(?<![\d/⁄.,-])(?:(\d+) )?(\d{{1,3}})([/⁄])(\d{{1,3}})(?![\d/⁄]|[.,]\d)([{ETHIOPIC}]*)")
 NO_FRACTION = re.compile("(?:አንቀጽ|አንቀፅ|ቁጥር|አዋጅ|ደንብ|መመሪያ|መዝገብ|ገጽ|ገፅ|ቤት|ዓመት|ቀን)[^።]{0,3}$")
@@ -297,7 +305,8 @@ def say_verse(match: re.Match[str]) -> str:
     letter, prefix, book, chapter, mark, verse, last = match.groups()
     if not book and mark != "፥":
         return match[0]
-    name = (f"{letter}ኛ " if letter else "") + f"{prefix}{BOOK_NAMES[book]} " if book else ""
+    book_name = BOOK_NAMES[book].removeprefix("የ" if prefix else "") if book else ""
+    name = (f"{letter}ኛ " if letter else "") + f"{prefix}{book_name} " if book else ""
     chapter_word = "" if book in ("ምዕራፍ", "ምዕ") else "ምዕራፍ "
     return f"{name}{chapter_word}{int(chapter)} ቁጥር {int(verse)}" + (f" እስከ {int(last)}" if last else "")
 
@@ -305,13 +314,19 @@ def say_verse(match: re.Match[str]) -> str:
 def say_time(match: re.Match[str]) -> str:
     hour, minute, second, ending = match.groups()
     near = match.string[max(0, match.start() - 16) : match.end() + 12]
+    named = HOUR_BEFORE.search(match.string[max(0, match.start() - 7) : match.start()])
     if int(hour) > 24 or int(minute) > 59 or RATIO_NEAR.search(near):
         return match[0]
-    words = f"{int(hour)} ሰዓት"
+    words = f"{int(hour)}" if named and not second else f"{int(hour)} ሰዓት"
     words += {0: "", 30: " ተኩል"}.get(int(minute), f" ከ{int(minute)} ደቂቃ") if not second else f" ከ{int(minute)} ደቂቃ"
     words += f" ከ{int(second)} ሰከንድ" if second else ""
     return attach(words, ending) if ending and ENDING.fullmatch(ending) else words + (
         f" {ending}" if ending and ending != "ታት" else "")
+
+
+def say_race_time(match: re.Match[str]) -> str:
+    minutes, seconds, fraction = match.groups()
+    return f"{minutes} ደቂቃ ከ{int(seconds)}{fraction or ''} ሰከንድ"
 
 
 def say_fraction(match: re.Match[str]) -> str:
@@ -331,13 +346,13 @@ def say_fraction(match: re.Match[str]) -> str:
 
 
 def say_dates_and_times(text: str, notes: Notes) -> str:
-    text = notes.sub("date", CHAIN, say_chain, text)
-    text = notes.sub("verse", VERSE, say_verse, text)
-    text = notes.sub("time", POINT_TIME, r"\1 \2:\3", text)
-    text = notes.sub("time", RACE_TIME, lambda match: f"{match[1]} ደቂቃ ከ{int(match[2])}{match[3] or ''} ሰከንድ", text)
-    text = notes.sub("time", TIME, say_time, text)
-    text = notes.sub("ratio", PAIR, r"\1 ለ\2", text)
-    return notes.sub("fraction", FRACTION, say_fraction, text)
+    text = notes.sub("date", CHAIN, say_chain, text, "./-")
+    text = notes.sub("verse", VERSE, say_verse, text, ":፡፥")
+    text = notes.sub("time", POINT_TIME, r"\1 \2:\3", text, ".")
+    text = notes.sub("time", RACE_TIME, say_race_time, text, ":፡")
+    text = notes.sub("time", TIME, say_time, text, ":፡")
+    text = notes.sub("ratio", PAIR, r"\1 ለ\2", text, ":፡፥")
+    return notes.sub("fraction", FRACTION, say_fraction, text, "/⁄")
 
 
 # Money, per cent, degrees, units
@@ -354,7 +369,8 @@ CENTS_BEHIND = re.compile(rf"(?<![{ETHIOPIC}])([በለከየ]?)ብር (\d++(?:,\
 PER = {"%": "በመቶ", "‰": "በሺህ"}
 PER_BEHIND = re.compile(rf"(?<=\d) ?([%‰])([{ETHIOPIC}]*)")
 PER_BEFORE = re.compile(rf"([%‰])({NUMBER})")
-DEGREES = re.compile(rf"(?<=\d) ?[°º](?: ?([CF])(?![{LATIN}]))?([{ETHIOPIC}]*)")
+DEGREES = re.compile(rf"(?<=\d) ?[°º](?: ?([CF](?![{LATIN}])|[ሴፋ](?![{ETHIOPIC}])\.?))?([{ETHIOPIC}]*)")
+SCALES_OF_HEAT = {"C": " ሴንቲግሬድ", "ሴ": " ሴንቲግሬድ", "F": " ፋራናይት", "ፋ": " ፋራናይት"}
 MINUTES = re.compile(r"(?<=\d)([′″])")
 UNITS_BEHIND = re.compile(r"(?:(?<=\d) ?|(?<=ሺህ) |(?<=ሚሊዮን) |(?<=ሚሊየን) |(?<=ቢሊዮን) |(?<=ቢሊየን) )"
                           rf"({'|'.join(map(re.escape, sorted(UNIT_NAMES, key=len, reverse=True)))})"
@@ -384,13 +400,13 @@ def say_measures(text: str, notes: Notes) -> str:
     text = notes.sub("money", MONEY_BEFORE, say_money, text)
     text = notes.sub("money", MONEY_BEHIND,
                      lambda match: " " + with_ending((CURRENCIES | CODES)[match[1]], match[2]), text)
-    text = notes.sub("money", CENTS, lambda match: amount_words(match[1], match[3], match[2]), text)
-    text = notes.sub("money", CENTS_BEHIND, lambda match: match[1] + amount_words(match[2], "ብር", match[3]), text)
-    text = notes.sub("per cent", PER_BEHIND, lambda match: " " + with_ending(PER[match[1]], match[2]), text)
-    text = notes.sub("per cent", PER_BEFORE, lambda match: f"{match[2]} {PER[match[1]]} ", text)
+    text = notes.sub("money", CENTS, lambda match: amount_words(match[1], match[3], match[2]), text, ".")
+    text = notes.sub("money", CENTS_BEHIND, lambda match: match[1] + amount_words(match[2], "ብር", match[3]), text, ".")
+    text = notes.sub("per cent", PER_BEHIND, lambda match: " " + with_ending(PER[match[1]], match[2]), text, "%‰")
+    text = notes.sub("per cent", PER_BEFORE, lambda match: f"{match[2]} {PER[match[1]]} ", text, "%‰")
     text = notes.sub("degrees", DEGREES, lambda match: " " + with_ending(
-        "ዲግሪ" + {"C": " ሴንቲግሬድ", "F": " ፋራናይት"}.get(match[1] or "", ""), match[2]), text)
-    text = notes.sub("degrees", MINUTES, lambda match: {"′": " ደቂቃ ", "″": " ሰከንድ "}[match[1]], text)
+        "ዲግሪ" + SCALES_OF_HEAT.get((match[1] or "")[:1], ""), match[2]), text, "°º")
+    text = notes.sub("degrees", MINUTES, lambda match: {"′": " ደቂቃ ", "″": " ሰከንድ "}[match[1]], text, "′″")
     return notes.sub("unit", UNITS_BEHIND, lambda match: " " + with_ending(UNIT_NAMES[match[1]], match[2]), text)
 
 
@@ -405,9 +421,9 @@ SLASH = re.compile(r"(?<=\d) ?/ ?(?=\d)")
 MORE = re.compile(rf"{FIRST}({NUMBER}) ?([<>≤≥]) ?({NUMBER})")
 MORE_THAN = re.compile(rf"([<>≤≥]) ?({NUMBER})")
 TEMPERATURE = re.compile(rf"(?<![\d{LETTERS})])(?<!እስከ )[-−–]({NUMBER})(?= ዲግሪ)")
-NEGATIVE = re.compile(rf"(?<![\d{LATIN})])(?<![{ETHIOPIC}][{ETHIOPIC}])[-−–](?=\d)")
+NEGATIVE = re.compile(rf"(?:(?<![\d{LETTERS})])|(?<=(?<![{ETHIOPIC}])[በለከየ]))[-−–](?=\d)")
 # Names that a number follows; a hyphen in between is no minus. A word of one letter is such a name, too (ቱ -154).
-NAMED = re.compile(rf"(?:ኮቪድ|ኮሮና|ቫይረስ|ቦይንግ|ኤርባስ|አፖሎ|ሚግ|ሱኮይ|[{LATIN}]|(?<![{ETHIOPIC}])(?![በለከ] )[{ETHIOPIC}]{{1,2}}) $")
+NAMED = re.compile(rf"(?:ኮቪድ|ኮሮና|ቫይረስ|ቦይንግ|ኤርባስ|አፖሎ|ሚግ|ሱኮይ|[{LATIN}]|(?<![{ETHIOPIC}])(?![በለከ] )[{ETHIOPIC}]) $")
 RANGE = re.compile(rf"{FIRST}(?<![-–])({NUMBER}) ?[-–—~] ?({NUMBER})(?! ?[-–]\d)")
 RANGE_OF_MEASURES = re.compile(r"(\d(?:ኛ| በመቶ| በሺህ| ሰዓት| ሰዓት ተኩል| ደቂቃ| ተኩል| ብር| ዶላር| ዲግሪ(?: ሴንቲግሬድ| ፋራናይት)?))"
                                r" ?[-–—] ?(?=\d|[በለከየ]\d)")
@@ -419,7 +435,7 @@ RANGE_OF_DATES = re.compile(rf"(\d(?: ቀን)?) ?[-–—] ?(?=(?:{MONTHS})(?![{
 RANGE_OF_DAYS = re.compile(rf"(?<![{ETHIOPIC}])([በለከየ]?(?:{DAYS}|{MONTHS})) ?[-–—] ?"
                            rf"(?=(?:{DAYS}|{MONTHS})(?![{ETHIOPIC}]))")
 MONTH_BEFORE = re.compile(f"(?:{MONTHS}) ?$")
-AIRCRAFT = re.compile("(?:ቦይንግ|ኤርባስ) ?$")
+AIRCRAFT = re.compile(rf"(?:ቦይንግ|ኤርባስ|(?<![{ETHIOPIC}])ኤ|(?<![{LATIN}])[AB]) ?$")
 SCORE_NEAR = re.compile(rf"ሸ[ነን][ፈፉፋፌፍፎፏ]|ጨዋታ|አቻ(?!ም)|መለያ ምት|(?<![{ETHIOPIC}])(?:በ?ድል(?!ድ)|ውጤት|ግብ(?![ርፅጽ])"
                         rf"|ጎል(?![ማበ])|ረ(?:ታ|ቱ|ታች|ትቶ|ትታ)(?![{ETHIOPIC}]))")
 
@@ -452,17 +468,17 @@ def say_negative(match: re.Match[str]) -> str:
 
 
 def say_signs(text: str, notes: Notes) -> str:
-    text = notes.sub("sum", SUM, say_sum, text)
+    text = notes.sub("sum", SUM, say_sum, text, "=")
     text = SLASH.sub(" ", notes.sub("size", SIZE, " በ", text))
-    text = notes.sub("comparison", MORE, lambda match: f"{match[1]} ከ{match[3]} {COMPARED[match[2]]}", text)
-    text = notes.sub("comparison", MORE_THAN, lambda match: f" ከ{match[2]} {LIMITED[match[1]]} ", text)
-    text = notes.sub("range", RANGE, say_range, text)
-    text = notes.sub("range", RANGE_OF_MEASURES, r"\1 እስከ ", text)
-    text = notes.sub("range", RANGE_OF_DATES, r"\1 እስከ ", text)
-    text = notes.sub("sign", TIMES, " ሲባዛ በ", text)
-    text = notes.sub("minus", APART_NEGATIVE, r"\1አሉታዊ ", text)
-    text = notes.sub("minus", TEMPERATURE, r"ከዜሮ በታች \1", text)
-    text = notes.sub("minus", NEGATIVE, say_negative, text)
+    text = notes.sub("comparison", MORE, lambda match: f"{match[1]} ከ{match[3]} {COMPARED[match[2]]}", text, "<>≤≥")
+    text = notes.sub("comparison", MORE_THAN, lambda match: f" ከ{match[2]} {LIMITED[match[1]]} ", text, "<>≤≥")
+    text = notes.sub("range", RANGE, say_range, text, "-–—~")
+    text = notes.sub("range", RANGE_OF_MEASURES, r"\1 እስከ ", text, "-–—")
+    text = notes.sub("range", RANGE_OF_DATES, r"\1 እስከ ", text, "-–—")
+    text = notes.sub("sign", TIMES, " ሲባዛ በ", text, "*")
+    text = notes.sub("minus", APART_NEGATIVE, r"\1አሉታዊ ", text, "-−–")
+    text = notes.sub("minus", TEMPERATURE, r"ከዜሮ በታች \1", text, "-−–")
+    text = notes.sub("minus", NEGATIVE, say_negative, text, "-−–")
     return text
 
 
@@ -472,6 +488,9 @@ LIMITED = {">": "በላይ", "<": "በታች", "≥": "ጀምሮ", "≤": "ያ�
 
 # Numbers
 
+HAS_NUMERAL = re.compile("[0-9፩-፼]")
+LONG_NUMERAL = re.compile(rf"(?<![\d.,+{LETTERS}])\d{{30,}}+(?![.,{LETTERS}])")
+LETTERS_BEFORE = re.compile(rf"[{LETTERS}]+$")
 SAID_NUMBER = re.compile(rf"({NUMBER})([{LETTERS}]*)")
 MEASURED = re.compile(rf" (?:{SCALE_WORDS}|ብር|ዶላር|ዩሮ|ኪሎ|ሜትር|በመቶ|ሰዎች|ሰው|ሄክታር|ቶን|ኩንታል|ሊትር|ግራም|ካሬ|ዲግሪ)")
 
@@ -487,13 +506,19 @@ def say_numbers(text: str, notes: Notes, years: str) -> str:
         if match.start() == end + 1 and match.string[end] == " " and words.split(" ")[0] in ("መቶ", "ሺህ"):
             words = f"አንድ {words}"
         end = match.end() if not match[2] else -2
+        before = LETTERS_BEFORE.search(match.string, max(0, match.start() - 4), match.start())
+        if before and before[0] not in PREFIXES:
+            words = f" {words}"
         return with_ending(words, match[2]) if match[2] else words
 
     return notes.sub("number", SAID_NUMBER, say, text)
 
 
 def say_numerals(text: str, notes: Notes, years: str) -> str:
-    """A line with every numeral in words; `years`: "thousands", or "hundreds" for 1100 to 1999 by CLDR's year rule."""
+    """A text with every numeral in words; `years`: "thousands", or "hundreds" for 1100 to 1999 by CLDR's year rule."""
+    text = notes.sub("number", LONG_NUMERAL, lambda match: digit_words(match[0]), text)
+    if not HAS_NUMERAL.search(text):
+        return text
     text = say_telephone(text, notes)
     text = group_digits(text, notes)
     text = ethiopic_to_digits(text, notes)

@@ -21,6 +21,7 @@ from tools._amharic_abbreviations import say_abbreviations
 from tools._amharic_numbers import (
     CURRENCIES,
     ETHIOPIC,
+    HAS_NUMERAL,
     LATIN,
     LETTERS,
     RANGE_OF_DAYS,
@@ -225,7 +226,7 @@ def read_amharic(text: str, latin: str = "keep", years: str = "thousands") -> Re
     said = notes.sub("mark", MARK, say_mark, said)
     said = notes.sub("label", LABEL, lambda match: match[1] + match[2][:-1].lstrip("(") + "፣ ", said)
     said = say_abbreviations(said, notes)
-    if re.search("[0-9፩-፼]", said):
+    if HAS_NUMERAL.search(said):
         said = notes.sub("sign", ABOUT, " በግምት ", notes.sub("sign", NUMBER_SIGN, " ቁጥር ", said))
         said = say_numerals(said, notes, years)
     said, latin_words = say_latin(say_signs(said, notes), latin, notes)
