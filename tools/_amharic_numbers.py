@@ -1,13 +1,11 @@
-"""Amharic numerals in words, version 2 of the text rules: everything in a line that is written with digits.
+"""Amharic numerals in words, version 2 of the text rules: words, endings, and what is written with digits alone.
 
 Sources of the tables: the spellings of version 1 (the demo's tokenizer and voice know them); Unicode CLDR's rules
 for Amharic (common/rbnf/am.xml) for the order of words, ሺህ and መቶ without አንድ, and years by hundreds. CLDR's tens
 ("two ten" for twenty), its ባዶ for zero and its foreign words above a million are nobody's speech and left out.
 
-`say_numerals` runs these steps; each rewrites one kind of numeral into plainer ones, so that later steps are short:
-telephone numbers and codes -> groups of thousands and lists -> Ethiopic numerals -> letters parted from digits ->
-dates -> verses, times, ratios -> fractions -> money, per cent, degrees, units -> sums, signs, ranges, scores ->
-numbers and their endings. Every pattern is linear in the length of the line.
+Each step rewrites one kind of numeral into plainer ones, so that later steps are short; tools/_amharic_reading.py has
+their order. Every pattern is linear in the length of the text.
 """
 
 from __future__ import annotations
@@ -35,19 +33,7 @@ STRONG_ENDING = f"(?:{ORDINAL_ENDING}|(?:{PLURALS}|[ውዉዋ]|[ቱሩዱኙሁ]
 ENDING = re.compile(f"{STRONG_ENDING}|(?:[ትርድኝ]{CASES}|ንና|ንም|ምና|ን|ም|ና|ስ)")
 ORDINAL = re.compile("[ተረደነኘ]?(ኛ.*)")
 
-CURRENCIES = {"$": "ዶላር", "€": "ዩሮ", "£": "ፓውንድ", "¥": "የን", "₹": "ሩፒ", "₦": "ናይራ", "¢": "ሳንቲም", "₽": "ሩብል",
-              "₺": "ሊራ", "₿": "ቢትኮይን"}
-CODES = {"USD": "ዶላር", "US$": "ዶላር", "ETB": "ብር", "Birr": "ብር", "birr": "ብር", "Br": "ብር", "EUR": "ዩሮ",
-         "GBP": "ፓውንድ"}
 SCALE_WORDS = "ሺህ|ሺ|ሚሊዮን|ሚሊየን|ቢሊዮን|ቢሊየን|ትሪሊዮን|ትሪሊየን"
-SCALE_LETTERS = {"K": "ሺህ", "M": "ሚሊዮን", "B": "ቢሊዮን", "bn": "ቢሊዮን", "m": "ሚሊዮን"}
-UNIT_NAMES = {
-    "km/h": "ኪሎ ሜትር በሰዓት", "kph": "ኪሎ ሜትር በሰዓት", "m/s": "ሜትር በሰከንድ", "km²": "ካሬ ኪሎ ሜትር", "m²": "ካሬ ሜትር",
-    "cm²": "ካሬ ሴንቲ ሜትር", "m³": "ሜትር ኩብ", "km": "ኪሎ ሜትር", "cm": "ሴንቲ ሜትር", "mm": "ሚሊ ሜትር", "kg": "ኪሎ ግራም",
-    "mg": "ሚሊ ግራም", "ml": "ሚሊ ሊትር", "mL": "ሚሊ ሊትር", "kWh": "ኪሎ ዋት ሰዓት", "kW": "ኪሎ ዋት", "MW": "ሜጋ ዋት",
-    "GW": "ጊጋ ዋት", "MB": "ሜጋ ባይት", "GB": "ጊጋ ባይት", "KB": "ኪሎ ባይት", "TB": "ቴራ ባይት", "ha": "ሄክታር", "Hz": "ኸርዝ",
-    "kHz": "ኪሎ ኸርዝ", "MHz": "ሜጋ ኸርዝ", "m": "ሜትር", "g": "ግራም", "l": "ሊትር", "L": "ሊትር",
-}
 # Books of the Bible as references shorten them; in full they stand for themselves.
 BOOKS = {
     "ዘፍ": "ዘፍጥረት", "ዘጸ": "ዘጸአት", "ዘፀ": "ዘፀአት", "ዘሌ": "ዘሌዋውያን", "ዘኁ": "ዘኁልቁ", "ዘኍ": "ዘኍልቍ", "ዘዳ": "ዘዳግም",
@@ -159,6 +145,11 @@ def attach(words: str, ending: str) -> str:
     if ending[0] in "ቶሮዶኞታራዳትርድኝ":  # belongs to no word of this sound: a word of its own
         return f"{words} {ending}"
     return words + ending
+
+
+def with_ending(words: str, ending: str) -> str:
+    """Words and the letters that stood behind their sign: an ending joins, a word stands apart."""
+    return attach(words, ending) if ENDING.fullmatch(ending) else f"{words} {ending}".strip()
 
 
 # Telephone numbers, codes, groups of digits
@@ -302,6 +293,7 @@ def say_chain(match: re.Match[str]) -> str:
 
 
 def say_verse(match: re.Match[str]) -> str:
+    """Chapter and verse: behind a book, or with ፥ between them."""
     letter, prefix, book, chapter, mark, verse, last = match.groups()
     if not book and mark != "፥":
         return match[0]
@@ -312,6 +304,7 @@ def say_verse(match: re.Match[str]) -> str:
 
 
 def say_time(match: re.Match[str]) -> str:
+    """8:30 as ስምንት ሰዓት ተኩል, with a word for hour that follows; a ratio or more than a day's hours stays."""
     hour, minute, second, ending = match.groups()
     near = match.string[max(0, match.start() - 16) : match.end() + 12]
     named = HOUR_BEFORE.search(match.string[max(0, match.start() - 7) : match.start()])
@@ -325,6 +318,7 @@ def say_time(match: re.Match[str]) -> str:
 
 
 def say_race_time(match: re.Match[str]) -> str:
+    """Minutes and seconds: 4:09.08, or before a word for minute."""
     minutes, seconds, fraction = match.groups()
     return f"{minutes} ደቂቃ ከ{int(seconds)}{fraction or ''} ሰከንድ"
 
@@ -346,6 +340,7 @@ def say_fraction(match: re.Match[str]) -> str:
 
 
 def say_dates_and_times(text: str, notes: Notes) -> str:
+    """Dates, verses, times, ratios and fractions as plainer numbers and words."""
     text = notes.sub("date", CHAIN, say_chain, text, "./-")
     text = notes.sub("verse", VERSE, say_verse, text, ":፡፥")
     text = notes.sub("time", POINT_TIME, r"\1 \2:\3", text, ".")
@@ -353,137 +348,6 @@ def say_dates_and_times(text: str, notes: Notes) -> str:
     text = notes.sub("time", TIME, say_time, text, ":፡")
     text = notes.sub("ratio", PAIR, r"\1 ለ\2", text, ":፡፥")
     return notes.sub("fraction", FRACTION, say_fraction, text, "/⁄")
-
-
-# Money, per cent, degrees, units
-
-SIGNS = "".join(CURRENCIES)
-AMOUNT = rf"{NUMBER}(?: ?[-–] ?{NUMBER})?+"
-SCALED = rf"(?: ?({SCALE_WORDS})(?![{LETTERS}])| ?(bn|[KMBm])(?![{LETTERS}]))?"
-MONEY_BEFORE = re.compile(rf"(US ?\$|(?<![{LETTERS}])(?:USD|ETB|EUR|GBP|Br) |[{SIGNS}]) ?({AMOUNT}){SCALED}"
-                          rf"(?: ?(?:ዶላር|ዩሮ|ፓውንድ)(?=$|[^{ETHIOPIC}]))?((?:{CASES})(?![{LETTERS}])|)")
-MONEY_BEHIND = re.compile(rf"(?<=\d) ?([{SIGNS}]|(?:USD|ETB|EUR|GBP|Br|Birr|birr)(?![{LETTERS}]))([{ETHIOPIC}]*)")
-CENTS = re.compile(rf"{FIRST}(?<![-–])(\d++(?:,\d{{3}})*+)\.(\d\d) (ብር|ዶላር|ዩሮ)(?![{ETHIOPIC}])(?! ?[-–])")
-CENTS_BEHIND = re.compile(rf"(?<![{ETHIOPIC}])([በለከየ]?)ብር (\d++(?:,\d{{3}})*+)\.(\d\d)"
-                          rf"(?!\d|[.,]\d| ?(?:{SCALE_WORDS}))")
-PER = {"%": "በመቶ", "‰": "በሺህ"}
-PER_BEHIND = re.compile(rf"(?<=\d) ?([%‰])([{ETHIOPIC}]*)")
-PER_BEFORE = re.compile(rf"([%‰])({NUMBER})")
-DEGREES = re.compile(rf"(?<=\d) ?[°º](?: ?([CF](?![{LATIN}])|[ሴፋ](?![{ETHIOPIC}])\.?))?([{ETHIOPIC}]*)")
-SCALES_OF_HEAT = {"C": " ሴንቲግሬድ", "ሴ": " ሴንቲግሬድ", "F": " ፋራናይት", "ፋ": " ፋራናይት"}
-MINUTES = re.compile(r"(?<=\d)([′″])")
-UNITS_BEHIND = re.compile(r"(?:(?<=\d) ?|(?<=ሺህ) |(?<=ሚሊዮን) |(?<=ሚሊየን) |(?<=ቢሊዮን) |(?<=ቢሊየን) )"
-                          rf"({'|'.join(map(re.escape, sorted(UNIT_NAMES, key=len, reverse=True)))})"
-                          rf"(?![{LATIN}²³/\d])([{ETHIOPIC}]*)")
-
-
-def with_ending(words: str, ending: str) -> str:
-    """Words and the letters that stood behind their sign: an ending joins, a word stands apart."""
-    return attach(words, ending) if ENDING.fullmatch(ending) else f"{words} {ending}".strip()
-
-
-def amount_words(whole: str, name: str, cents: str) -> str:
-    """3.75 birr as three birr with 75 cents: what a cashier and a newsreader say."""
-    return f"{whole} {name} ከ{int(cents)} ሳንቲም" if whole != "0" else f"{int(cents)} ሳንቲም"
-
-
-def say_money(match: re.Match[str]) -> str:
-    sign, amount, scale, letter, ending = match.groups()
-    name = CURRENCIES.get(sign.strip()[-1]) or CODES[sign.strip()]
-    scale = scale or SCALE_LETTERS.get(letter or "")
-    if not scale and (cents := re.fullmatch(r"([\d,]+)\.(\d\d)", amount)) and sign[-1] in "$€":
-        return amount_words(cents[1], name, cents[2]) + ending
-    return amount + (f" {scale}" if scale else "") + " " + attach(name, ending)
-
-
-def say_measures(text: str, notes: Notes) -> str:
-    text = notes.sub("money", MONEY_BEFORE, say_money, text)
-    text = notes.sub("money", MONEY_BEHIND,
-                     lambda match: " " + with_ending((CURRENCIES | CODES)[match[1]], match[2]), text)
-    text = notes.sub("money", CENTS, lambda match: amount_words(match[1], match[3], match[2]), text, ".")
-    text = notes.sub("money", CENTS_BEHIND, lambda match: match[1] + amount_words(match[2], "ብር", match[3]), text, ".")
-    text = notes.sub("per cent", PER_BEHIND, lambda match: " " + with_ending(PER[match[1]], match[2]), text, "%‰")
-    text = notes.sub("per cent", PER_BEFORE, lambda match: f"{match[2]} {PER[match[1]]} ", text, "%‰")
-    text = notes.sub("degrees", DEGREES, lambda match: " " + with_ending(
-        "ዲግሪ" + SCALES_OF_HEAT.get((match[1] or "")[:1], ""), match[2]), text, "°º")
-    text = notes.sub("degrees", MINUTES, lambda match: {"′": " ደቂቃ ", "″": " ሰከንድ "}[match[1]], text, "′″")
-    return notes.sub("unit", UNITS_BEHIND, lambda match: " " + with_ending(UNIT_NAMES[match[1]], match[2]), text)
-
-
-# Sums, signs, ranges, scores
-
-OPERATORS = {"+": " ሲደመር ", "-": " ሲቀነስ ", "−": " ሲቀነስ ", "–": " ሲቀነስ ", "×": " ሲባዛ በ", "*": " ሲባዛ በ", "x": " ሲባዛ በ",
-             "X": " ሲባዛ በ", "÷": " ሲካፈል ለ", "/": " ሲካፈል ለ"}
-SUM = re.compile(rf"{FIRST}(?<![-−–+×*xX÷/])(?<![-−–+×*xX÷/] ){NUMBER}(?: ?[-−–+×*xX÷/] ?{NUMBER})++(?= ?=)")
-OPERATOR = re.compile(rf" ?([-−–+×*xX÷/]) ?(?={NUMBER})")
-SIZE = re.compile(rf"(?<=\d) ?(?:[xX]|×(?= ?{NUMBER} (?:ሜትር|ሴንቲ|ሚሊ|ኪሎ|ካሬ))) ?(?=\d)")
-SLASH = re.compile(r"(?<=\d) ?/ ?(?=\d)")
-MORE = re.compile(rf"{FIRST}({NUMBER}) ?([<>≤≥]) ?({NUMBER})")
-MORE_THAN = re.compile(rf"([<>≤≥]) ?({NUMBER})")
-TEMPERATURE = re.compile(rf"(?<![\d{LETTERS})])(?<!እስከ )[-−–]({NUMBER})(?= ዲግሪ)")
-NEGATIVE = re.compile(rf"(?:(?<![\d{LETTERS})])|(?<=(?<![{ETHIOPIC}])[በለከየ]))[-−–](?=\d)")
-# Names that a number follows; a hyphen in between is no minus. A word of one letter is such a name, too (ቱ -154).
-NAMED = re.compile(rf"(?:ኮቪድ|ኮሮና|ቫይረስ|ቦይንግ|ኤርባስ|አፖሎ|ሚግ|ሱኮይ|[{LATIN}]|(?<![{ETHIOPIC}])(?![በለከ] )[{ETHIOPIC}]) $")
-RANGE = re.compile(rf"{FIRST}(?<![-–])({NUMBER}) ?[-–—~] ?({NUMBER})(?! ?[-–]\d)")
-RANGE_OF_MEASURES = re.compile(r"(\d(?:ኛ| በመቶ| በሺህ| ሰዓት| ሰዓት ተኩል| ደቂቃ| ተኩል| ብር| ዶላር| ዲግሪ(?: ሴንቲግሬድ| ፋራናይት)?))"
-                               r" ?[-–—] ?(?=\d|[በለከየ]\d)")
-MONTHS = ("መስከረም|ጥቅምት|ኅዳር|ህዳር|ሕዳር|ታኅሣሥ|ታህሳስ|ታኅሳስ|ታህሣሥ|ጥር|የካቲት|መጋቢት|ሚያዝያ|ሚያዚያ|ግንቦት|ሰኔ|ሐምሌ|ሀምሌ|ነሐሴ|ነሀሴ"
-          "|ጳጉሜን|ጳጉሜ"
-          "|ጃንዋሪ|ጃንዩዌሪ|ፌብሯሪ|ማርች|ኤፕሪል|ሜይ|ጁን|ጁላይ|ኦገስት|ሴፕቴምበር|ኦክቶበር|ኖቬምበር|ዲሴምበር")
-DAYS = "ሰኞ|ማክሰኞ|ረቡዕ|ሐሙስ|ሀሙስ|ዓርብ|አርብ|ቅዳሜ|እሑድ|እሁድ"
-RANGE_OF_DATES = re.compile(rf"(\d(?: ቀን)?) ?[-–—] ?(?=(?:{MONTHS})(?![{ETHIOPIC}]))")
-RANGE_OF_DAYS = re.compile(rf"(?<![{ETHIOPIC}])([በለከየ]?(?:{DAYS}|{MONTHS})) ?[-–—] ?"
-                           rf"(?=(?:{DAYS}|{MONTHS})(?![{ETHIOPIC}]))")
-MONTH_BEFORE = re.compile(f"(?:{MONTHS}) ?$")
-AIRCRAFT = re.compile(rf"(?:ቦይንግ|ኤርባስ|(?<![{ETHIOPIC}])ኤ|(?<![{LATIN}])[AB]) ?$")
-SCORE_NEAR = re.compile(rf"ሸ[ነን][ፈፉፋፌፍፎፏ]|ጨዋታ|አቻ(?!ም)|መለያ ምት|(?<![{ETHIOPIC}])(?:በ?ድል(?!ድ)|ውጤት|ግብ(?![ርፅጽ])"
-                        rf"|ጎል(?![ማበ])|ረ(?:ታ|ቱ|ታች|ትቶ|ትታ)(?![{ETHIOPIC}]))")
-
-
-def say_sum(match: re.Match[str]) -> str:
-    return OPERATOR.sub(lambda sign: OPERATORS[sign[1]], match[0])
-
-
-def say_range(match: re.Match[str]) -> str:
-    """እስከ from a lower number to a higher one, ለ between the two numbers of a score."""
-    first, last = (float(number.replace(",", "")) for number in match.groups())
-    near = match.string[max(0, match.start() - 40) : match.end() + 40]
-    whole = not {",", "."} & set(match[0])
-    before = match.string[max(0, match.start() - 12) : match.start()]
-    if AIRCRAFT.search(before):
-        return f"{match[1]} {match[2]}"
-    played = SCORE_NEAR.search(near) is not None
-    score = whole and before[-1:] != "ከ" and not MONTH_BEFORE.search(before) and (
-        (max(first, last) <= 20 and (first >= last or played)) or (played and last <= first <= 200))
-    return f"{match[1]} {'ለ' if score else 'እስከ '}{match[2]}"
-
-
-APART_NEGATIVE = re.compile(rf"(?<![{ETHIOPIC}])([በለከየ]) [-−–](?=\d)")
-TIMES = re.compile(r"(?<=\d) ?\* ?(?=\d)")
-
-
-def say_negative(match: re.Match[str]) -> str:
-    """A minus in front of a number, but not the hyphen of a name (ኮቪድ -19)."""
-    return match[0] if NAMED.search(match.string[max(0, match.start() - 10) : match.start()]) else "አሉታዊ "
-
-
-def say_signs(text: str, notes: Notes) -> str:
-    text = notes.sub("sum", SUM, say_sum, text, "=")
-    text = SLASH.sub(" ", notes.sub("size", SIZE, " በ", text))
-    text = notes.sub("comparison", MORE, lambda match: f"{match[1]} ከ{match[3]} {COMPARED[match[2]]}", text, "<>≤≥")
-    text = notes.sub("comparison", MORE_THAN, lambda match: f" ከ{match[2]} {LIMITED[match[1]]} ", text, "<>≤≥")
-    text = notes.sub("range", RANGE, say_range, text, "-–—~")
-    text = notes.sub("range", RANGE_OF_MEASURES, r"\1 እስከ ", text, "-–—")
-    text = notes.sub("range", RANGE_OF_DATES, r"\1 እስከ ", text, "-–—")
-    text = notes.sub("sign", TIMES, " ሲባዛ በ", text, "*")
-    text = notes.sub("minus", APART_NEGATIVE, r"\1አሉታዊ ", text, "-−–")
-    text = notes.sub("minus", TEMPERATURE, r"ከዜሮ በታች \1", text, "-−–")
-    text = notes.sub("minus", NEGATIVE, say_negative, text, "-−–")
-    return text
-
-
-COMPARED = {">": "ይበልጣል", "<": "ያንሳል", "≥": "ይበልጣል ወይም እኩል ነው", "≤": "ያንሳል ወይም እኩል ነው"}
-LIMITED = {">": "በላይ", "<": "በታች", "≥": "ጀምሮ", "≤": "ያልበለጠ"}
 
 
 # Numbers
@@ -512,18 +376,3 @@ def say_numbers(text: str, notes: Notes, years: str) -> str:
         return with_ending(words, match[2]) if match[2] else words
 
     return notes.sub("number", SAID_NUMBER, say, text)
-
-
-def say_numerals(text: str, notes: Notes, years: str) -> str:
-    """A text with every numeral in words; `years`: "thousands", or "hundreds" for 1100 to 1999 by CLDR's year rule."""
-    text = notes.sub("number", LONG_NUMERAL, lambda match: digit_words(match[0]), text)
-    if not HAS_NUMERAL.search(text):
-        return text
-    text = say_telephone(text, notes)
-    text = group_digits(text, notes)
-    text = ethiopic_to_digits(text, notes)
-    text = part_words(text, notes)
-    text = say_dates_and_times(text, notes)
-    text = say_measures(text, notes)
-    text = say_signs(text, notes)
-    return say_numbers(text, notes, years)

@@ -4,7 +4,7 @@ The order of the passes, each of which leaves plainer text to the next:
   1. characters      NFC; invisible characters and combining marks vanish; one form for digits and wide characters
   2. sentence marks  ፡፡ ። ፨ ¡ ፡- ፦ and their kin as one of the six marks that a voice pauses at
   3. abbreviations   in full, with prefix and ending (tools/_amharic_abbreviations.py)
-  4. numerals        in words (tools/_amharic_numbers.py), with the signs that belong to them
+  4. numerals        in words, with the signs that belong to them (tools/_amharic_numbers.py, _amharic_signs.py)
   5. signs           & @ # + = in words
   6. Latin words     kept, spelled letter by letter, or left out and listed
   7. the rest        commas, colons, dashes and full stops as pauses; quotes and brackets go, as readers pass over
@@ -19,17 +19,23 @@ from dataclasses import dataclass
 
 from tools._amharic_abbreviations import say_abbreviations
 from tools._amharic_numbers import (
-    CURRENCIES,
     ETHIOPIC,
     HAS_NUMERAL,
     LATIN,
     LETTERS,
-    RANGE_OF_DAYS,
+    LONG_NUMERAL,
     STOP,
     Change,
     Notes,
-    say_numerals,
+    digit_words,
+    ethiopic_to_digits,
+    group_digits,
+    part_words,
+    say_dates_and_times,
+    say_numbers,
+    say_telephone,
 )
+from tools._amharic_signs import CURRENCIES, RANGE_OF_DAYS, say_measures, say_operators
 from tools._amharic_text_1 import PUNCTUATION
 
 LATIN_CHOICES = ("keep", "spell", "refuse")
@@ -157,6 +163,21 @@ def say_mark(match: re.Match[str]) -> str:
     if mark in MARKS:
         return MARKS[mark]
     return "። " if mark[-1] in "፡:" else "፣ "
+
+
+def say_numerals(text: str, notes: Notes, years: str) -> str:
+    """A text with every numeral in words; `years`: "thousands", or "hundreds" for 1100 to 1999 by CLDR's year rule."""
+    text = notes.sub("number", LONG_NUMERAL, lambda match: digit_words(match[0]), text)
+    if not HAS_NUMERAL.search(text):
+        return text
+    text = say_telephone(text, notes)
+    text = group_digits(text, notes)
+    text = ethiopic_to_digits(text, notes)
+    text = part_words(text, notes)
+    text = say_dates_and_times(text, notes)
+    text = say_measures(text, notes)
+    text = say_operators(text, notes)
+    return say_numbers(text, notes, years)
 
 
 def say_signs(text: str, notes: Notes) -> str:
