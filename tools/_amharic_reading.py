@@ -8,7 +8,7 @@ The order of the passes, each of which leaves plainer text to the next:
   5. signs           & @ # + = in words
   6. Latin words     kept, spelled letter by letter, or left out and listed
   7. the rest        commas, colons, dashes and full stops as pauses; quotes and brackets go, as readers pass over
-                     them; what is left has no sound in Amharic and is listed as unsaid
+                     them; what is left, and words of other scripts, are listed as unsaid
 """
 
 from __future__ import annotations
@@ -102,7 +102,8 @@ DOTS = re.compile(r"\.(?: ?\.)+")
 LAST_STOP = re.compile(rf"([{LETTERS}][^{LETTERS}{STOP}\n]{{0,3}}){STOP}(?=[^{LETTERS}\n]*(?:\n|$))")
 INITIAL = re.compile(rf"(?<![{LETTERS}])([{ETHIOPIC}]|{'|'.join(LETTER_NAMES.values())})\.(?= ?[{ETHIOPIC}])")
 SILENT = set("\"'‘’`´ʼʻ/\\|_•·●▪◦‣►▶■□➢✓✔፡:-\n" + STOP)
-LEFT = re.compile(rf"[^ {LETTERS}{PUNCTUATION}]")
+BROKEN_LETTER = re.compile(rf"[{LETTERS}].[{LETTERS}]")  # በ|ላ: a font's letter that was lost on the way
+LEFT = re.compile(rf"[\W\d_](?<![ {PUNCTUATION}])")
 FOREIGN = re.compile(rf"[^\W\d_{LETTERS}]+")
 SPACE = re.compile(r"\s+")
 FOLD = re.compile(rf" ?([{PUNCTUATION}])[ {PUNCTUATION}]*")
@@ -112,8 +113,8 @@ FOLD = re.compile(rf" ?([{PUNCTUATION}])[ {PUNCTUATION}]*")
 class Reading:
     """A text as it is spoken, and what became of what was written.
 
-    `changes`: what each rule rewrote. `unsaid`: signs and words of other scripts that were left out because nothing
-    says how they sound; a text with any does not say what its recording says. `latin`: the Latin words in it.
+    `changes`: what each rule rewrote. `unsaid`: signs (left out) and words of other scripts (left in) that nothing
+    says the sound of; a text with any does not say what its recording says. `latin`: the Latin words in it.
     """
 
     text: str
@@ -218,22 +219,24 @@ def say_pauses(text: str, notes: Notes) -> str:
 
 
 def drop_silent(text: str, notes: Notes) -> tuple[str, tuple[str, ...]]:
-    """The text without what readers pass over, and what of the rest could not be said."""
+    """The text without what readers pass over, and what of the rest could not be said.
+
+    A sign without a sound goes. A word of another script stays, so that a tokenizer without pieces for it refuses the
+    text, as it always did, and nobody trains on half a sentence.
+    """
     unsaid: list[str] = []
     silent: dict[str, None] = {}
 
     def left(match: re.Match[str]) -> str:
-        if match[0] in SILENT or unicodedata.category(match[0]) in ("Ps", "Pe", "Pi", "Pf", "Pd"):
+        broken = match[0] in "|\\" and BROKEN_LETTER.match(match.string, match.start() - 1)
+        if not broken and match[0] in SILENT or unicodedata.category(match[0]) in ("Ps", "Pe", "Pi", "Pf", "Pd"):
             silent[match[0]] = None
         else:
             unsaid.append(match[0])
         return " "
 
-    def foreign(match: re.Match[str]) -> str:
-        unsaid.append(match[0])
-        return " "
-
-    text = LEFT.sub(left, FOREIGN.sub(foreign, text))
+    unsaid += FOREIGN.findall(text)
+    text = LEFT.sub(left, FOREIGN.sub(r" \g<0> ", text))
     silent.pop("\n", None)
     if silent:
         notes.append(Change("passed over", " ".join(silent), ""))
