@@ -45,7 +45,8 @@ BOOKS = {
     "ጢሞ": "ጢሞቴዎስ", "ቲቶ": "ቲቶ", "ፊል": "ፊልሞና", "ዕብ": "ዕብራውያን", "ያዕ": "ያዕቆብ", "ጴጥ": "ጴጥሮስ", "ይሁ": "ይሁዳ",
     "ራእ": "ራእይ", "ራዕ": "ራእይ",
 }
-BOOK_NAMES = BOOKS | {name: name for name in BOOKS.values()} | {"ወንጌል": "ወንጌል", "ምዕራፍ": "ምዕራፍ", "ምዕ": "ምዕራፍ"}
+FULL_BOOKS = [*BOOKS.values(), "ወንጌል", "መዝሙረ ዳዊት", "ዳዊት", "ቁርዓን", "ቁርኣን", "ሱራ", "ምዕራፍ"]
+BOOK_NAMES = BOOKS | {name: name for name in FULL_BOOKS} | {"ምዕ": "ምዕራፍ"}
 
 
 @dataclass(frozen=True)
@@ -220,6 +221,7 @@ def group_digits(text: str, notes: Notes) -> str:
 ETHIOPIC_NUMERAL = re.compile("[፩-፼]++")
 RUN = re.compile(rf"(?<![{LETTERS}])[{LETTERS}]++")
 APART_ORDINAL = re.compile(rf"(?<=\d)(?: ?[-–]? ?)({ORDINAL_ENDING})(?![{LETTERS}])")
+APART_ENDING = re.compile(rf"(?<=\d) ({STRONG_ENDING}|ና(?= \d))(?![{LETTERS}])")
 HYPHEN_ENDING = re.compile(rf"(?<=\d)[-–]({STRONG_ENDING})(?![{LETTERS}])")
 SCORE_WITH_HYPHENS = re.compile(r"(?<=\d) ?[-–]ለ[-–] ?(?=\d)")
 APART_PREFIX = re.compile(rf"(?<![{LETTERS}])([በለከየ]) (?=\d)")
@@ -252,6 +254,7 @@ def part_words(text: str, notes: Notes) -> str:
 
     text = notes.sub("words and digits", RUN, part, text)
     text = notes.sub("ending", APART_ORDINAL, r"\1", text)
+    text = notes.sub("ending", APART_ENDING, r"\1", text)
     text = notes.sub("ending", HYPHEN_ENDING, r"\1", text)
     return APART_PREFIX.sub(r"\1", SCORE_WITH_HYPHENS.sub(" ለ", text))
 
@@ -259,7 +262,7 @@ def part_words(text: str, notes: Notes) -> str:
 # Dates, verses, times, fractions
 
 CHAIN = re.compile(rf"{FIRST}\d++(?:([./-])\d++)(?:\1\d++)++(?!\d)")
-TIME = re.compile(r"(?<![\d:፡.,/])(\d{1,2})[:፡](\d{2})(?:[:፡](\d{2}))?(?![\d:፡]|[.,]\d)"
+TIME = re.compile(r"(?<![\d.,/])(?<!\d[:፡])(\d{1,2})[:፡](\d{2})(?:[:፡](\d{2}))?(?![\d:፡]|[.,]\d)"
                   rf"(?: ?[ሰሠ][ዓአኣ]ት(ታት|[{ETHIOPIC}]{{0,2}})(?![{ETHIOPIC}]))?")
 POINT_TIME = re.compile(rf"(ጠዋቱ|ጥዋቱ|ማለዳው|ቀኑ|ረፋዱ|ሰዓት በኋላ|ምሽቱ|ማታው|ሌሊቱ) (\d{{1,2}})\.([0-5]\d)"
                         rf"(?= ?[ሰሠ][ዓአኣ]ት(?![{ETHIOPIC}]))")
@@ -311,8 +314,9 @@ def say_time(match: re.Match[str]) -> str:
     if int(hour) > 24 or int(minute) > 59 or RATIO_NEAR.search(near):
         return match[0]
     words = f"{int(hour)}" if named and not second else f"{int(hour)} ሰዓት"
-    words += {0: "", 30: " ተኩል"}.get(int(minute), f" ከ{int(minute)} ደቂቃ") if not second else f" ከ{int(minute)} ደቂቃ"
-    words += f" ከ{int(second)} ሰከንድ" if second else ""
+    exact = int(second or 0) > 0
+    words += {0: "", 30: " ተኩል"}.get(int(minute) if not exact else -1, f" ከ{int(minute)} ደቂቃ")
+    words += f" ከ{int(second)} ሰከንድ" if exact else ""
     return attach(words, ending) if ending and ENDING.fullmatch(ending) else words + (
         f" {ending}" if ending and ending != "ታት" else "")
 
