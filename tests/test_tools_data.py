@@ -16,7 +16,17 @@ import soundfile
 import torch
 import yaml
 
-from tools import amharic_text, build_pairs, demo_data, preprocess, sound_files, speak, speech_codec, train_tokenizer
+from tools import (
+    _amharic_text_1,
+    amharic_text,
+    build_pairs,
+    demo_data,
+    preprocess,
+    sound_files,
+    speak,
+    speech_codec,
+    train_tokenizer,
+)
 from tools._common import ToolError, atomic_path, run_program, sha256_of
 from tools.made_with import of_manifest
 from tools.speech_codec import CodecConfig, SpeechCodec, codec_record
@@ -202,13 +212,13 @@ def test_shipped_sources_say_that_the_voice_is_synthetic():
 @pytest.mark.parametrize(("numeral", "value"), [("፩", 1), ("፲", 10), ("፳፩", 21), ("፻", 100), ("፪፻", 200),
                                                 ("፲፱፻፶", 1950), ("፳፻፲፪", 2012), ("፼", 10_000), ("፪፼፫፻፬", 20_304)])
 def test_ethiopic_numerals_have_their_value(numeral, value):
-    assert amharic_text.ethiopic_number(numeral) == value
+    assert _amharic_text_1.ethiopic_number(numeral) == value
 
 
 @pytest.mark.parametrize(("text", "expected"), [
     ("የሰው፡ልጅ፡ሁሉ።", "የሰው ልጅ ሁሉ።"), ("ቤት፤ህዝብ", "ቤት፤ ህዝብ"), ("አንቀጽ ፲፩", "አንቀጽ አሥራ አንድ"),
     ("3.5", "ሦስት ነጥብ አምስት"), ("በ፲፱፻፶", "በሺህ ዘጠኝ መቶ ሃምሳ"), ("3ኛ ፱ኛ", "ሦስተኛ ዘጠነኛ"), ("አለ\u135f", "አለ"),
-     ("1,000 ብር", "ሺህ ብር"), ("(ሰላም) «ዓለም»", "ሰላም ዓለም"), ("ዓ.ም.", "ዓም።"),
+     ("1,000 ብር", "ሺህ ብር"), ("(ሰላም) «ዓለም»", "ሰላም ዓለም"), ("ዓ.ም.", "ዓመተ ምሕረት።"),
     ("ሰላም ፡፡ ቤት", "ሰላም። ቤት"), ("", ""), ("።።", ""),
 ])
 def test_normalised_text_is_as_spoken(text, expected):
@@ -217,10 +227,10 @@ def test_normalised_text_is_as_spoken(text, expected):
 
 
 def test_numbers_read_as_words():
-    assert amharic_text.number_words(0) == "ዜሮ"
-    assert amharic_text.number_words(10) == "አሥር"
-    assert amharic_text.number_words(1999) == "ሺህ ዘጠኝ መቶ ዘጠና ዘጠኝ"
-    assert amharic_text.number_words(10**12 + 1).split()[0] == "አንድ"
+    assert _amharic_text_1.number_words(0) == "ዜሮ"
+    assert _amharic_text_1.number_words(10) == "አሥር"
+    assert _amharic_text_1.number_words(1999) == "ሺህ ዘጠኝ መቶ ዘጠና ዘጠኝ"
+    assert _amharic_text_1.number_words(10**12 + 1).split()[0] == "አንድ"
 
 
 def test_corpus_is_a_function_of_its_seed_and_keeps_validation_apart(tmp_path):

@@ -1,6 +1,6 @@
 """Amharic text: normalisation for speech, and the demo corpus of short texts.
 
-  normalise   reads text from standard input, writes it ready to be spoken and tokenised
+  normalise   reads text from standard input, writes it ready to be spoken and tokenised; --explain says what it did
   build       cuts the sources into short texts, split into training and validation
 
 `build` promises: a validation text occurs in no training text, and neither does a held-out word, not even inside
@@ -9,133 +9,59 @@ a longer word or in another spelling of the same sounds.
 
 from __future__ import annotations
 
+import argparse
 import io
-import itertools
 import math
 import random
 import re
 import sys
-import unicodedata
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from tools import _amharic_text_1
+from tools._amharic_reading import LATIN_CHOICES, YEAR_CHOICES, Reading, pass_through, read_amharic
+from tools._amharic_text_1 import PUNCTUATION
 from tools._common import ToolError, info, make_parser, run_program, write_jsonl, write_text
 
 FIRST_COMMAND = "echo 'በ፲፱፻፶ ዓ.ም፤ሰላም' | python -m tools.amharic_text normalise"
 BUILD_COMMAND = "python -m tools.amharic_text build --output-dir build"
 
-TEXT_RULES = 1
-ETHIOPIC_DIGITS = {chr(0x1369 + i): i + 1 for i in range(9)} | {chr(0x1372 + i): 10 * (i + 1) for i in range(9)}
-HUNDRED, TEN_THOUSAND = "፻", "፼"
-NUMERAL = re.compile(rf"([0-9]+(?:,[0-9]{{3}})*(?:\.[0-9]+)?|[{''.join(ETHIOPIC_DIGITS)}{HUNDRED}{TEN_THOUSAND}]+)(ኛ?)")
-UNITS = ["ዜሮ", "አንድ", "ሁለት", "ሦስት", "አራት", "አምስት", "ስድስት", "ሰባት", "ስምንት", "ዘጠኝ"]
-TENS = ["", "አሥር", "ሃያ", "ሠላሳ", "አርባ", "ሃምሳ", "ስድሳ", "ሰባ", "ሰማንያ", "ዘጠና"]
-SCALES = [(10**9, "ቢሊዮን"), (10**6, "ሚሊዮን"), (1000, "ሺህ"), (100, "መቶ")]
-LONGEST_NUMERAL = 15  # characters; a longer one is read one by one
-CASE_ENDINGS = tuple("ንምናስ")  # of the object, too, and, as for
-DOTTED_NUMERALS = re.compile(r"[0-9]+(?:\.[0-9]+){2,}")  # a date such as 12.05.2015
-# One letter, perhaps after a prefix (በ ለ ከ የ): before a slash in front of a word, before a full stop in front of
-# one more letter. ኛ is none: it ends an ordinal.
-ABBREVIATION = re.compile("(?<![ሀ-ፚ])([በለከየ]?(?!ኛ)[ሀ-ፚ])(?:/(?=[ሀ-ፚ])|[.](?=[ሀ-ፚ](?![ሀ-ፚ])))")
-
-PUNCTUATION = "፣፤፥።?!"
-OTHER_MARKS = str.maketrans("፦,፧;፡:", "፣፣?፤  ")
-PER_CENT = str.maketrans(dict.fromkeys("%٪％﹪", " በመቶ "))
-UNHEARD = dict.fromkeys(map(ord, "’'\u135d\u135e\u135f"))
+TEXT_RULES = 2  # the version of the rules; data, tokenizers and checkpoints made under 1 go on under 1
 # Letters that espeak-ng's Amharic voice does not know: it reads out their code points instead.
 UNSPOKEN_LETTERS = set("ሇቇቐቑቒቓቔቕቖቘቚቛቜቝኇኯዏዯጏጟፇፘፙፚ")
 
 
-def ethiopic_number(numeral: str) -> int:
-    """The value of an Ethiopic numeral such as ፲፱፻፶ (1950): digits, then multipliers ፻ (100) and ፼ (10,000)."""
-    total = hundreds = group = 0
-    for character in numeral:
-        if character == HUNDRED:
-            hundreds, group = hundreds + (group or 1) * 100, 0
-        elif character == TEN_THOUSAND:
-            total, hundreds, group = (total + hundreds + group or 1) * 10_000, 0, 0
-        else:
-            group += ETHIOPIC_DIGITS[character]
-    return total + hundreds + group
+def read_aloud(text: str, language: str = "am", rules: int = TEXT_RULES, latin: str = "keep",
+               years: str = "thousands") -> Reading:
+    """A text as it is spoken, with what was changed and what could not be said.
 
-
-def number_words(value: int) -> str:
-    """A number from 0 up, in Amharic words; from a thousand billion on, digit by digit."""
-    if value >= 10**12:
-        return " ".join(UNITS[int(digit)] for digit in str(value))
-    if value < 10:
-        return UNITS[value]
-    if 10 < value < 20:
-        return f"አሥራ {UNITS[value - 10]}"
-    if value < 100:
-        tens, units = divmod(value, 10)
-        return TENS[tens] + (f" {UNITS[units]}" if units else "")
-    size, name = next((size, name) for size, name in SCALES if value >= size)
-    count, rest = divmod(value, size)
-    head = name if count == 1 and size <= 1000 else f"{number_words(count)} {name}"
-    return head + (f" {number_words(rest)}" if rest else "")
-
-
-def ordinal_words(words: str) -> str:
-    """Number words with the ending ኛ: a final letter of the sixth order moves to the first (ሦስት -> ሦስተኛ)."""
-    stem, last = words[:-1], words[-1]
-    sixth_order = ord(last) % 8 == 5
-    return stem + {"ኝ": "ነ", "ህ": ""}.get(last, chr(ord(last) - 5) if sixth_order else last) + "ኛ"
-
-
-def plain_digits(text: str) -> str:
-    """Digits of all scripts but Ethiopic as 0 to 9; raised, circled and fraction numbers stand apart (m³ -> m 3)."""
-    parts = []
-    for category, characters in itertools.groupby(text, unicodedata.category):
-        part = "".join(characters)
-        if category == "Nd":
-            part = "".join(str(unicodedata.decimal(digit)) for digit in part)
-        elif category == "No" and unicodedata.normalize("NFKC", part) != part:
-            part = f" {unicodedata.normalize('NFKC', part)} "
-        parts.append(part)
-    return "".join(parts)
-
-
-def _numeral_to_words(match: re.Match[str]) -> str:
-    """The words of one match of NUMERAL, apart from a word or numeral behind it; endings such as ኛ and ን stay."""
-    numeral, ordinal = match.groups()
-    if numeral[0] in "0123456789":
-        whole, _, fraction = numeral.replace(",", "").partition(".")
-        telephone = whole[0] == "0" and len(whole) > 2  # but not the 05 of a date
-        one_by_one = telephone or len(whole) > LONGEST_NUMERAL
-        words = " ".join(UNITS[int(digit)] for digit in whole) if one_by_one else number_words(int(whole))
-        words += "".join([" ነጥብ", *(f" {UNITS[int(digit)]}" for digit in fraction)]) if fraction else ""
-    elif len(numeral) > LONGEST_NUMERAL:
-        words = " ".join(number_words(ethiopic_number(character)) for character in numeral)
-    else:
-        words = number_words(ethiopic_number(numeral))
-    if ordinal:
-        return ordinal_words(words)
-    behind = match.string[match.end() : match.end() + 2]
-    if behind[:1] in CASE_ENDINGS and not unicodedata.category(behind[1:] or " ").startswith("L"):
-        return words
-    return words + (" " if behind and unicodedata.category(behind[0])[0] in "LN" else "")
-
-
-def normalise(text: str) -> str:
-    """Text as it is spoken: numerals in words (በ፫ኛ -> በሦስተኛ), one space between words, one after each mark.
-
-    The old word separator ፡ becomes a space, ፦ becomes ፣, ፡፡ becomes ። and % becomes በመቶ; quotes, brackets, marks of
-    length and control characters go; abbreviations lose their slash or full stops (ዓ.ም, ት/ቤት), other slashes part
-    words and other full stops part sentences. A numeral of more than 15 digits, or of more than two with a 0 in front
-    (a telephone number), is read digit by digit. Letters are never respelled.
+    `language`: a tag such as am or am-ET; only Amharic is read, other languages keep their own marks and numerals.
+    `rules`: 2, or 1 for what was made under version 1 (which tells of no changes). `latin`: keep, spell or refuse
+    (then the words are left out and unsaid). `years`: thousands (1990 is ሺህ ዘጠኝ መቶ ዘጠና) or hundreds (CLDR's year
+    rule: አሥራ ዘጠኝ መቶ ዘጠና). Thousands is the default because four digits alone do not say whether they are a year or
+    an amount, readers use both for years and one for amounts, and version 1 read so. Raises ToolError for a value that
+    is none of these.
     """
-    text = plain_digits(unicodedata.normalize("NFC", text)).translate(UNHEARD)
-    text = re.sub("፡፡|::", "።", text)
-    text = ABBREVIATION.sub(r"\1", text)
-    text = DOTTED_NUMERALS.sub(lambda date: date[0].replace(".", " "), text)
-    text = NUMERAL.sub(_numeral_to_words, text.translate(PER_CENT))
-    text = text.translate(OTHER_MARKS).replace(".", "።")
-    text = "".join(c if c in PUNCTUATION or unicodedata.category(c)[0] in "LM" else " " for c in text)
-    text = re.sub(r"\s+", " ", text).strip()
-    text = re.sub(rf" ?([{PUNCTUATION}])[ {PUNCTUATION}]*", r"\1 ", text)
-    return text.strip().lstrip(PUNCTUATION).strip()
+    for name, value, choices in (("text rules", rules, (1, TEXT_RULES)), ("latin", latin, LATIN_CHOICES),
+                                 ("years", years, YEAR_CHOICES)):
+        if value not in choices:
+            raise ToolError(f"{name} {value!r} are unknown here; take {' or '.join(map(str, choices))}, or a newer "
+                            "version of this program")
+    if re.split("[-_]", language.lower())[0] not in ("am", "amh"):
+        return pass_through(text)
+    return Reading(_amharic_text_1.normalise(text)) if rules == 1 else read_amharic(text, latin, years)
+
+
+def normalise(text: str, rules: int = TEXT_RULES) -> str:
+    """An Amharic text as it is spoken: Ethiopic letters, Latin ones, single spaces and the marks of PUNCTUATION."""
+    return read_aloud(text, rules=rules).text
+
+
+def normalise_for(language: str, text: str, rules: int = TEXT_RULES) -> str:
+    """A text of any language, ready to be tokenised; only Amharic is turned into words."""
+    return read_aloud(text, language, rules).text
 
 
 # Letters of equal sound: from, to, how many orders.
@@ -268,23 +194,68 @@ def read_source(path: Path) -> list[str]:
     return [line for line in lines if line.strip() and not line.startswith("#")]
 
 
-def normalise_stream(source: BinaryIO) -> None:
-    """Prints every line of UTF-8 text as it is spoken. Raises ToolError naming a line that is not UTF-8."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8")  # the text is the product: never escaped for a terminal
+def read_lines(source: BinaryIO) -> Iterator[tuple[int, str]]:
+    """The lines of UTF-8 text with their numbers from 1. Raises ToolError naming a line that is not UTF-8."""
     for number, line in enumerate(source, 1):
         try:
-            print(normalise(line.decode()))
+            yield number, line.decode().rstrip("\r\n")
         except UnicodeDecodeError as error:
             raise ToolError(f"standard input, line {number}: not UTF-8 text at byte {error.start}. Give it UTF-8, for "
                             "example through iconv -t UTF-8") from error
 
 
+def explanation(reading: Reading) -> list[str]:
+    """What was changed in a text and what of it is not said, a line each."""
+    lines = [f"    {change.rule}: {shown(change.before)} -> {shown(change.after)}" for change in reading.changes]
+    if reading.unsaid:
+        lines.append("    NOT SAID: " + " ".join(map(shown, reading.unsaid)))
+    return lines + (["    Latin: " + " ".join(reading.latin)] if reading.latin else [])
+
+
+def shown(text: str) -> str:
+    """A piece of text for a line of a report; what cannot be seen as its code point."""
+    return "".join(c if c.isprintable() else f"U+{ord(c):04X}" for c in text) or "nothing"
+
+
+def normalise_stream(source: BinaryIO, args: argparse.Namespace) -> None:
+    """Prints every line as it is spoken; with --explain also what was changed, what is not said, and the sums."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")  # the text is the product: never escaped for a terminal
+    counts: Counter[str] = Counter()
+    unsaid: Counter[str] = Counter()
+    for number, line in read_lines(source):
+        reading = read_aloud(line, args.language, args.rules, args.latin, args.years)
+        if args.latin == "refuse" and reading.latin and not args.explain:
+            raise ToolError(f"standard input, line {number}: Latin words ({' '.join(reading.latin[:5])}). Write them "
+                            "in Ethiopic letters, or take --latin keep or spell")
+        print(reading.text)
+        counts.update(lines=1, changed=bool(reading.changes), losing=bool(reading.unsaid), Latin=bool(reading.latin))
+        unsaid.update(reading.unsaid)
+        if args.explain:
+            print("\n".join(explanation(reading)) or "    nothing to change")
+    if args.explain:
+        info(f"{counts['lines']} lines: {counts['changed']} changed, {counts['losing']} losing signs or words, "
+             f"{counts['Latin']} with Latin words")
+        if unsaid:
+            info("Not said: " + ", ".join(f"{shown(sign)} ({count})" for sign, count in unsaid.most_common(20)))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__, FIRST_COMMAND)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("normalise", help="standard input to standard output, line by line",
-                        epilog=parser.epilog, formatter_class=parser.formatter_class)
+    reader = commands.add_parser("normalise", help="standard input to standard output, line by line (the command that "
+                                 "is meant when none is named)", epilog=parser.epilog,
+                                 formatter_class=parser.formatter_class)
+    reader.add_argument("--explain", action="store_true", help="show under each line what was changed and what is not "
+                        "said, and the sums at the end")
+    reader.add_argument("--language", default="am", help="of the text; only Amharic is turned into words (am)")
+    reader.add_argument("--rules", type=int, choices=[1, TEXT_RULES], default=TEXT_RULES,
+                        help=f"version of the Amharic rules; 1 for what was made under it ({TEXT_RULES})")
+    reader.add_argument("--latin", choices=LATIN_CHOICES, default="keep",
+                        help="Latin words: keep them, spell them letter by letter, or refuse the text (keep)")
+    reader.add_argument("--years", choices=YEAR_CHOICES, default="thousands",
+                        help="1990 as ሺህ ዘጠኝ መቶ ዘጠና, or by hundreds as አሥራ ዘጠኝ መቶ ዘጠና: do as your readers do "
+                             "(thousands)")
     build = commands.add_parser("build", help="write texts.jsonl and held_out_words.txt",
                                 epilog=f"first command:\n  {BUILD_COMMAND}", formatter_class=parser.formatter_class)
     build.add_argument("--sources", type=Path, default=Path("processed_data/sources"),
@@ -295,9 +266,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     build.add_argument("--held-out-words", type=int, default=600,
                        help="words that occur in validation texts only, 2 to 5 in each of four fifths of them (600)")
     build.add_argument("--seed", type=int, default=1234, help="another seed gives another choice of words (1234)")
-    args = parser.parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    flags = words and words[0].startswith("--") and words[0] != "--help"
+    args = parser.parse_args(["normalise", *words] if flags else words)
     if args.command == "normalise":
-        normalise_stream(sys.stdin.buffer)
+        normalise_stream(sys.stdin.buffer, args)
         return
     if args.sequences < 0:
         raise ToolError(f"--sequences is {args.sequences}; take 0 or more")
