@@ -1,0 +1,225 @@
+"""Where to cut a long recording: cue edges moved to silence nearby, and speech cut at its pauses.
+
+The detector of speech is silero-vad (MIT), whose weights come inside its package; everything else is arithmetic on
+arrays. torch is loaded only where speech is to be detected.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import threading
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from tools.sound_decoder import mono_of
+from tools.subtitles import Cue
+
+QUIET = -80.0  # dB of full scale: the floor of levels
+LEVEL_STEP = 0.01  # seconds from level to level
+REACH = 0.35  # seconds that the edge of a cue may move
+WAY = 15.0  # dB that a second of way is worth: an edge in silence stays where it is
+RATE = 16000  # Hz, of the detector
+FRAME = 512  # samples at RATE to one probability: 32 ms
+STEP = FRAME / RATE  # seconds from probability to probability
+SPEECH, NO_SPEECH = 0.5, 0.35  # probability at which speech begins and ends
+PAUSE = 0.7  # seconds without speech that always part two clips
+NEAR = 2.0  # seconds of pause at most across which a short clip joins its neighbour
+MARGIN = 0.15  # seconds of the pause that a clip keeps at each end
+
+Span = tuple[int, int]
+"""First frame, and the one behind the last."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Levels, and edges of cues
+
+
+def decibels(power: np.ndarray) -> np.ndarray:
+    """Mean squares -> dB of full scale, not under QUIET."""
+    return np.maximum(QUIET, 10 * np.log10(np.maximum(power, 1e-12)))
+
+
+def levels_of(blocks: Iterable[np.ndarray], sample_rate: int) -> np.ndarray:
+    """Blocks [n, channels] -> the level of every LEVEL_STEP seconds [steps], dB."""
+    size = round(sample_rate * LEVEL_STEP)
+    rest, parts = np.zeros(0, np.float32), []
+    for block in blocks:
+        mono = np.concatenate([rest, mono_of(block)])
+        whole = len(mono) // size * size
+        parts.append(decibels(np.square(mono[:whole].reshape(-1, size)).mean(1)))
+        rest = mono[whole:]
+    return np.concatenate([*parts, np.full(len(rest) > 0, QUIET)])
+
+
+def quietest(levels: np.ndarray, first: float, last: float, wanted: float) -> float:
+    """The quietest time of `first` to `last` seconds, the nearer to `wanted` the better."""
+    begin, end = max(0, math.ceil(first / LEVEL_STEP)), min(len(levels), math.floor(last / LEVEL_STEP) + 1)
+    if begin >= end:
+        return wanted
+    smooth = np.convolve(np.pad(levels[max(0, begin - 2): end + 2], 2, mode="edge"), np.full(5, 0.2), mode="same")
+    lead = begin - max(0, begin - 2) + 2
+    costs = smooth[lead: lead + end - begin] + WAY * np.abs(np.arange(begin, end) * LEVEL_STEP - wanted)
+    best = begin + int(costs.argmin())
+    unmoved = smooth[lead + min(max(round(wanted / LEVEL_STEP), begin), end - 1) - begin]
+    return best * LEVEL_STEP if costs[best - begin] < unmoved - 1 else min(max(wanted, first), last)
+
+
+def move_edges(cues: Sequence[Cue], levels: np.ndarray) -> list[Cue]:
+    """Cues whose edges lie in silence where there is some within REACH; neighbours never overlap."""
+    starts, ends = [cue.start for cue in cues], [cue.end for cue in cues]
+    reach = [min(REACH, (cue.end - cue.start) / 3) for cue in cues]
+    for i in range(len(cues) + 1):
+        before, after = cues[i - 1] if i else None, cues[i] if i < len(cues) else None
+        if before and after and after.start - before.end < 0.1:  # one edge for both
+            middle = (before.end + after.start) / 2
+            ends[i - 1] = starts[i] = quietest(levels, before.end - reach[i - 1], after.start + reach[i], middle)
+            continue
+        room = (after.start - before.end) / 2 if before and after else REACH
+        if before:
+            ends[i - 1] = quietest(levels, before.end - reach[i - 1], before.end + min(REACH, room), before.end)
+        if after:
+            starts[i] = quietest(levels, max(0.0, after.start - min(REACH, room)), after.start + reach[i], after.start)
+    return [Cue(start, end, cue.text, cue.speaker) for cue, start, end in zip(cues, starts, ends, strict=True)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Speech, and clips of it
+
+
+def speech_runs(probabilities: np.ndarray) -> list[Span]:
+    """Frames of speech: begun at SPEECH, ended below NO_SPEECH; gaps and runs under a tenth of a second do not count.
+    """
+    runs: list[Span] = []
+    begun = -1
+    for i, probability in enumerate([*probabilities.tolist(), 0.0]):
+        if begun < 0 and probability >= SPEECH:
+            begun = i
+        elif begun >= 0 and probability < NO_SPEECH:
+            runs.append((begun, i))
+            begun = -1
+    merged: list[Span] = []
+    for first, last in runs:
+        if merged and first - merged[-1][1] <= 3:
+            merged[-1] = (merged[-1][0], last)
+        else:
+            merged.append((first, last))
+    return [run for run in merged if run[1] - run[0] > 3]
+
+
+def halves(runs: list[Span], levels: np.ndarray, shortest: float) -> tuple[list[Span], list[Span]]:
+    """Runs of a stretch that is too long -> those before and behind its longest pause; without one that leaves
+    `shortest` seconds on both sides, its quietest frame parts them."""
+    least, begin, end = round(shortest / STEP), runs[0][0], runs[-1][1]
+    middle = (begin + end) / 2
+    pauses = [(runs[i + 1][0] - runs[i][1], -abs(runs[i][1] - middle), i) for i in range(len(runs) - 1)
+              if runs[i][1] - begin >= least and end - runs[i + 1][0] >= least]
+    if pauses:
+        i = max(pauses)[2] + 1
+        return runs[:i], runs[i:]
+    at = begin + least + int(levels[begin + least: end - least].argmin())
+    before = [(first, min(last, at)) for first, last in runs if first < at]
+    return before, [(max(first, at), last) for first, last in runs if last > at]
+
+
+def clips_of(probabilities: np.ndarray, levels: np.ndarray, shortest: float, longest: float
+             ) -> tuple[list[tuple[float, float]], int]:
+    """Probability of speech and level of every STEP -> (start, end) of each clip in seconds, cut at pauses, and how
+    many stretches of speech were left out because they stand alone and are shorter than `shortest` seconds."""
+    runs, least, most = speech_runs(probabilities), shortest / STEP, longest / STEP - 2 * MARGIN / STEP
+    stretches: list[list[Span]] = []
+    for run in runs:
+        if stretches and run[0] - stretches[-1][-1][1] < PAUSE / STEP:
+            stretches[-1].append(run)
+        else:
+            stretches.append([run])
+    spans: list[Span] = []
+    todo = stretches[::-1]
+    while todo:
+        stretch = todo.pop()
+        if stretch[-1][1] - stretch[0][0] > most:
+            before, after = halves(stretch, levels, shortest)
+            todo += [after, before]
+        else:
+            spans.append((stretch[0][0], stretch[-1][1]))
+    spans = join_short(spans, least, most)
+    alone = sum(last - first < least for first, last in spans)
+    starts, ends = [first for first, _ in spans], [last for _, last in spans]
+    clips = []
+    for i, (first, last) in enumerate(spans):
+        if last - first < least:
+            continue
+        room = first - (ends[i - 1] if i else 0), (starts[i + 1] if i + 1 < len(spans) else len(probabilities)) - last
+        margins = [min(MARGIN / STEP, space / 2) for space in room]
+        clips.append(((first - margins[0]) * STEP, (last + margins[1]) * STEP))
+    return clips, alone
+
+
+def join_short(spans: Sequence[Span], least: float, most: float) -> list[Span]:
+    """Spans under `least` frames become part of the nearer neighbour, where that is NEAR and the whole not over `most`
+    frames."""
+    joined = list(spans)
+    i = 0
+    while i < len(joined):
+        first, last = joined[i]
+        if last - first >= least:
+            i += 1
+            continue
+        ways = [(joined[k + 1][0] - joined[k][1], k) for k in (i - 1, i) if 0 <= k < len(joined) - 1
+                and joined[k + 1][0] - joined[k][1] <= NEAR / STEP and joined[k + 1][1] - joined[k][0] <= most]
+        if not ways:
+            i += 1
+            continue
+        k = min(ways)[1]
+        joined[k: k + 2] = [(joined[k][0], joined[k + 1][1])]
+        i = k
+    return joined
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The detector
+
+
+def at_detector_rate(mono: np.ndarray, sample_rate: int) -> np.ndarray:
+    """[n] -> [m] at RATE, float32."""
+    import torch
+    import torchaudio
+
+    if sample_rate == RATE:
+        return mono
+    if sample_rate % 25:  # the filter of an odd rate would take gigabytes; for a detector this is good enough
+        count = round(len(mono) * RATE / sample_rate)
+        return np.interp(np.arange(count) * sample_rate / RATE, np.arange(len(mono)), mono).astype(np.float32)
+    return torchaudio.functional.resample(torch.from_numpy(np.ascontiguousarray(mono)), sample_rate, RATE).numpy()
+
+
+@functools.cache
+def load_detector(thread: int) -> Any:
+    """One for each thread: it remembers what it heard."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's about its own format
+        from silero_vad import load_silero_vad
+
+        return load_silero_vad()
+
+
+def speech_of(blocks: Iterable[np.ndarray], sample_rate: int) -> tuple[np.ndarray, np.ndarray]:
+    """Blocks [n, channels] -> probability of speech and level in dB of every STEP seconds, two [frames]."""
+    import torch
+
+    detector = load_detector(threading.get_ident())
+    detector.reset_states()
+    probabilities: list[float] = []
+    levels: list[np.ndarray] = []
+    rest = np.zeros(0, np.float32)
+    for block in blocks:
+        sound = np.concatenate([rest, at_detector_rate(mono_of(block), sample_rate)])
+        frames = sound[: len(sound) // FRAME * FRAME].reshape(-1, FRAME)
+        with torch.inference_mode():
+            probabilities += [float(detector(frame, RATE)) for frame in torch.from_numpy(np.ascontiguousarray(frames))]
+        levels.append(decibels(np.square(frames).mean(1)))
+        rest = sound[len(frames) * FRAME:]
+    return np.array(probabilities), np.concatenate(levels) if levels else np.zeros(0)
