@@ -9,7 +9,7 @@ import shutil
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,7 @@ class Work:
     shortest: float
     longest: float
     linked: Counter[str] = field(default_factory=Counter)
+    stopping: threading.Event = field(default_factory=threading.Event)
 
 
 def stamp_of(path: Path, sound: str) -> list[Any]:
@@ -113,10 +114,12 @@ def stamp_of(path: Path, sound: str) -> list[Any]:
     return [sound, status.st_size, status.st_mtime_ns]
 
 
-def watched(sound: Sound, name: str) -> Iterator[np.ndarray]:
-    """The blocks of a sound; a long one shows how far it is."""
+def watched(sound: Sound, name: str, work: Work) -> Iterator[np.ndarray]:
+    """The blocks of a sound; a long one shows how far it is, and ends when the run does."""
     progress, frames = Progress(name, max(1, round(sound.seconds))), 0
     for block in read_blocks(sound):
+        if work.stopping.is_set():
+            raise CancelledError
         frames += len(block)
         yield block
         progress.update(min(progress.total, frames // sound.sample_rate), "seconds of sound")
@@ -128,7 +131,7 @@ def cue_clips(job: Job, sound: Sound, stamp: list[Any], work: Work) -> tuple[lis
     key = ["cues", MADE_BY, *stamp, [[cue.start, cue.end, cue.text, cue.speaker] for cue in cues]]
     found = work.cache.get(key)
     if found is None:
-        levels = levels_of(watched(sound, f"pauses of {job.sound}"), sound.sample_rate)
+        levels = levels_of(watched(sound, f"pauses of {job.sound}", work), sound.sample_rate)
         seconds = len(levels) * LEVEL_STEP
         inside = [replace(cue, end=min(cue.end, seconds)) for cue in cues if cue.end <= seconds + 2 * SHORT_END]
         found = [seconds, [[cue.start, cue.end, cue.text, cue.speaker] for cue in move_edges(inside, levels)]]
@@ -148,7 +151,7 @@ def speech_clips(job: Job, sound: Sound, stamp: list[Any], work: Work) -> tuple[
     key = ["speech", MADE_BY, *stamp, work.shortest, work.longest]
     found = work.cache.get(key)
     if found is None:
-        probabilities, levels = speech_of(watched(sound, f"speech in {job.sound}"), sound.sample_rate)
+        probabilities, levels = speech_of(watched(sound, f"speech in {job.sound}", work), sound.sample_rate)
         found = clips_of(probabilities, levels, work.shortest, work.longest)
         work.cache.put(key, found)
     spans, alone = found
@@ -209,7 +212,7 @@ def write_parts(clips: Sequence[Clip], sound: Sound, name: str, stamp: list[Any]
             missing.append((i, audio))
     spans = [(clips[i].first or 0, last_frame(clips[i])) for i, _ in missing]
     if missing:
-        for k, samples in cut(watched(sound, f"cutting {name}"), spans):
+        for k, samples in cut(watched(sound, f"cutting {name}", work), spans):
             i, audio = missing[k]
             clip, seconds = clips[i], len(samples) / sound.sample_rate
             short = clip.last is not None and spans[k][1] - spans[k][0] - len(samples) > SHORT_END * sound.sample_rate
@@ -270,7 +273,7 @@ def write_whole(sound: Sound, name: str, stamp: list[Any], work: Work) -> tuple[
     if known and known[0] == audio and size_of(work.output_dir / audio) == known[1]:
         return audio, known[2]
     parts, frames = [], 0
-    for block in watched(sound, f"converting {name}"):
+    for block in watched(sound, f"converting {name}", work):
         parts.append(block)
         frames += len(block)
         if frames > LONGEST_FILE * sound.sample_rate:  # the header did not say so
@@ -348,15 +351,16 @@ def row_of(clip: Clip, audio: str, seconds: float, rate: int, name: str) -> dict
 def run_jobs(work: Work, jobs: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """All sounds, some at a time; rows and skipped in the order of the source."""
     rows, skipped = [], []
-    progress = Progress("importing", len(work.plan.jobs))
     with ThreadPoolExecutor(jobs) as pool:
         try:
             futures = [pool.submit(run_job, job, work) for job in work.plan.jobs]
+            progress = Progress("importing", len(futures))
             for done, future in enumerate(futures, 1):
                 found, left_out = future.result()
                 rows += found
                 skipped += left_out
                 progress.update(done, f"{len(rows)} rows, {len(skipped)} skipped")
         finally:
+            work.stopping.set()  # after an error or a signal some are at work
             pool.shutdown(cancel_futures=True)
     return sorted(rows, key=lambda row: (row["number"], row.get("start", 0))), skipped

@@ -34,7 +34,7 @@ from tools.recording_layouts import (
 )
 from tools.subtitles import Cue, join_cues, read_cues, without_overlaps
 
-MOST_TABLES = 50  # that are looked at
+MOST_TABLES = 2000  # that are looked at
 NO_TABLE = re.compile(r"(?i)(?:readme|licen[cs]e|copying|changelog|requirements)")
 
 
@@ -137,17 +137,20 @@ def tables_of(source: Source) -> list[Table]:
             raise ToolError(f"{source.table}: holds no table. {understood()}")
         return [table]
     texts = set(beside(source.listing, source.sounds, SIDECARS).values())
-    names = [name for name in source.listing if os.path.splitext(name)[1].lower() in TABLES and name not in texts
+    names = [name for name in source.listing if name not in texts
+             and (os.path.splitext(name)[1].lower() in TABLES or name.rpartition("/")[2] == "text")
              and not NO_TABLE.match(name.rpartition("/")[2])]
     names.sort(key=lambda name: (name.count("/"), name))
-    tables = []
+    tables, unreadable = [], []
     for name in names[:MOST_TABLES]:
         try:
             table = read_table(source.root / name, name, head=True)
         except (ToolError, OSError) as error:
-            warn(f"{error}; not looked at as a table")
+            unreadable.append(str(error))
             continue
         tables += [table] if table and table.rows else []
+    if unreadable:
+        warn(f"{len(unreadable)} files cannot be read as tables: {'; '.join(unreadable[:3])}")
     if len(names) > MOST_TABLES:
         warn(f"{len(names)} files may be tables; only the first {MOST_TABLES} were looked at")
     return tables
@@ -206,6 +209,7 @@ def plan_tables(source: Source, found: Found, names: SoundNames, ids: dict[str, 
     for head in found.tables:
         table = read_table(source.root / head.name, head.name)
         assert table is not None  # its first rows were one
+        table.guess = head.guess or head.columns
         entries, faults = table_entries(table, split_of_table(head, found.tables))
         for place, fault in faults:
             rows += 1
@@ -220,6 +224,9 @@ def plan_tables(source: Source, found: Found, names: SoundNames, ids: dict[str, 
             except LookupError as error:
                 plan.skipped.append(skipped_row(rows, entry.id or entry.audio, "no such recording",
                                                 f"{entry.place}: {error}. Correct the name, or take the row out"))
+    speakers = kaldi_speakers(source)
+    numbered = [(number, replace(entry, speaker=entry.speaker or speakers.get(ids[entry.audio].rpartition("/")[2], "")))
+                for number, entry in numbered]
     numbered, repeated = without_repeats(numbered, ids)
     plan.skipped += repeated
     jobs: dict[str, Job] = {}
@@ -227,6 +234,16 @@ def plan_tables(source: Source, found: Found, names: SoundNames, ids: dict[str, 
         jobs.setdefault(entry.audio, Job(entry.audio, number)).entries.append((number, entry))
     plan.jobs = list(jobs.values())
     return plan
+
+
+def kaldi_speakers(source: Source) -> dict[str, str]:
+    """Speakers by the names of their sounds, from Kaldi's utt2spk files."""
+    speakers: dict[str, str] = {}
+    for name in source.listing:
+        if name.rpartition("/")[2] == "utt2spk":
+            lines = (source.root / name).read_text(encoding="utf-8", errors="replace").splitlines()
+            speakers.update((line.split()[0], line.split()[1]) for line in lines if len(line.split()) >= 2)
+    return speakers
 
 
 def without_repeats(numbered: Sequence[tuple[int, Entry]], ids: dict[str, str]

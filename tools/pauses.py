@@ -6,6 +6,7 @@ arrays. torch is loaded only where speech is to be detected.
 
 from __future__ import annotations
 
+import bisect
 import functools
 import math
 import threading
@@ -21,14 +22,14 @@ from tools.subtitles import Cue
 QUIET = -80.0  # dB of full scale: the floor of levels
 LEVEL_STEP = 0.01  # seconds from level to level
 REACH = 0.35  # seconds that the edge of a cue may move
-WAY = 15.0  # dB that a second of way is worth: an edge in silence stays where it is
+SILENCE = 0.15  # seconds at least: the closure of a consonant is shorter
 RATE = 16000  # Hz, of the detector
 FRAME = 512  # samples at RATE to one probability: 32 ms
 STEP = FRAME / RATE  # seconds from probability to probability
 SPEECH, NO_SPEECH = 0.5, 0.35  # probability at which speech begins and ends
 PAUSE = 0.7  # seconds without speech that always part two clips
 NEAR = 2.0  # seconds of pause at most across which a short clip joins its neighbour
-MARGIN = 0.15  # seconds of the pause that a clip keeps at each end
+MARGIN = 0.15  # seconds of a pause that a clip keeps at each end, where there are as many
 
 Span = tuple[int, int]
 """First frame, and the one behind the last."""
@@ -52,37 +53,57 @@ def levels_of(blocks: Iterable[np.ndarray], sample_rate: int) -> np.ndarray:
         whole = len(mono) // size * size
         parts.append(decibels(np.square(mono[:whole].reshape(-1, size)).mean(1)))
         rest = mono[whole:]
-    return np.concatenate([*parts, np.full(len(rest) > 0, QUIET)])
+    return np.concatenate([*parts, np.full(int(len(rest) > 0), QUIET)])
 
 
-def quietest(levels: np.ndarray, first: float, last: float, wanted: float) -> float:
-    """The quietest time of `first` to `last` seconds, the nearer to `wanted` the better."""
-    begin, end = max(0, math.ceil(first / LEVEL_STEP)), min(len(levels), math.floor(last / LEVEL_STEP) + 1)
-    if begin >= end:
-        return wanted
-    smooth = np.convolve(np.pad(levels[max(0, begin - 2): end + 2], 2, mode="edge"), np.full(5, 0.2), mode="same")
-    lead = begin - max(0, begin - 2) + 2
-    costs = smooth[lead: lead + end - begin] + WAY * np.abs(np.arange(begin, end) * LEVEL_STEP - wanted)
-    best = begin + int(costs.argmin())
-    unmoved = smooth[lead + min(max(round(wanted / LEVEL_STEP), begin), end - 1) - begin]
-    return best * LEVEL_STEP if costs[best - begin] < unmoved - 1 else min(max(wanted, first), last)
+def silences_of(levels: np.ndarray) -> list[tuple[float, float]]:
+    """(start, end) in seconds of every silence: a fifth of the way up from the quietest to the loudest, for long enough
+    to be no part of a word. Before the start and behind the end there is some, too."""
+    floor, speech = np.percentile(levels, [5, 90]) if len(levels) else (QUIET, QUIET)
+    around = math.ceil(SILENCE / LEVEL_STEP)
+    quiet = np.concatenate([np.ones(around), levels < floor + 0.2 * (speech - floor), np.ones(around)]).astype(np.int8)
+    turns = np.flatnonzero(np.diff(quiet, prepend=0, append=0)).reshape(-1, 2)
+    runs = (turns[turns[:, 1] - turns[:, 0] >= around] - around) * LEVEL_STEP
+    return [(float(start), float(end)) for start, end in runs]
+
+
+def nearest_silence(silences: Sequence[tuple[float, float]], first: float, last: float, wanted: float) -> float | None:
+    """The time nearest to `wanted` that lies within a silence, well within if it can, and from `first` to `last`; None
+    where there is none."""
+    found = None
+    at = max(0, bisect.bisect_left(silences, (first, 0.0)) - 1)
+    for start, end in silences[at:]:
+        if start > last:
+            break
+        inset = min(MARGIN, (end - start) / 2)
+        time = min(max(wanted, start + inset, first), last) if wanted < start + inset \
+            else max(min(wanted, end - inset, last), first)
+        if start + inset / 5 <= time <= end - inset / 5 and (found is None or abs(time - wanted) < abs(found - wanted)):
+            found = time
+    return found
 
 
 def move_edges(cues: Sequence[Cue], levels: np.ndarray) -> list[Cue]:
-    """Cues whose edges lie in silence where there is some within REACH; neighbours never overlap."""
+    """Cues whose edges lie in silence where there is some within REACH, else where they were; neighbours never
+    overlap."""
+    silences, seconds = silences_of(levels), len(levels) * LEVEL_STEP
     starts, ends = [cue.start for cue in cues], [cue.end for cue in cues]
     reach = [min(REACH, (cue.end - cue.start) / 3) for cue in cues]
     for i in range(len(cues) + 1):
         before, after = cues[i - 1] if i else None, cues[i] if i < len(cues) else None
-        if before and after and after.start - before.end < 0.1:  # one edge for both
+        if before and after and after.start - before.end < 2 * LEVEL_STEP:  # one edge for both
             middle = (before.end + after.start) / 2
-            ends[i - 1] = starts[i] = quietest(levels, before.end - reach[i - 1], after.start + reach[i], middle)
+            found = nearest_silence(silences, before.end - reach[i - 1], after.start + reach[i], middle)
+            if found is not None:
+                ends[i - 1] = starts[i] = found
             continue
-        room = (after.start - before.end) / 2 if before and after else REACH
+        room = min(REACH, (after.start - before.end) / 2) if before and after else REACH
         if before:
-            ends[i - 1] = quietest(levels, before.end - reach[i - 1], before.end + min(REACH, room), before.end)
+            found = nearest_silence(silences, before.end - reach[i - 1], before.end + room, before.end)
+            ends[i - 1] = before.end if found is None else min(found, seconds)
         if after:
-            starts[i] = quietest(levels, max(0.0, after.start - min(REACH, room)), after.start + reach[i], after.start)
+            found = nearest_silence(silences, after.start - room, after.start + reach[i], after.start)
+            starts[i] = after.start if found is None else max(found, 0.0)
     return [Cue(start, end, cue.text, cue.speaker) for cue, start, end in zip(cues, starts, ends, strict=True)]
 
 

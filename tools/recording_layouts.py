@@ -36,12 +36,13 @@ SAMPLE = 200  # rows of a table that its kind is told from
 LARGEST_TABLE = 1 << 31  # bytes
 HEAD = 1 << 18  # bytes of a table that its kind is told from
 LAYOUTS = {
-    "ljspeech": "a table without header: name|text or name|text|normalised text",
+    "ljspeech": "a table of name|text or name|text|normalised text, with or without header",
     "common-voice": "TSV files with the columns client_id, path, sentence",
     "nemo": "JSON lines with audio_filepath, text; optional offset, duration",
     "f5-tts": "a table with the header audio_file|text",
     "gpt-sovits": "a table without header: path|speaker|language|text",
-    "filelist": "a table without header: path|speaker|text",
+    "filelist": "other tables without header in which one column names sounds: path|speaker|text, or lines that start "
+                "with a name (Kaldi's text, *.trans.txt)",
     "jsonl": "JSON lines (or one JSON array) with audio, text",
     "table": "CSV, TSV or XLSX whose header names the columns, such as audio, text, speaker",
     "folder": "sounds, each with a .txt, .lab, .srt or .vtt beside it, or alone",
@@ -50,8 +51,9 @@ COLUMNS = {  # by meaning: names in the order of preference, as `column_name` wr
     "audio": ["audio", "audio_file", "audio_filepath", "audio_path", "audio_filename", "wav_file", "wav_path", "wav",
               "wav_filename", "file_path", "filepath", "path", "file_name", "filename", "file", "clip", "sound",
               "sound_file", "recording", "recording_file", "mp3", "ድምፅ", "ድምጽ", "የድምፅ_ፋይል", "ፋይል"],
-    "text": ["text", "sentence", "transcript", "transcription", "transcripts", "normalized_text", "normalised_text",
-             "raw_text", "raw_transcription", "utterance", "target_text", "words", "ጽሑፍ", "ጽሁፍ", "ዓረፍተ_ነገር"],
+    "text": ["normalized_text", "normalised_text", "text_normalized", "normalized_transcription",
+             "normalized_transcript", "text", "sentence", "raw_transcription", "transcript", "transcription",
+             "transcripts", "raw_text", "utterance", "target_text", "words", "ጽሑፍ", "ጽሁፍ", "ዓረፍተ_ነገር"],
     "speaker": ["speaker", "speaker_id", "speaker_name", "client_id", "spk", "spk_id", "spkid", "reader", "voice",
                 "narrator", "ተናጋሪ"],
     "language": ["language", "lang", "locale", "language_id", "ቋንቋ"],
@@ -98,8 +100,15 @@ class Table:
     """Meanings of the columns ("" for unknown ones), if the first row names them."""
     named: list[str] = field(default_factory=list)
     """The header as it stands there."""
+    guess: list[str] = field(default_factory=list)
+    """Meanings of the columns of a table without header, once its sounds are known."""
     faults: list[tuple[str, str]] = field(default_factory=list)
     """(place, what is wrong) of rows that cannot be read."""
+
+    @property
+    def columns(self) -> list[str]:
+        """Meanings of the columns; [] for a table of no known kind."""
+        return self.header or self.guess or (headerless_columns(self.rows[:SAMPLE]) if self.delimiter else [])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -152,6 +161,16 @@ class SoundNames:
             raise LookupError(f"{name!r} may be {best[0]!r} or {best[1]!r}")
         self.note(name, best[0])
         return best[0]
+
+    def has(self, name: str, folder: str = "") -> bool:
+        """Whether `find` would find it."""
+        mended, examples = self.mended.copy(), dict(self.examples)
+        try:
+            return bool(self.find(name, folder))
+        except LookupError:
+            return False
+        finally:
+            self.mended, self.examples = mended, examples
 
     @staticmethod
     def nearest(found: list[str], key: str, folder: str) -> list[str]:
@@ -223,10 +242,12 @@ def unquoted(cell: str) -> str:
 
 
 def split_lines(content: str, delimiter: str) -> list[tuple[int, list[str]]]:
-    """(line number, cells) of every line that is not empty. Only , and ; have cells over several lines."""
-    if delimiter in "|\t":
+    """(line number, cells) of every line that is not empty. Only , and ; have cells over several lines; a space parts
+    the first word from the rest."""
+    if delimiter in "|\t ":
         lines = content.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-        return [(number, [unquoted(cell) for cell in line.split(delimiter)])
+        most = 1 if delimiter == " " else -1  # the name, and the rest
+        return [(number, [unquoted(cell) for cell in line.strip().split(None if most > 0 else delimiter, most)])
                 for number, line in enumerate(lines, 1) if line.strip()]
     csv.field_size_limit(1 << 24)
     reader = csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, skipinitialspace=True)
@@ -269,9 +290,7 @@ def parse_table(name: str, content: str) -> Table | None:
     """A table of text; None for text that is none."""
     if content.lstrip()[:1] in ("{", "["):
         return parse_json(name, content)
-    delimiter = best_delimiter(content)
-    if not delimiter:
-        return None
+    delimiter = best_delimiter(content) or " "
     try:
         rows = split_lines(content, delimiter)
     except csv.Error as error:
@@ -385,38 +404,59 @@ def is_label(values: Sequence[str]) -> bool:
         and len(set(filled)) <= max(1, len(filled) // 2)
 
 
-def headerless_columns(rows: Sequence[tuple[int, list[str]]]) -> tuple[str, list[str]] | None:
-    """Layout and meanings of a table without header, from its first rows; None for an unknown one."""
+def headerless_columns(rows: Sequence[tuple[int, list[str]]]) -> list[str]:
+    """Meanings of the columns of a table without header, from its first rows; [] for an unknown one."""
     widths = Counter(len(cells) for _, cells in rows)
-    width = widths.most_common(1)[0][0]
+    width = widths.most_common(1)[0][0] if rows else 0
     if width == 3 and widths.get(4, 0) >= 0.2 * len(rows):
         width = 4
     column = [[cells[i] for _, cells in rows if len(cells) == width] for i in range(width)]
     if width == 2:
-        return "ljspeech", ["audio", "text"]
+        return ["audio", "text"]
     if width == 3:
         if is_label(column[1]):
-            return "filelist", ["audio", "speaker", "text"]
-        return "ljspeech", ["audio", "text", "speaker" if is_label(column[2]) else "text2"]
+            return ["audio", "speaker", "text"]
+        return ["audio", "text", "speaker" if is_label(column[2]) else "text2"]
     if width == 4 and all(re.fullmatch(r"[A-Za-z]{2,4}(?:[-_][A-Za-z]{2,4})?", cell) for cell in column[2]):
-        return "gpt-sovits", ["audio", "speaker", "language", "text"]
-    return None
+        return ["audio", "speaker", "language", "text"]
+    return []
+
+
+def guess_columns(table: Table, names: SoundNames) -> list[str]:
+    """For a table without header whose first column names no sound: the column that does, and the first that reads like
+    a text. [] where there are none."""
+    rows = [cells for _, cells in table.rows[:SAMPLE]]
+    width = Counter(map(len, rows)).most_common(1)[0][0]
+    columns = [[cells[i] for cells in rows if len(cells) == width] for i in range(width)]
+    found = [sum(names.has(cell, folder_of(table.name)) for cell in column[:20]) for column in columns]
+    audio = found.index(max(found))
+    lengths = [sum(map(len, column)) if i != audio and sum(" " in cell for cell in column) > len(column) / 3 else 0
+               for i, column in enumerate(columns)]
+    if found[audio] < min(20, len(columns[audio])) / 2 or not max(lengths):
+        return []
+    text = next(i for i, length in enumerate(lengths) if length >= 0.4 * max(lengths))
+    return ["audio" if i == audio else "text" if i == text else "" for i in range(width)]
 
 
 def layout_of(table: Table) -> str:
     """"" for a table that is of no known layout."""
     if not table.header:
-        found = headerless_columns(table.rows[:SAMPLE]) if table.rows and table.delimiter else None
-        return found[0] if found else ""
+        if table.guess:
+            return "filelist"
+        known = {("audio", "text"): "ljspeech", ("audio", "text", "text2"): "ljspeech",
+                 ("audio", "text", "speaker"): "filelist", ("audio", "speaker", "text"): "filelist",
+                 ("audio", "speaker", "language", "text"): "gpt-sovits"}
+        found = known.get(tuple(table.columns), "")
+        return "filelist" if found and table.delimiter == " " else found
     named = {column_name(name) for name in table.named}
+    sheet = table.name.rpartition(".")[2].lower() in ("xlsx", "xlsm")
     if {"client_id", "path", "sentence"} <= named:
         return "common-voice"
-    if "audio_filepath" in named and not table.delimiter and table.name.rpartition(".")[2] not in ("xlsx", "xlsm"):
-        return "nemo"
-    if named == {"audio_file", "text"} and table.delimiter == "|":
-        return "f5-tts"
-    if not table.delimiter and table.name.rpartition(".")[2].lower() not in ("xlsx", "xlsm"):
-        return "jsonl"
+    if not table.delimiter and not sheet:
+        return "nemo" if "audio_filepath" in named else "jsonl"
+    if table.delimiter == "|":
+        return "f5-tts" if named == {"audio_file", "text"} else \
+            "ljspeech" if set(table.header) <= {"audio", "id", "text", ""} else "table"
     return "table"
 
 
@@ -457,7 +497,7 @@ def split_name(value: str) -> str:
 
 def table_entries(table: Table, split: str = "") -> tuple[list[Entry], list[tuple[str, str]]]:
     """Entries of a table of known layout, and (place, what is wrong) of rows that are none."""
-    header = table.header or (headerless_columns(table.rows[:SAMPLE]) or ("", []))[1]
+    header = table.columns
     if "audio" not in header:  # an id that is the name of a file
         header = ["audio" if meaning == "id" else meaning for meaning in header]
     entries, faults = [], list(table.faults)
@@ -506,28 +546,19 @@ def share_found(table: Table, names: SoundNames) -> tuple[int, int]:
     """How many of the table's first names are sounds of the source, and how many were looked for."""
     sample = replace(table, rows=table.rows[:20], faults=[])
     entries = table_entries(sample)[0] if layout_of(table) else []
-    mended, examples = names.mended.copy(), dict(names.examples)
-    count = 0
-    for entry in entries:
-        try:
-            names.find(entry.audio, folder_of(table.name))
-            count += 1
-        except LookupError:
-            continue
-    names.mended, names.examples = mended, examples
-    return count, len(entries)
+    return sum(names.has(entry.audio, folder_of(table.name)) for entry in entries), len(entries)
 
 
 def describe(table: Table, names: SoundNames) -> str:
     """What a table is, in one line."""
     count, looked = share_found(table, names)
-    signs = {"\t": "tab", "": "", "|": "|", ";": ";", ",": ","}[table.delimiter]
+    signs = {"\t": "tabs", " ": "the first space"}.get(table.delimiter, table.delimiter)
     if table.header:
         columns = ", ".join(name for name, meaning in zip(table.named, table.header, strict=False) if meaning)
         form = f"header with {columns}"
     else:
-        found = headerless_columns(table.rows[:SAMPLE]) if table.rows and table.delimiter else None
-        columns = "|".join(found[1]).replace("text2", "normalised text") if found else "of no known kind"
+        columns = "|".join(name or "-" for name in table.columns).replace("text2", "normalised text") \
+            or "of no known kind"
         form = f"{len(table.rows[0][1])} columns ({columns}), no header"
     return f"{table.name} with {form}{f', parted by {signs}' if signs else ''}, {count} of {looked} first names found"
 
@@ -610,33 +641,43 @@ def understood() -> str:
     return "Understood are " + "; ".join(f"{name}: {form}" for name, form in LAYOUTS.items())
 
 
-def detect(source: str, listing: Sequence[str], tables: Sequence[Table], names: SoundNames, layout: str = "") -> Found:
-    """What a source is, from its files' names and its tables. `layout` is the only one to look for, if given.
+def detect(source: str, listing: Sequence[str], tables: Sequence[Table], names: SoundNames, layout: str = "",
+           only_tables: bool = False) -> Found:
+    """What a source is, from its files' names and its tables. `layout` is the only one to look for, if given;
+    `only_tables`: texts beside the sounds do not count.
 
     Raises: ToolError that lists what was found and what is understood, when that is nothing or not clear.
     """
     if not names.sounds:
         raise ToolError(f"{source}: holds no sound file ({len(listing)} other files). Give the folder that holds the "
                         "sounds, or name it as --audio-dir")
-    good = [table for table in tables if layout_of(table) and share_found(table, names)[0]]
+    for table in tables:
+        if not table.header and table.rows and not share_found(table, names)[0]:
+            table.guess = guess_columns(table, names)
+    good = []
+    for table in tables:
+        count, looked = share_found(table, names)
+        # A prose text has a first word in every line, too.
+        good += [table] if layout_of(table) and count > (looked / 2 if table.delimiter == " " else 0) else []
     if layout and layout != "folder":
         good = [table for table in good if layout_of(table) == layout]
     by_layout: dict[str, list[Table]] = {}
     for table in good:
         by_layout.setdefault(layout_of(table), []).append(table)
-    seen = [describe(table, names) for table in tables[:5] if table.rows]
+    seen = [describe(table, names) for table in tables if table.rows and table.delimiter != " "][:5]
     counts = count_sidecars(listing, names)
     beside_text = f"{counts['text']} of {len(names.sounds)} sounds with a text beside them, {counts['cues']} with cues"
     remedy = "Say which with --layout NAME, or give the table itself as SOURCE"
     if layout == "folder" or not by_layout:
-        if not layout and any(share_found(table, names)[1] for table in tables) and not counts["text"] + counts["cues"]:
+        if not layout and seen and (only_tables or not counts["text"] + counts["cues"]):
             raise ToolError(f"{source}: not one of the first names of its tables is a sound of it. Found: "
                             f"{'; '.join(seen)}; {len(names.sounds)} sounds such as {min(names.sounds)!r}. Name the "
                             f"folder of the sounds as --audio-dir, or take --layout folder. {understood()}")
         if layout and layout != "folder":
             raise ToolError(f"{source}: no {layout} in it. Found: {'; '.join([*seen, beside_text])}. {understood()}")
         return Found("folder", f"{beside_text}, {counts['alone']} alone")
-    if len(by_layout) > 1 or (not layout and counts["text"] + counts["cues"] > len(names.sounds) / 2):
+    many_beside = not layout and not only_tables and counts["text"] + counts["cues"] > len(names.sounds) / 2
+    if len(by_layout) > 1 or many_beside:
         raise ToolError(f"{source}: may be several things. Found: {'; '.join([*seen, beside_text])}. {remedy}. "
                         f"{understood()}")
     kind, found = next(iter(by_layout.items()))
@@ -645,4 +686,5 @@ def detect(source: str, listing: Sequence[str], tables: Sequence[Table], names: 
     except ValueError as error:
         raise ToolError(f"{source}: has {error} of one kind. Found: {'; '.join(seen)}. Give the one that counts as "
                         "SOURCE") from error
-    return Found(kind, "; ".join(describe(table, names) for table in chosen), chosen, left_out)
+    more = f"; and {len(chosen) - 3} more" if len(chosen) > 3 else ""
+    return Found(kind, "; ".join(describe(table, names) for table in chosen[:3]) + more, chosen, left_out)

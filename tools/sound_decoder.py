@@ -17,7 +17,7 @@ import av
 import numpy as np
 import soundfile
 
-from tools.sound_files import BLOCK, Unusable, bytes_cut_off
+from tools.sound_files import BLOCK, LOUDEST, Unusable, bytes_cut_off
 
 FFMPEG_SUFFIXES = {".m4a", ".aac", ".mp4", ".m4b", ".m4v", ".mov", ".webm", ".weba", ".mkv", ".mka", ".3gp", ".3gpp",
                    ".3g2", ".wma", ".wmv", ".asf", ".amr", ".awb", ".ac3", ".avi", ".mp2", ".mpeg", ".mpg", ".ape",
@@ -93,6 +93,9 @@ def read_blocks(sound: Sound) -> Iterator[np.ndarray]:
         if not np.isfinite(block).all():
             raise Unusable("unusable sound", f"{sound.path}: holds samples that are not finite numbers. Export the "
                                              "recording again")
+        if np.abs(block).max(initial=0) > LOUDEST:
+            raise Unusable("unusable sound", f"{sound.path}: has samples of {np.abs(block).max():.3g}, where 1 is the "
+                                             "loudest sound. Export the recording again")
         frames += len(block)
         yield block
     if not frames:
@@ -161,10 +164,11 @@ def mono_of(block: np.ndarray) -> np.ndarray:
 
 
 def flac_bytes(samples: np.ndarray, sound: Sound) -> bytes:
-    """Samples [n, channels] within -1 to 1, float32, as a FLAC file of the source's rate and depth; bit for bit those
-    of a source of 16 or 24 bits. More than 8 channels become one."""
+    """Samples [n, channels], float32, as a FLAC file of the source's rate and depth; bit for bit those of a source of 16
+    or 24 bits. Floats beyond 1 are turned down, not clipped; more than 8 channels become one."""
     if samples.shape[1] > MOST_CHANNELS:
         samples = mono_of(samples)[:, None]
+    samples = samples / max(1.0, np.abs(samples).max(initial=0))
     full = 1 << (sound.bits - 1)
     whole = np.clip(np.rint(samples.astype(np.float64) * full), -full, full - 1).astype(np.int32)
     buffer = io.BytesIO()  # so that a full disk is an OSError, as everywhere, and none of libsndfile's own
