@@ -164,8 +164,8 @@ def mono_of(block: np.ndarray) -> np.ndarray:
 
 
 def flac_bytes(samples: np.ndarray, sound: Sound) -> bytes:
-    """Samples [n, channels], float32, as a FLAC file of the source's rate and depth; bit for bit those of a source of 16
-    or 24 bits. Floats beyond 1 are turned down, not clipped; more than 8 channels become one."""
+    """Samples [n, channels], float32, as a FLAC file of the source's rate and depth; bit for bit those of one of 16 or
+    24 bits. Floats beyond 1 are turned down, not clipped; more than 8 channels become one."""
     if samples.shape[1] > MOST_CHANNELS:
         samples = mono_of(samples)[:, None]
     samples = samples / max(1.0, np.abs(samples).max(initial=0))
