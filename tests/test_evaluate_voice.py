@@ -9,21 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, read_jsonl
+import yaml
+from conftest import ROOT, read_jsonl, trainer
 from test_synthesize import Trained, trained  # noqa: F401
 
-from tools import evaluate_voice, synthesize
+from tools import evaluate_voice, generation
+from tools import recogniser as recogniser_module
 from tools._common import ToolError
-from tools.evaluate_voice import (
-    Recogniser,
-    candidates_of,
-    cepstra,
-    choose_rows,
-    dtw_distance,
-    edit_distance,
-    letters_of,
-    train_recogniser,
-)
+from tools.evaluate_voice import candidates_of, cepstra, choose_rows, dtw_distance, letters_of
+from tools.recogniser import Recogniser, edit_distance, train_recogniser
 
 # Measures
 
@@ -115,7 +109,7 @@ def made_up_language(count: int) -> tuple[list[torch.Tensor], list[str]]:
 
 
 def fresh_state() -> dict:
-    return {"format": evaluate_voice.FORMAT, "made_with": "x", "letters": "ሀለመሰ", "done": 0, "complete": False}
+    return {"format": recogniser_module.FORMAT, "made_with": "x", "letters": "ሀለመሰ", "done": 0, "complete": False}
 
 
 def small_recogniser() -> Recogniser:
@@ -124,42 +118,42 @@ def small_recogniser() -> Recogniser:
 
 
 def test_the_recogniser_learns_to_write_what_it_hears(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate_voice, "EPOCHS", 12)
+    monkeypatch.setattr(recogniser_module, "EPOCHS", 12)
     mels, texts = made_up_language(500)
     recogniser = small_recogniser()
-    before = evaluate_voice.error_rate([recogniser.eval().hear(mel) for mel in mels[450:]], texts[450:])
+    before = recogniser_module.error_rate([recogniser.eval().hear(mel) for mel in mels[450:]], texts[450:])
     train_recogniser(recogniser, mels[:450], texts[:450], 0, tmp_path / "r.pt", fresh_state())
     heard = [recogniser.eval().hear(mel) for mel in mels[450:]]
     # Two equal letters in a row cannot be told from one long one.
-    assert before > 0.5 and evaluate_voice.error_rate(heard, texts[450:]) < 0.2
+    assert before > 0.5 and recogniser_module.error_rate(heard, texts[450:]) < 0.2
     distinct = [(h, t) for h, t in zip(heard, texts[450:], strict=True) if all(a != b for a, b in zip(t, t[1:],
                                                                                                   strict=False))]
     assert sum(h == t for h, t in distinct) > 0.9 * len(distinct)
 
 
 def test_a_training_that_was_stopped_anywhere_ends_with_the_same_recogniser(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate_voice, "SAVE_EVERY", 2)
+    monkeypatch.setattr(recogniser_module, "SAVE_EVERY", 2)
     mels, texts = made_up_language(150)
     train_recogniser(whole := small_recogniser(), mels, texts, 0, tmp_path / "whole.pt", fresh_state())
 
     class Killed(Exception):
         pass
 
-    def die(path: Path, state: dict, save=evaluate_voice.save_recogniser) -> None:
+    def die(path: Path, state: dict, save=recogniser_module.save_recogniser) -> None:
         save(path, state)
         if state["done"] == 4:
             raise Killed
 
     with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr(evaluate_voice, "save_recogniser", die)
+        patched.setattr(recogniser_module, "save_recogniser", die)
         train_recogniser(small_recogniser(), mels, texts, 0, tmp_path / "r.pt", fresh_state())
-    state = evaluate_voice.read_recogniser(tmp_path / "r.pt", "x")
+    state = recogniser_module.read_recogniser(tmp_path / "r.pt", "x")
     assert state is not None and state["done"] == 4 and not state["complete"]
     resumed = small_recogniser()
     resumed.load_state_dict(state["weights"])
     train_recogniser(resumed, mels, texts, 4, tmp_path / "r.pt", state)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
-    final = evaluate_voice.read_recogniser(tmp_path / "r.pt", "x")
+    final = recogniser_module.read_recogniser(tmp_path / "r.pt", "x")
     assert final is not None and final["complete"] and "optimizer" not in final
 
 
@@ -208,8 +202,8 @@ def test_the_true_codes_themselves_have_rank_one(trained, tmp_path, monkeypatch)
     """With the true codes in the place of generated ones, the program's own measures must be satisfied."""
     data = evaluate_voice.VoiceData(trained.data, trained.codec, None)
     codes = {row["target_text"]: data.codes(row).tolist() for row in data.val}
-    monkeypatch.setattr(synthesize, "generate_codes", lambda model, lines, sampling: [
-        synthesize.Spoken(codes[line.text], True) for line in lines])
+    monkeypatch.setattr(generation, "generate_codes", lambda model, lines, sampling: [
+        generation.Spoken(codes[line.text], True) for line in lines])
     evaluate_voice.main(arguments(trained, tmp_path))
     result = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
     assert result["rank1"] == 1.0 and result["synthesis"] == result["round_trip"] and result["mcd"] < 0.5
@@ -228,7 +222,7 @@ def test_recordings_are_found_through_their_list(trained, tmp_path):  # noqa: F8
 
 def test_a_recogniser_of_other_data_is_refused(trained, tmp_path):  # noqa: F811
     path = tmp_path / "recogniser.pt"
-    evaluate_voice.save_recogniser(path, fresh_state())
+    recogniser_module.save_recogniser(path, fresh_state())
     assert f"{path}: was trained on other data or for another codec" in error_of(arguments(trained, tmp_path))
     torch.save({"model": torch.zeros(1)}, path)
     assert f"{path}: not a recogniser" in error_of(arguments(trained, tmp_path))
@@ -248,6 +242,23 @@ def test_codes_that_are_missing_or_not_of_this_codec_are_named(trained, tmp_path
         assert message in error_of(argv)
     (tmp_path / "codes.npy").write_bytes(b"hello")
     assert "codes.npy: not a readable .npy file of codes" in error_of(argv)
+
+
+def test_data_of_another_codec_than_the_checkpoints_is_refused(trained, tmp_path):  # noqa: F811
+    for path in trained.data.iterdir():
+        if path.name != "config.yaml":
+            (tmp_path / path.name).symlink_to(path)
+    argv = arguments(trained, tmp_path)
+    argv[argv.index("--data-dir") + 1] = str(tmp_path)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"dataset": {"codec_sha256": "0" * 64}}))
+    assert f"codec_sha256 is 000000000000 in {tmp_path / 'config.yaml'}, but " in error_of(argv)
+    assert f"in --codec {trained.codec}. Give the codec of the data set" in error_of(argv)
+    (tmp_path / "config.yaml").write_text("")  # nothing recorded; the checkpoint's is
+    content = torch.load(trained.checkpoint, weights_only=True)
+    content["made_with"] = {"num_codes": 65}
+    trainer.write_checkpoint(tmp_path / "a.pth", content)
+    argv[argv.index("--checkpoint") + 1] = str(tmp_path / "a.pth")
+    assert f"num_codes is 65 in {tmp_path / 'a.pth'}, but 64 in --codec {trained.codec}" in error_of(argv)
 
 
 @pytest.mark.parametrize(("flags", "message"), [

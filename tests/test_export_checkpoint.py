@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import call_trainer, data_args, load_checkpoint
+from conftest import TOKENIZER, call_trainer, data_args, load_checkpoint, trainer
 
 from tools import export_checkpoint
-from tools._common import ToolError
+from tools._common import ToolError, sha256_of
 
 
 @pytest.fixture(scope="module")
@@ -26,12 +26,27 @@ def test_the_exported_file_holds_the_weights_bit_for_bit_and_starts_a_new_run(
     printed = capsys.readouterr().out
     assert "step 1" in printed and "IndexTTS2 cannot use this file" in printed
     content, expected = torch.load(exported, weights_only=True), load_checkpoint(checkpoint)["model"]
-    assert list(content) == ["model"] and list(content["model"]) == list(expected)
+    assert list(content) == ["model", "made_with"] and list(content["model"]) == list(expected)
+    assert content["made_with"] == {"tokenizer_sha256": sha256_of(TOKENIZER)}
     assert all(torch.equal(content["model"][name], tensor) for name, tensor in expected.items())
     assert exported.stat().st_size < checkpoint.stat().st_size / 2
     output = call_trainer(*data_args(tiny), "--output-dir", tmp_path / "next", "--base-checkpoint", exported,
                           "--max-steps", 1)
     assert f"[Info] Base checkpoint: {exported}" in output
+
+
+def test_an_export_says_what_its_data_was_made_with_and_refuses_a_checkpoint_of_two(checkpoint: Path, tmp_path: Path):
+    content, made_with = torch.load(checkpoint, weights_only=True), {"features": "embedded", "num_codes": 64}
+    content["made_with"] = made_with | {"unknown": 1}
+    trainer.write_checkpoint(tmp_path / "a.pth", content)
+    export_checkpoint.main([str(tmp_path / "a.pth"), "--output", str(tmp_path / "gpt.pth")])
+    exported = torch.load(tmp_path / "gpt.pth", weights_only=True)["made_with"]
+    assert exported == made_with | {"tokenizer_sha256": content["tokenizer"]["sha256"]}
+    content["made_with"] |= {"tokenizer_sha256": "0" * 64}
+    trainer.write_checkpoint(tmp_path / "b.pth", content)
+    with pytest.raises(ToolError, match="tokenizer_sha256 is 000000000000 in .*b.pth itself, but .* that it names"):
+        export_checkpoint.main([str(tmp_path / "b.pth"), "--output", str(tmp_path / "gpt2.pth")])
+    assert not (tmp_path / "gpt2.pth").exists()
 
 
 def test_a_damaged_checkpoint_is_not_exported(checkpoint: Path, tmp_path: Path):

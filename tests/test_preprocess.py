@@ -26,8 +26,9 @@ from conftest import ROOT, TOKENIZER, read_jsonl, trainer
 from test_signals import children_of, is_alive, needs_proc
 
 from tools import _features, build_pairs, preprocess, speech_codec, train_tokenizer
-from tools._common import ToolError
-from tools.amharic_text import letters_of
+from tools._common import ToolError, sha256_of
+from tools.amharic_text import TEXT_RULES, letters_of
+from tools.made_with import of_manifest
 from tools.sound_files import load_recording
 from tools.speech_codec import SpeechCodec
 
@@ -173,13 +174,43 @@ def test_the_trainer_reads_the_result(clips: Path, single: Path, tmp_path: Path)
 def test_the_model_of_a_config_file_is_taken_over_with_its_limits(clips: Path, tmp_path: Path):
     config = tmp_path / "indextts2.yaml"
     config.write_text(yaml.safe_dump({"gpt": {"model_dim": 32, "layers": 2, "heads": 2, "max_text_tokens": 600,
-                                              "max_mel_tokens": 8, "number_mel_codes": 8194, "condition_type": "x"}}))
+                                              "max_mel_tokens": 8, "start_mel_token": 1024, "condition_type": "x"}}))
     printed = run(clips, tmp_path / "data", "--config", config, "--model-dim", 0)
     gpt = yaml.safe_load((tmp_path / "data/config.yaml").read_text())["gpt"]
     assert gpt["layers"] == 2 and gpt["condition_type"] == "x" and gpt["number_mel_codes"] == 1026
     assert np.load(tmp_path / "data/condition.npy").shape[1] == 32
     lengths = [row["code_len"] for row in read_jsonl(tmp_path / "data/utterances.jsonl")]
     assert max(lengths) == 9 and "x recording too long" in printed and "codes, the model takes 9" in printed
+
+
+def test_the_model_of_another_codec_is_refused_and_never_rewritten(clips: Path, tmp_path: Path):
+    config = tmp_path / "config.yaml"
+    own = {"model_dim": 32, "layers": 2, "heads": 2, "max_text_tokens": 600, "max_mel_tokens": 8}
+    for numbers, said in (
+            ({"number_mel_codes": 8194, "start_mel_token": 8192, "stop_mel_token": 8193}, "IndexTTS2's weights"),
+            ({"number_mel_codes": 8194}, "gpt.number_mel_codes is 8194, these features need 1026"),
+            ({"start_mel_token": 64}, "gpt.start_mel_token is 64, these features need 1024"),
+            ({"stop_mel_token": None}, "gpt.stop_mel_token is None, these features need 1025")):
+        config.write_text(yaml.safe_dump({"gpt": own | numbers}))
+        with pytest.raises(ToolError, match=f"--config {config}: .*{said}"):
+            run(clips, tmp_path / "data", "--config", config, "--model-dim", 0)
+    assert not (tmp_path / "data/config.yaml").exists()
+
+
+def test_what_the_data_was_made_with_stands_beside_it(single: Path):
+    assert of_manifest(single / "train_pairs.jsonl") == {
+        "features": "embedded", "codec_sha256": sha256_of(CODEC), "num_codes": 1024, "codes_per_second": 21.5332,
+        "tokenizer_sha256": sha256_of(TOKENIZER), "text_rules": TEXT_RULES}
+
+
+def test_pairs_are_not_built_over_shards_of_another_codec(clips: Path, tmp_path: Path):
+    data = tmp_path / "data"
+    for flags in (("--shard-index", 0), ("--merge",)):
+        run(clips, data, "--num-shards", 1, *flags)
+    shard = data / "shard_000_of_001/shard.json"
+    shard.write_text(json.dumps(json.loads(shard.read_text()) | {"--codec": "0" * 64}))
+    with pytest.raises(ToolError, match="codec_sha256 is .* in .*data/config.yaml, but 000000000000 in .*shard.json"):
+        build_pairs.main(["--data-dir", str(data)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -652,12 +683,13 @@ def test_what_is_no_sound_or_practically_silent_is_skipped(tmp_path: Path):
     rng = np.random.default_rng(1)
     voice, noise = tone(3, 1), rng.integers(-1, 2, 22050) / 2**15
     sounds = {"overflow": voice * np.float32(1e38), "huge": voice * np.float32(1e20), "integers": voice * 2**15,
-              "hiss": noise, "offset": 0.2 + noise, "inverse": np.stack([voice, -voice + noise], 1)}
+              "hiss": noise, "offset": 0.2 + noise}
     for i, (name, sound) in enumerate(sounds.items()):
         soundfile.write(folder / f"{name}.wav", sound, 22050, subtype="FLOAT")
         rows.append({"id": name, "speaker": "s0", "text": sentence(90 + i), "audio": f"{name}.wav"})
-    for name, gain in (("whisper", 0.03), ("loud", 9)):  # -45 dBFS; clips, but is a sound
-        soundfile.write(folder / f"{name}.wav", voice * gain, 22050, subtype="FLOAT")
+    heard = {"whisper": voice * 0.03, "loud": voice * 9, "inverse": np.stack([voice, -voice], 1)}  # -45 dBFS; clips
+    for name, sound in heard.items():
+        soundfile.write(folder / f"{name}.wav", sound, 22050, subtype="FLOAT")
         rows.append({"id": name, "speaker": "s0", "text": sentence(100 + len(rows)), "audio": f"{name}.wav"})
     write_rows(folder, rows)
     printed = run(folder, tmp_path / "data")

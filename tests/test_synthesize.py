@@ -22,9 +22,10 @@ import torch
 import yaml
 from conftest import GPT, ROOT, TOKENIZER, TRAINER, call_trainer, data_args, read_jsonl, write_manifest
 
-from tools import build_pairs, preprocess, speech_codec, synthesize
-from tools._common import ToolError
-from tools.synthesize import Line, Prompt, Sampling, Synthesizer, choose_codes, generate_codes
+from tools import build_pairs, generation, preprocess, speech_codec, synthesize, watch_training
+from tools._common import ToolError, sha256_of
+from tools.amharic_text import TEXT_RULES
+from tools.generation import Line, Prompt, Sampling, Synthesizer, choose_codes, generate_codes
 from trainers import train_gpt_v2 as trainer
 
 RATE = 22050
@@ -128,13 +129,13 @@ def test_cached_logits_are_those_of_the_trainers_forward_pass_at_every_position(
     codes = np.random.default_rng(1).integers(0, 64, (len(LINES), 60))
     single = trainer.UnifiedVoiceGPT(model.config)
     single.load_state_dict(model.state_dict())
-    rows, ends = synthesize.prefix_rows(model, LINES)
-    cache = synthesize.KVCache(model, len(LINES), int(ends.max()) + 60)
+    rows, ends = generation.prefix_rows(model, LINES)
+    cache = generation.KVCache(model, len(LINES), int(ends.max()) + 60)
     every = torch.arange(len(LINES))
     with torch.no_grad():
         expected = [single(trainer.collate_packed([sample_of(line, row.tolist())], model.config))[1]
                     for line, row in zip(LINES, codes, strict=True)]
-        x = synthesize.extend(model, cache, rows, torch.zeros_like(ends))[every, ends - 1]
+        x = generation.extend(model, cache, rows, torch.zeros_like(ends))[every, ends - 1]
         for step in range(61):
             logits = model.mel_head(model.final_norm(model.gpt.ln_f(x)))
             for b in range(len(LINES)):
@@ -142,7 +143,7 @@ def test_cached_logits_are_those_of_the_trainers_forward_pass_at_every_position(
             if step < 60:
                 row = model.mel_embedding(torch.from_numpy(codes[:, step]))
                 row = row + model.mel_pos_embedding.emb(torch.tensor(step + 1))
-                x = synthesize.extend(model, cache, row[:, None], ends + step)[:, 0]
+                x = generation.extend(model, cache, row[:, None], ends + step)[:, 0]
 
 
 def greedy_by_recomputing_everything(model: trainer.UnifiedVoiceGPT, line: Line) -> list[int]:
@@ -185,7 +186,7 @@ def test_the_seed_chooses_the_take(model):
 def test_of_several_takes_the_likeliest_that_ended_itself_is_kept(model):
     sampling = Sampling(temperature=1.5, top_p=1.0, max_length=12, seed=5)
     takes = [generate_codes(model, LINES, dataclasses.replace(sampling, seed=seed)) for seed in (5, 6, 7)]
-    kept = synthesize.likeliest_takes(model, LINES, dataclasses.replace(sampling, takes=3))
+    kept = generation.likeliest_takes(model, LINES, dataclasses.replace(sampling, takes=3))
     for line, *choices in zip(kept, *takes, strict=True):
         ended = [take for take in choices if take.stopped] or choices
         assert line == max(ended, key=lambda take: take.log_probability / (len(take.codes) + take.stopped))
@@ -207,9 +208,9 @@ def test_the_log_probability_of_a_line_is_the_models_own_of_its_codes_and_its_en
 
 def test_lines_of_one_batch_do_not_share_their_draws():
     takes = [(LINES[0], 1), (LINES[1], 1), (LINES[0], 2)]
-    draws = [synthesize.draws_of(line, seed, 5).tolist() for line, seed in takes]
+    draws = [generation.draws_of(line, seed, 5).tolist() for line, seed in takes]
     assert len({draw for row in draws for draw in row}) == 15
-    assert synthesize.draws_of(LINES[0], 1, 9)[:5].tolist() == draws[0]
+    assert generation.draws_of(LINES[0], 1, 9)[:5].tolist() == draws[0]
 
 
 @pytest.mark.parametrize("sampling", [Sampling(top_k=1), Sampling(top_p=1e-9), Sampling(temperature=1e-9)])
@@ -373,8 +374,8 @@ def test_an_empty_sound_file_is_spoken_again(trained, lines_file, tmp_path):
 def test_a_large_model_speaks_fewer_lines_at_once():
     small = trainer.model_config_from({**GPT, "number_text_tokens": 50}, "conftest")
     large = dataclasses.replace(small, model_dim=1280, layers=24, heads=20, max_text_tokens=600, max_mel_tokens=1815)
-    assert [synthesize.lines_at_once(config, config.max_code_len) for config in (small, large)] == [16, 1]
-    assert synthesize.lines_at_once(large, 100) == 5
+    assert [generation.lines_at_once(config, config.max_code_len) for config in (small, large)] == [16, 1]
+    assert generation.lines_at_once(large, 100) == 5
 
 
 def test_texts_as_long_as_the_model_allows_are_spoken_and_longer_ones_refused(trained, tmp_path):
@@ -457,8 +458,9 @@ def test_files_that_do_not_fit_together_are_refused(trained, tmp_path):
             tmp_path / "a.wav"]
     assert "has 1024 codes, the checkpoint 64" in error_of(*argv)
     (tmp_path / "t.model").write_bytes(preprocess_tokenizer())
-    assert "t.model: not the tokenizer that the checkpoint was trained with" in error_of(
-        *argv, "--codec", trained.codec, "--tokenizer", tmp_path / "t.model")
+    said = error_of(*argv, "--codec", trained.codec, "--tokenizer", tmp_path / "t.model")
+    assert f"tokenizer_sha256 is {sha256_of(TOKENIZER)[:12]} in {trained.checkpoint}, but " in said
+    assert f"in --tokenizer {tmp_path / 't.model'}. Give the tokenizer that the checkpoint was trained with" in said
     cut = tmp_path / "cut.pth"
     cut.write_bytes(trained.checkpoint.read_bytes()[:5000])
     assert str(cut) in error_of("--checkpoint", cut, *argv[2:], "--codec", trained.codec)
@@ -478,11 +480,22 @@ def test_another_codec_of_as_many_codes_is_refused(trained, tmp_path):
     codec = speech_codec.SpeechCodec.load(trained.codec)
     codec.codebook.copy_(codec.codebook.flip(0))
     codec.save(tmp_path / "other.pt")
-    recorded = [synthesize.sha256_of(trained.codec), ""]
-    synthesize.require_codec(trained.codec, recorded)
-    synthesize.require_codec(tmp_path / "other.pt", ["", ""])  # made by a program that does not record it
-    with pytest.raises(ToolError, match="other.pt: not the codec that the data was made with"):
-        synthesize.require_codec(tmp_path / "other.pt", recorded)
+    content = torch.load(trained.checkpoint, weights_only=True)
+    Synthesizer(trained.checkpoint, tmp_path / "other.pt", TOKENIZER)  # data of a program that does not record it
+    content["manifests"]["train"][0]["codec_sha256"] = sha256_of(trained.codec)
+    trainer.write_checkpoint(tmp_path / "a.pth", content)
+    Synthesizer(tmp_path / "a.pth", trained.codec, TOKENIZER)
+    with pytest.raises(ToolError, match="codec_sha256 is .* in .*a.pth, but .* in --codec .*other.pt. Give the codec"):
+        Synthesizer(tmp_path / "a.pth", tmp_path / "other.pt", TOKENIZER)
+
+
+def test_a_checkpoint_of_other_text_rules_speaks_and_says_so(trained, tmp_path, capsys):
+    content = torch.load(trained.checkpoint, weights_only=True)
+    content["made_with"] = {"text_rules": TEXT_RULES + 1}
+    trainer.write_checkpoint(tmp_path / "a.pth", content)
+    Synthesizer(tmp_path / "a.pth", trained.codec, TOKENIZER)
+    assert f"learned texts by rules {TEXT_RULES + 1}, this program spells them by rules {TEXT_RULES}" in (
+        capsys.readouterr().out)
 
 
 def test_a_checkpoint_knows_the_codec_of_its_training_data(trained, tmp_path):
@@ -492,7 +505,7 @@ def test_a_checkpoint_knows_the_codec_of_its_training_data(trained, tmp_path):
     call_trainer(*data_args(data), "--output-dir", tmp_path / "out", "--max-steps", 1)
     done = run_program("--checkpoint", tmp_path / "out/latest.pth", "--prompt", data / "0.wav", "--codec",
                        trained.codec, "--text", "ሰላም", "--output", tmp_path / "a.wav")
-    assert done.returncode == 1 and "not the codec that the data was made with (sha256 000000000000)" in done.stderr
+    assert done.returncode == 1 and f"codec_sha256 is 000000000000 in {tmp_path}/out/latest.pth, but" in done.stderr
 
 
 def test_a_full_disk_is_one_clear_error_and_leaves_no_half_file(trained, tmp_path):
@@ -594,10 +607,10 @@ def test_sentences_whose_prompt_is_too_short_are_not_watched(trained, tmp_path):
     write_manifest(data / "val_pairs.jsonl", rows)
     synthesizer = Synthesizer(trained.checkpoint, trained.codec, None)
     synthesizer.checkpoint["manifests"] = {"val": [{"path": str(data / "val_pairs.jsonl")}]}
-    assert [line.text for line in synthesize.validation_lines(synthesizer)] == [rows[0]["target_text"]]
+    assert [line.text for line in watch_training.validation_lines(synthesizer)] == [rows[0]["target_text"]]
     write_manifest(data / "val_pairs.jsonl", rows[1:])
     with pytest.raises(ToolError, match="0.5 s of sound"):
-        synthesize.validation_lines(synthesizer)
+        watch_training.validation_lines(synthesizer)
 
 
 def test_the_synthesizer_is_what_other_programs_build_on(trained):

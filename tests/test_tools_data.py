@@ -18,7 +18,8 @@ import yaml
 
 from tools import amharic_text, build_pairs, demo_data, preprocess, sound_files, speak, speech_codec, train_tokenizer
 from tools._common import ToolError, atomic_path, run_program, sha256_of
-from tools.speech_codec import CodecConfig, SpeechCodec
+from tools.made_with import of_manifest
+from tools.speech_codec import CodecConfig, SpeechCodec, codec_record
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "processed_data"
@@ -147,7 +148,12 @@ def test_shipped_codes_use_all_of_the_codebook(pairs):
 def test_shipped_config_fits_tokenizer_codec_and_lengths(pairs, shipped_codec):
     config = yaml.safe_load((DATA / "config.yaml").read_text(encoding="utf-8"))
     gpt, dataset = config["gpt"], config["dataset"]
-    assert dataset["tokenizer_sha256"] == sha256_of(TOKENIZER)
+    assert of_manifest(DATA / "train_pairs.jsonl") == {
+        **codec_record(DATA / "speech_codec.pt", shipped_codec), "tokenizer_sha256": sha256_of(TOKENIZER),
+        "text_rules": 1}
+    rebuilt = demo_data.data_config(DATA / "speech_codec.pt", TOKENIZER, [])
+    assert config == rebuilt | {"dataset": rebuilt["dataset"] | {"speakers": ["am", "am_f2"]}}
+    assert list(dataset) == list(rebuilt["dataset"])
     assert gpt["number_text_tokens"] == train_tokenizer.load_tokenizer(TOKENIZER).get_piece_size()
     assert gpt["start_mel_token"] == shipped_codec.config.num_codes == gpt["number_mel_codes"] - 2
     assert dataset["sample_rate"] == shipped_codec.config.sample_rate

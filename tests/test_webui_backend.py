@@ -26,7 +26,10 @@ from typing import Any
 import pytest
 from conftest import ROOT, TOKENIZER, call_trainer, data_args, make_dataset, trainer
 
+from tools import run_files
 from tools._common import Progress as ToolProgress
+from tools._common import ToolError
+from tools.recordings import read_recordings
 from webui import commands, jobs, panels, readers
 from webui.dataset import read_dataset
 from webui.texts import TEXTS
@@ -118,7 +121,7 @@ def sleeper(workspace: Workspace):
 
 def test_the_ui_process_imports_no_torch_no_trainer_and_no_gradio():
     code = ("import sys, webui.commands, webui.jobs, webui.readers, webui.workspace\n"
-            "print({'torch', 'numpy', 'gradio', 'trainers', 'tools'} & set(sys.modules))")
+            "print({'torch', 'numpy', 'gradio', 'trainers'} & set(sys.modules))")
     assert subprocess.run(python(code), cwd=ROOT, capture_output=True, text=True).stdout == "set()\n"
 
 
@@ -456,7 +459,7 @@ def test_stop_saves_says_at_which_step_and_the_same_form_with_resume_goes_on(tra
     job = jobs.start_job(workspace, "training", "tiny", argv, out)
     wait_for(lambda: step_of(job) > 20 or not jobs.load_job(workspace, job.id).live)
     assert step_of(job) > 20, jobs.read_tail(job.log)
-    assert str(job.pid) in str(jobs.lock_holder(out))
+    assert str(job.pid) in str(run_files.lock_holder(out))
     assert refusal(jobs.delete_checkpoint, workspace, "out/latest.pth")[0] == "directory_in_use"
     assert refusal(jobs.deletable, workspace, "out/latest.pth")[0] == "directory_in_use"
     jobs.stop_job(job)
@@ -533,7 +536,7 @@ def test_a_checkpoint_is_deleted_under_all_its_names_and_nothing_else_is(trained
     assert jobs.deletable(workspace, "out/model_step10.pth") == out / "model_step10.pth"
     gone = jobs.delete_checkpoint(workspace, "out/model_step10.pth")
     assert sorted(path.name for path in gone) == ["latest.pth", "model_step10.pth"]
-    assert commands.checkpoints_in(out) == ["best.pth", "model_step5.pth"]
+    assert commands.names_in(out) == ["model_step5.pth", "best.pth"]
 
 
 def test_tensorboard_listens_on_loopback_and_says_where(workspace: Workspace):
@@ -971,6 +974,25 @@ def test_a_dataset_with_names_that_are_no_text_can_be_shown(workspace: Workspace
     path.write_text('{"id": "1", "text": "t", "audio": "\\udcff.wav"}\n')
     found = read_dataset(path, workspace)
     assert found.faults == [(1, "dataset.no_audio", {"path": "?.wav"})] and found.first[0][3] == "?.wav"
+
+
+def test_the_page_finds_in_a_dataset_what_the_tools_refuse_or_leave_out(workspace: Workspace):
+    for name in ("1.wav", "notes.txt"):
+        (workspace.root / name).touch()
+    good = {"id": "a", "text": "t", "audio": "1.wav"}
+    kinds = {"missing": {"id": "b", "text": "t"}, "not_a_text": good | {"id": 5}, "id_twice": good,
+             "other_split": good | {"id": "c", "split": "test"}, "empty_text": good | {"id": "d", "text": " "},
+             "no_audio": good | {"id": "e", "audio": "2.wav"}, "not_sound": good | {"id": "f", "audio": "notes.txt"}}
+    path = workspace.root / "recordings.jsonl"
+    path.write_text("\n".join(map(json.dumps, [good, *kinds.values()])))
+    found = read_dataset(path, workspace).faults
+    assert [(line, key) for line, key, _ in found] == [(2 + i, f"dataset.{kind}") for i, kind in enumerate(kinds)]
+    for _, key, values in found:
+        assert all(text.format(**values) for text in TEXTS[key])
+    for kind in ("missing", "not_a_text", "id_twice"):
+        path.write_text("\n".join(map(json.dumps, [good, kinds[kind]])))
+        with pytest.raises(ToolError, match=str(path)):
+            read_recordings(path)
 
 
 @pytest.mark.parametrize("rest", [[], [5], [5, 6, 7, 8, 9, 10, 11, 12]])

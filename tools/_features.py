@@ -24,11 +24,12 @@ import torch
 from torch import Tensor
 
 from tools._common import Progress, ToolError, atomic_path, info, sha256_of, warn, writing_to
+from tools.made_with import EMBEDDED
+from tools.recordings import is_sound_name
 from tools.sound_files import Unusable, load_recording, path_within
 from tools.speech_codec import SpeechCodec
 from trainers.train_gpt_v2 import available_cores
 
-SOUND_SUFFIXES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64"}
 LARGEST_CHUNK = 128  # recordings; what a kill can cost each process
 WORTH_A_PROCESS = 64  # recordings; for fewer, a process would take longer to start than to work
 FORMAT = 2  # of chunks; counted up when their content changes, so that older ones are not used
@@ -60,7 +61,7 @@ class Features(Protocol):
 class EmbeddedFeatures:
     """Those of tools.speech_codec, which needs no download."""
 
-    name = "embedded"
+    name = EMBEDDED
 
     def __init__(self, codec: SpeechCodec, model_dim: int):
         self.codec, self.model_dim = codec, model_dim
@@ -116,7 +117,7 @@ def find_clip(audio: str, audio_dir: Path) -> Clip:
     """`audio_dir` is free of links. Raises: Unusable for a path that leads nowhere, out of it, or to another kind of
     file."""
     path = path_within(audio, audio_dir)
-    if path.suffix.lower() not in SOUND_SUFFIXES:
+    if not is_sound_name(path.name):
         raise Unusable("not a sound file's ending", f"{path}: ends in {path.suffix!r}. Give WAV, FLAC, OGG or MP3")
     try:
         status = path.stat()

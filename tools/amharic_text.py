@@ -25,6 +25,7 @@ from tools._common import ToolError, info, make_parser, run_program, write_jsonl
 FIRST_COMMAND = "echo 'በ፲፱፻፶ ዓ.ም፤ሰላም' | python -m tools.amharic_text normalise"
 BUILD_COMMAND = "python -m tools.amharic_text build --output-dir build"
 
+TEXT_RULES = 1
 ETHIOPIC_DIGITS = {chr(0x1369 + i): i + 1 for i in range(9)} | {chr(0x1372 + i): 10 * (i + 1) for i in range(9)}
 HUNDRED, TEN_THOUSAND = "፻", "፼"
 NUMERAL = re.compile(rf"([0-9]+(?:,[0-9]{{3}})*(?:\.[0-9]+)?|[{''.join(ETHIOPIC_DIGITS)}{HUNDRED}{TEN_THOUSAND}]+)(ኛ?)")

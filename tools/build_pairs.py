@@ -30,6 +30,7 @@ from typing import Any
 
 from tools._common import Progress, ToolError, info, make_parser, read_jsonl, run_program, warn, write_jsonl, writing_to
 from tools.amharic_text import letters_of
+from tools.made_with import of_manifest, read_yaml, recorded, require_same
 from tools.preprocess import locked
 
 FIRST_COMMAND = "python -m tools.build_pairs --data-dir build/arrays"
@@ -268,6 +269,18 @@ def check_utterances(utterances: Sequence[dict[str, Any]], path: Path) -> None:
                             f"{row['text']!r}. Mark splits in the recordings file and run tools.preprocess again")
 
 
+def check_shards(data_dir: Path, utterances: Sequence[dict[str, Any]]) -> None:
+    """What the rows point into was made as config.yaml says. Raises: ToolError naming both."""
+    folders = {Path(row["codes_path"]).parent for row in utterances if "codes_path" in row}
+    merged = of_manifest(data_dir / "utterances.jsonl")
+    for path in sorted(data_dir / folder / "shard.json" for folder in folders):
+        shard = read_yaml(path)  # JSON is YAML
+        found = recorded({"codec_sha256": shard.get("--codec"), "tokenizer_sha256": shard.get("--tokenizer"),
+                          "text_rules": shard.get("text rules")})
+        require_same(str(data_dir / "config.yaml"), merged, str(path), found,
+                     remedy="Run all shards again with the same files, then tools.preprocess --merge")
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Raises: ToolError naming the flag."""
     parser = make_parser(__doc__, FIRST_COMMAND)
@@ -311,6 +324,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with reserved(args.data_dir):
         utterances = with_keys(read_jsonl(path, UTTERANCE_KEYS, REMEDY))
         check_utterances(utterances, path)
+        check_shards(args.data_dir, utterances)
         pairs = {split: build_pairs(utterances, split, args.pairs_per_target, args.seed, limits=limits)
                  for split in ("train", "val")}
         say_summary(utterances, pairs, limits)

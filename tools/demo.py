@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 
 from tools._common import ToolError, info, make_parser, read_jsonl, run_program, write_jsonl
+from tools.mel_picture import mel_picture
 from tools.sound_files import load_recording, write_wav
 from tools.speech_codec import SpeechCodec
-from tools.synthesize import mel_picture
 
 FIRST_COMMAND = "python -m tools.demo"
 ROOT = Path(__file__).resolve().parent.parent

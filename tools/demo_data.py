@@ -27,7 +27,9 @@ from tools._common import (
     write_jsonl,
     write_text,
 )
+from tools.amharic_text import TEXT_RULES
 from tools.build_pairs import UTTERANCE_KEYS, build_pairs
+from tools.speech_codec import codec_record
 from tools.train_tokenizer import load_tokenizer
 
 FIRST_COMMAND = ("python -m tools.demo_data --quick --sequences 200 --decoder-steps 50 "
@@ -88,9 +90,8 @@ def data_config(codec_path: Path, tokenizer: Path, utterances: Sequence[dict[str
         },
         "dataset": {
             "name": "Amharic words in a synthetic voice",
-            "tokenizer": TOKENIZER_NAME, "tokenizer_sha256": sha256_of(tokenizer),
-            "codec": codec_path.name, "codec_sha256": sha256_of(codec_path),
-            "codes_per_second": round(codec.config.codes_per_second, 4),
+            "tokenizer": TOKENIZER_NAME, "codec": codec_path.name,
+            **codec_record(codec_path, codec), "tokenizer_sha256": sha256_of(tokenizer), "text_rules": TEXT_RULES,
             "sample_rate": codec.config.sample_rate,
             "speakers": sorted({row["speaker"] for row in utterances}),
             "recorded_by": "espeak-ng, Amharic voice: speech synthesis, not a human voice",

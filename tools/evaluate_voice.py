@@ -22,11 +22,9 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import itertools
 import json
 import math
-import pickle
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -35,13 +33,11 @@ from typing import Any
 import numpy as np
 import soundfile
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from tools._common import (
     Progress,
     ToolError,
-    atomic_path,
     info,
     make_parser,
     read_jsonl,
@@ -51,176 +47,26 @@ from tools._common import (
     writing_to,
 )
 from tools.amharic_text import PUNCTUATION, letters_of
-from tools.sound_files import load_recording
-from tools.speech_codec import SpeechCodec, cosine_basis
-from tools.synthesize import (
+from tools.generation import (
     SHORTEST_PROMPT,
     Synthesizer,
     add_sampling_arguments,
     has_long_prompt,
-    require_codec,
     sampling_of,
-    speak_into,
 )
-from trainers.train_gpt_v2 import recorded_sha256, use_glibc_heap
+from tools.made_with import OF_SOUND, of_checkpoint, of_manifest, require_same
+from tools.recogniser import FORMAT, Recogniser, equal_batches, error_rate, read_recogniser, train_recogniser
+from tools.recordings import read_recordings
+from tools.sound_files import load_recording
+from tools.speech_codec import SpeechCodec, codec_record, cosine_basis
+from tools.synthesize import speak_into
+from trainers.train_gpt_v2 import use_glibc_heap
 
 FIRST_COMMAND = ("python -m tools.evaluate_voice --checkpoint demo_output/training/best.pth "
                  "--output-dir build/evaluation")
-FORMAT = "recogniser/1"
-EPOCHS, BATCH, SAVE_EVERY = 2, 32, 100
 MOST_CODES = 600_000  # of the training data; a longer one is thinned out evenly
 CANDIDATES = 12
 CEPSTRA = 13
-
-
-# Letters
-
-
-def edit_distance(heard: str, said: str) -> int:
-    """Letters to replace, add and take away between two texts."""
-    row = list(range(len(said) + 1))
-    for i, letter in enumerate(heard, 1):
-        before, row[0] = row[0], i
-        for j, other in enumerate(said, 1):
-            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (letter != other))
-    return row[-1]
-
-
-def error_rate(heard: Sequence[str], said: Sequence[str]) -> float:
-    """CER over all texts together."""
-    wrong = sum(edit_distance(h, s) for h, s in zip(heard, said, strict=True))
-    return wrong / sum(map(len, said))
-
-
-# The recogniser
-
-
-class Recogniser(nn.Module):
-    """Log-mels to letters: two convolutions that make one frame of four, a two-way GRU, and CTC's blank as class 0."""
-
-    def __init__(self, letters: str, n_mels: int, width: int = 160) -> None:
-        super().__init__()
-        self.letters = letters
-        self.convolutions = nn.ModuleList(nn.Conv1d(size, width, 5, stride=2, padding=2) for size in (n_mels, width))
-        self.gru = nn.GRU(width, width, batch_first=True, bidirectional=True)
-        self.head = nn.Linear(2 * width, len(letters) + 1)
-
-    def forward(self, mels: Tensor) -> Tensor:
-        """Mean-free log-mels [B, frames, n_mels] -> log-probabilities [B, ceil(frames / 4), classes]."""
-        x = mels.transpose(1, 2)
-        for convolution in self.convolutions:
-            x = F.gelu(convolution(x))
-        x = F.dropout(x.transpose(1, 2), 0.1, self.training)
-        return self.head(self.gru(x)[0]).log_softmax(-1)
-
-    @torch.no_grad()
-    def hear(self, mel: Tensor) -> str:
-        """Log-mel [frames, n_mels] -> the likeliest letters; none for no frames."""
-        if not len(mel):
-            return ""
-        classes = self(mean_free(mel)[None])[0].argmax(-1).tolist()
-        return "".join(self.letters[c - 1] for c, before in zip(classes, [0, *classes], strict=False)
-                       if c and c != before)
-
-
-def mean_free(mel: Tensor) -> Tensor:
-    """Loudness and the sound of the room go with the mean."""
-    return mel.float() - mel.float().mean(0)
-
-
-def training_batches(lengths: Sequence[int], epoch: int) -> list[list[int]]:
-    """Clips of nearly equal length together, the batches in an order of the epoch's own."""
-    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
-    batches = [order[i : i + BATCH] for i in range(0, len(order), BATCH)]
-    return [batches[i] for i in np.random.default_rng(epoch).permutation(len(batches))]
-
-
-def equal_batches(lengths: Sequence[int]) -> list[list[int]]:
-    """Indices of equal length together, BATCH at most."""
-    batches: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if batches and lengths[batches[-1][0]] == lengths[i] and len(batches[-1]) < BATCH:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-    return batches
-
-
-def ctc_loss(recogniser: Recogniser, mels: Sequence[Tensor], texts: Sequence[str]) -> Tensor:
-    """The mean over the clips of nats per letter; clips too short for their text count as 0."""
-    scores = recogniser(nn.utils.rnn.pad_sequence([mean_free(mel) for mel in mels], batch_first=True))
-    targets = [[recogniser.letters.index(letter) + 1 for letter in text] for text in texts]
-    return F.ctc_loss(scores.transpose(0, 1), torch.tensor([t for target in targets for t in target]),
-                      torch.tensor([-(-len(mel) // 4) for mel in mels]), torch.tensor([len(t) for t in targets]),
-                      zero_infinity=True)
-
-
-def train_recogniser(recogniser: Recogniser, mels: Sequence[Tensor], texts: Sequence[str], done: int, path: Path,
-                     state: dict[str, Any]) -> None:
-    """Trains from step `done` to the end, and saves every SAVE_EVERY steps and at the end. Adam, half-cosine rate."""
-    batches = [batch for epoch in range(EPOCHS) for batch in training_batches([len(mel) for mel in mels], epoch)]
-    optimizer = torch.optim.AdamW(recogniser.parameters(), lr=1.0, weight_decay=0.01)
-    if "optimizer" in state:
-        optimizer.load_state_dict(state["optimizer"])
-    progress, average = Progress("training the recogniser", len(batches)), 0.0
-    recogniser.train()
-    for step in range(done, len(batches)):
-        torch.manual_seed(step)  # dropout depends on the step alone, however often the training was stopped
-        warm = min(1.0, (step + 1) / 200)
-        optimizer.param_groups[0]["lr"] = 2e-3 * warm * 0.5 * (1 + math.cos(math.pi * step / len(batches)))
-        loss = ctc_loss(recogniser, [mels[i] for i in batches[step]], [texts[i] for i in batches[step]])
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(recogniser.parameters(), 1.0)
-        optimizer.step()
-        average = 0.98 * average + 0.02 * loss.item() if step > done else loss.item()
-        progress.update(step + 1, f"CTC loss {average:.2f}")
-        if (step + 1) % SAVE_EVERY == 0 or step + 1 == len(batches):
-            save_recogniser(path, state | {"done": step + 1, "complete": step + 1 == len(batches),
-                                           "weights": recogniser.state_dict(), "optimizer": optimizer.state_dict()})
-
-
-def save_recogniser(path: Path, state: dict[str, Any]) -> None:
-    """Raises: ToolError when the disk refuses."""
-    buffer = io.BytesIO()
-    torch.save({key: value for key, value in state.items() if key != "optimizer" or not state["complete"]}, buffer)
-    with writing_to(path.parent), atomic_path(path) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
-
-
-def read_recogniser(path: Path, made_with: str) -> dict[str, Any] | None:
-    """What save_recogniser wrote; None where there is none. Raises: ToolError."""
-    if not path.exists():
-        return None
-    remedy = "Delete it, and a new one is trained, or name another file with --recogniser"
-    try:
-        state = torch.load(path, weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, OSError) as error:
-        raise ToolError(f"{path}: not a readable recogniser. {remedy}") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise ToolError(f"{path}: not a recogniser ({FORMAT}). {remedy}")
-    if state["made_with"] != made_with:
-        raise ToolError(f"{path}: was trained on other data or for another codec. {remedy}")
-    return state
-
-
-def obtain_recogniser(path: Path, data: VoiceData) -> Recogniser:
-    """The recogniser of the data's training rows and codec: read, trained to its end, or trained. Raises: ToolError."""
-    rows = data.training_rows()
-    texts = [letters_of(row["target_text"]) for row in rows]
-    made_with = hashlib.sha256(f"{data.codec_digest} {[(row['target_id'], row['target_code_len']) for row in rows]} "
-                               f"{texts}".encode()).hexdigest()
-    state = read_recogniser(path, made_with) or {
-        "format": FORMAT, "made_with": made_with, "letters": "".join(sorted(set("".join(texts)))), "done": 0,
-        "complete": False}
-    torch.manual_seed(0)
-    recogniser = Recogniser(state["letters"], data.codec.config.n_mels)
-    if "weights" in state:
-        recogniser.load_state_dict(state["weights"])
-    if not state["complete"]:
-        train_recogniser(recogniser, data.decoded_mels(rows), texts, state["done"], path, state)
-        info(f"recogniser of {len(rows)} clips -> {path}")
-    return recogniser.eval().requires_grad_(False)
 
 
 # The data set
@@ -233,12 +79,14 @@ class VoiceData:
         """Raises: ToolError when something is missing or damaged."""
         self.folder, self.recordings = folder, {}
         self.codec, self.codec_digest = SpeechCodec.load(codec_path), sha256_of(codec_path)
-        require_codec(codec_path, [recorded_sha256(folder / "train_pairs.jsonl", "codec")])
+        self.made_with, self.config = of_manifest(folder / "train_pairs.jsonl"), folder / "config.yaml"
+        require_same(str(self.config), self.made_with, f"--codec {codec_path}", codec_record(codec_path, self.codec),
+                     remedy="Give the codec of the data set as --codec")
         keys = ["target_id", "target_text", "target_codes_path", "target_code_len", "prompt_id", "speaker"]
         self.train, self.val = (read_jsonl(folder / f"{split}_pairs.jsonl", keys, "`python -m tools.build_pairs` "
                                            "writes it") for split in ("train", "val"))
         if recordings:
-            found = read_jsonl(recordings, ["id", "audio"], "`python -m tools.speak` writes such a file")
+            found = read_recordings(recordings, ["id", "audio"], "`python -m tools.speak` writes such a file")
             self.recordings = {row["id"]: recordings.parent / row["audio"] for row in found}
         self.statistics: dict[Path, Tensor] = {}
         self.arrays: dict[Path, np.ndarray] = {}
@@ -325,6 +173,25 @@ def words_of(row: dict[str, Any]) -> set[str]:
 def spread(rows: Sequence[Any], count: int) -> list[Any]:
     """`count` of the rows, or all if there are fewer, evenly spaced."""
     return [rows[i * len(rows) // count] for i in range(count)] if count < len(rows) else list(rows)
+
+
+def obtain_recogniser(path: Path, data: VoiceData) -> Recogniser:
+    """The recogniser of the data's training rows and codec: read, trained to its end, or trained. Raises: ToolError."""
+    rows = data.training_rows()
+    texts = [letters_of(row["target_text"]) for row in rows]
+    made_with = hashlib.sha256(f"{data.codec_digest} {[(row['target_id'], row['target_code_len']) for row in rows]} "
+                               f"{texts}".encode()).hexdigest()
+    state = read_recogniser(path, made_with) or {
+        "format": FORMAT, "made_with": made_with, "letters": "".join(sorted(set("".join(texts)))), "done": 0,
+        "complete": False}
+    torch.manual_seed(0)
+    recogniser = Recogniser(state["letters"], data.codec.config.n_mels)
+    if "weights" in state:
+        recogniser.load_state_dict(state["weights"])
+    if not state["complete"]:
+        train_recogniser(recogniser, data.decoded_mels(rows), texts, state["done"], path, state)
+        info(f"recogniser of {len(rows)} clips -> {path}")
+    return recogniser.eval().requires_grad_(False)
 
 
 # Mel-cepstral distortion
@@ -414,6 +281,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         raise ToolError(f"{args.data_dir}: no validation row has a text that can be heard and a prompt of at least "
                         f"{SHORTEST_PROMPT} s. Run tools.build_pairs with --min-prompt-seconds {SHORTEST_PROMPT}")
     synthesizer = Synthesizer(args.checkpoint, args.codec, args.tokenizer)
+    require_same(str(args.checkpoint), of_checkpoint(synthesizer.checkpoint), str(data.config), data.made_with,
+                 OF_SOUND)  # its texts are written anew, by the checkpoint's tokenizer
     synthesis = synthesised_mels(synthesizer, data, rows, args)
     recogniser = obtain_recogniser(args.recogniser, data)
     needed = {other["target_id"]: other for row in rows for other in candidates_of(row, data.val)}

@@ -10,25 +10,29 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import sys
 import threading
 import time
+import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tools._common import ToolError, info, make_parser, run_program
-from trainers.train_gpt_v2 import ResumeError, candidates, checkpoint_step, list_checkpoints, read_checkpoint
+from tools.made_with import MadeWith, of_checkpoint
+from tools.run_files import INSPECTED, all_checkpoints, newest_first, resume_choice
+from trainers.train_gpt_v2 import ResumeError, read_checkpoint
 
 FIRST_COMMAND = "python -m tools.inspect_checkpoint training_output"
-CONTENTS = ("step", "epoch", "sample_in_epoch", "num_rows", "last_val", "best", "lr", "global_batch", "tokenizer",
-            "format_version", "run_dir", "environment", "config")
 HEADER = ("file", "step", "epoch", "position", "val loss", "best", "size", "format", "state")
 
 
 def contents_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """The plain values of a verified checkpoint that tell where its run stands; keys: CONTENTS."""
+    """The plain values of a verified checkpoint that tell where its run stands; keys: INSPECTED."""
     config, environment = checkpoint["config"], checkpoint["environment"]
     return {
         "step": checkpoint["step"], "epoch": checkpoint["epoch"], "sample_in_epoch": checkpoint["sample_in_epoch"],
@@ -37,14 +41,24 @@ def contents_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
         "global_batch": config["batch_size"] * config["grad_accumulation"] * environment["world_size"],
         "tokenizer": checkpoint["tokenizer"], "format_version": checkpoint["format_version"],
         "run_dir": checkpoint["run_dir"], "environment": environment, "config": config,
+        "made_with": of_checkpoint(checkpoint),
     }
+
+
+def made_with_of_weights(path: Path) -> MadeWith:
+    """Of an export or a base file, which are no checkpoints; {} where it is not recorded."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (OSError, RuntimeError, pickle.UnpicklingError, ValueError):
+        return {}
+    return of_checkpoint(content) if isinstance(content, dict) else {}
 
 
 def inspect_file(names: Sequence[Path]) -> dict[str, Any] | None:
     """Reads and verifies one file; `names` are all its paths. Returns None for a file that is gone by now."""
     path, *aliases = names
     entry: dict[str, Any] = {"path": str(path), "aliases": [str(alias) for alias in aliases],
-                             **dict.fromkeys(CONTENTS)}
+                             **dict.fromkeys(INSPECTED)}
     try:
         stat = path.stat()
         entry |= {"bytes": stat.st_size, "mtime": stat.st_mtime}
@@ -56,7 +70,11 @@ def inspect_file(names: Sequence[Path]) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except ResumeError as error:
-        return entry | {"verified": False, "problem": str(error)} if path.exists() else None
+        if not path.exists():
+            return None
+        if str(error).startswith("Checkpoint missing required keys"):
+            entry["made_with"] = made_with_of_weights(path)
+        return entry | {"verified": False, "problem": str(error)}
 
 
 def group_names(paths: Sequence[Path]) -> list[list[Path]]:
@@ -67,15 +85,6 @@ def group_names(paths: Sequence[Path]) -> list[list[Path]]:
             stat = path.stat()
             groups.setdefault((stat.st_dev, stat.st_ino), []).append(path)
     return list(groups.values())
-
-
-def checkpoint_names(output_dir: Path) -> tuple[list[Path], list[Path]]:
-    """Returns every checkpoint name in the directory, and the order in which --resume auto would try them."""
-    for _ in range(5):
-        with suppress(FileNotFoundError):  # a running trainer has just rotated one out: look again
-            others = [path for path in (output_dir / "latest.pth", output_dir / "best.pth") if path.exists()]
-            return [*list_checkpoints(output_dir), *others], candidates(output_dir)
-    raise ToolError(f"{output_dir}: its files come and go too quickly to be listed. Try again")
 
 
 @contextmanager
@@ -107,18 +116,7 @@ def inspect_files(paths: Sequence[Path]) -> list[dict[str, Any]]:
             entry = inspect_file(names)
         if entry is not None:
             entries.append(entry)
-
-    def newest_first(entry: dict[str, Any]) -> float:
-        step = checkpoint_step(Path(entry["path"]).name) if entry["step"] is None else entry["step"]
-        return -float("inf") if step is None else -step
-
     return sorted(entries, key=newest_first)
-
-
-def resume_choice(order: Sequence[Path], entries: Sequence[dict[str, Any]]) -> str | None:
-    """The first name in the order of --resume auto whose file is verified."""
-    verified = {name for entry in entries if entry["verified"] for name in (entry["path"], *entry["aliases"])}
-    return next((str(path) for path in order if str(path) in verified), None)
 
 
 def inspect(paths: Sequence[Path]) -> dict[str, Any]:
@@ -135,12 +133,12 @@ def inspect(paths: Sequence[Path]) -> dict[str, Any]:
         if not output_dir.is_dir():
             return {"checkpoints": inspect_files(paths), "resume": None, "leftovers": []}
         leftovers = [name for name in os.listdir(output_dir) if name.startswith(".") and name.endswith(".pth.partial")]
-        names, order = checkpoint_names(output_dir)
-        entries = inspect_files(names)
+        entries = inspect_files(all_checkpoints(output_dir))
+        chosen = resume_choice(output_dir, entries)
     except OSError as error:
         raise ToolError(f"{error.filename}: {error.strerror}. Give checkpoint files or the --output-dir of a run, and "
                         "as a user who may read them") from error
-    return {"checkpoints": entries, "resume": resume_choice(order, entries),
+    return {"checkpoints": entries, "resume": str(chosen) if chosen else None,
             "leftovers": [str(output_dir / name) for name in sorted(leftovers)]}
 
 

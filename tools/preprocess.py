@@ -23,7 +23,7 @@ other sounds.
 Several machines: the same command with --num-shards N and --shard-index 0 ... N-1 (SLURM: $SLURM_ARRAY_TASK_ID), each
 into the same --output-dir, then once with --num-shards N --merge.
 
-Skipped, counted and listed: recordings that are missing, unreadable, cut off (WAV), empty, under 0.1 s, practically
+Skipped, counted and listed: recordings that are missing, unreadable, cut off, empty, under 0.1 s, practically
 silent (under -60 dBFS), not a sound (samples beyond 100 or not finite), not of 8 to 96 kHz in steps of 25 Hz, without a
 sound file's ending, outside the audio folder (.., links), over 600 s, or longer than the model takes; transcripts that
 are empty, too long, not Ethiopic, or have letters that the tokenizer lacks; training rows with a sentence of
@@ -69,7 +69,6 @@ from tools._common import (
 )
 from tools._features import (
     FORMAT,
-    SOUND_SUFFIXES,
     Clip,
     FeatureCache,
     Features,
@@ -78,7 +77,9 @@ from tools._features import (
     find_clip,
     load_features,
 )
-from tools.amharic_text import letters_of, normalise
+from tools.amharic_text import TEXT_RULES, letters_of, normalise
+from tools.made_with import INDEXTTS2_CODES, record
+from tools.recordings import is_sound_name, read_recordings, why_left_out
 from tools.sound_files import Unusable
 from tools.train_tokenizer import load_tokenizer
 from trainers.train_gpt_v2 import ModelConfig, UserError, lock_output_dir, model_config_from, use_glibc_heap
@@ -86,7 +87,6 @@ from trainers.train_gpt_v2 import ModelConfig, UserError, lock_output_dir, model
 FIRST_COMMAND = ("python -m tools.preprocess --recordings build/recordings/recordings.jsonl "
                  "--codec processed_data/speech_codec.pt --tokenizer tokenizers/amharic_extended_bpe.model "
                  "--output-dir build/arrays")
-ROW_REMEDY = 'Each line is an object such as {"id": "1", "speaker": "a", "text": "ሰላም", "audio": "1.wav"}'
 CONDITION_ROWS = 32
 ROWS = ("utterances.jsonl", "shard.json")  # what points into the arrays
 SMALL_MODEL = {"model_dim": 256, "layers": 4, "heads": 4, "max_text_tokens": 200, "max_mel_tokens": 400}
@@ -201,26 +201,13 @@ class Plan:
     made_with: dict[str, Any]
 
 
-def check_rows(rows: Sequence[dict[str, Any]], recordings: Path) -> None:
-    """Ids must be unique: pairs and checkpoints refer to utterances by them. Raises: ToolError naming the row."""
-    seen: dict[str, int] = {}
-    for number, row in enumerate(rows, 1):
-        for key in ("id", "text", "audio", "speaker", "language", "split"):
-            value = row.get(key, "")
-            if not isinstance(value, str) or (key in ("id", "audio") and not value):
-                raise ToolError(f"{recordings}, row {number}: {key} is {value!r}, not a text. {ROW_REMEDY}")
-        if row["id"] in seen:
-            raise ToolError(f"{recordings}, row {number}: id {row['id']!r} is that of row {seen[row['id']]} too. Make "
-                            "ids unique")
-        seen[row["id"]] = number
-
-
 def text_ids_or_why_not(row: dict[str, Any], text: str, place: str, model: ModelConfig,
                         tokenizer: sentencepiece.SentencePieceProcessor) -> list[int]:
     """Raises: Unusable."""
-    if row.get("split", "train") not in ("train", "val"):
-        raise Unusable("other split", f"{place}: split is {row['split']!r}, neither train nor val")
-    if not text:
+    fault = why_left_out(row)
+    if fault and fault.kind == "other_split":
+        raise Unusable("other split", f"{place}: {fault}")
+    if fault or not text:
         raise Unusable("empty transcript", f"{place}: the transcript is empty. Write what is said")
     if row.get("language", "am") == "am" and not ETHIOPIC.search(text):
         raise Unusable("not Ethiopic", f"{place}: no Ethiopic letter in {row['text']!r}. Write Amharic in its letters")
@@ -294,11 +281,20 @@ def read_gpt_section(config: Path | None) -> dict[str, Any]:
 
 def complete_gpt_section(section: dict[str, Any], features: Features, vocab_size: int, source: str
                          ) -> tuple[dict[str, Any], ModelConfig]:
-    """The section with tokenizer's and features' numbers in it. Raises: ToolError for a model that cannot be."""
+    """The section with tokenizer's and features' numbers in it. Raises: ToolError for a model that cannot be, or whose
+    codes are not those of the features."""
     codes = features.num_codes
-    section = section | {
-        "number_text_tokens": vocab_size, "number_mel_codes": codes + 2, "start_mel_token": codes,
-        "stop_mel_token": codes + 1, "start_text_token": 0, "stop_text_token": 1,
+    of_codes = {"number_mel_codes": codes + 2, "start_mel_token": codes, "stop_mel_token": codes + 1}
+    differing = [f"gpt.{key} is {section[key]}, these features need {value}" for key, value in of_codes.items()
+                 if section.get(key, value) != value]
+    if differing:
+        raise ToolError(f"{source}: {'; '.join(differing)}: it is the model of other codes. " + (
+            "These features are not those of IndexTTS2's weights, which need data made with their own (this project "
+            "does not make those yet). " if INDEXTTS2_CODES in map(section.get, of_codes) else "") +
+            f"To train from scratch leave {', '.join(of_codes)} out of it, or give the codec that they belong to as "
+            "--codec")
+    section = section | of_codes | {
+        "number_text_tokens": vocab_size, "start_text_token": 0, "stop_text_token": 1,
         "mel_length_compression": features.samples_per_code,
     }
     try:
@@ -309,8 +305,7 @@ def complete_gpt_section(section: dict[str, Any], features: Features, vocab_size
 
 def make_plan(args: argparse.Namespace) -> Plan:
     """Reads and checks everything but the sounds. Raises: ToolError."""
-    rows = read_jsonl(args.recordings, ["id", "text", "audio"], ROW_REMEDY)
-    check_rows(rows, args.recordings)
+    rows = read_recordings(args.recordings)
     tokenizer, section = load_tokenizer(args.tokenizer), read_gpt_section(args.config)
     if args.model_dim:
         section["model_dim"] = args.model_dim
@@ -321,7 +316,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
     items, skipped = plan_items(rows, args.recordings, model, tokenizer, args)
     made_with = {
         "format": FORMAT, "--recordings": sha256_of(args.recordings), "--codec": source.sha256,
-        "--tokenizer": sha256_of(args.tokenizer), "--num-shards": args.num_shards, "--seed": args.seed,
+        "--tokenizer": sha256_of(args.tokenizer), "text rules": TEXT_RULES, "--num-shards": args.num_shards,
+        "--seed": args.seed,
         "--config or --model-dim": [model.model_dim, model.max_text_tokens, model.max_mel_tokens],
         "--prompts-per-speaker": args.prompts_per_speaker, "--val-share": args.val_share,
         "--val-speakers": sorted(args.val_speakers),
@@ -460,9 +456,10 @@ def dataset_config(plan: Plan, tokenizer: Path, utterances: Sequence[dict[str, A
     """config.yaml: the model (`gpt:`, IndexTTS2's names) and what the data was made with (`dataset:`)."""
     features = load_features(plan.source)
     return {"gpt": plan.gpt, "dataset": {
-        "tokenizer": tokenizer.name, "tokenizer_sha256": plan.made_with["--tokenizer"], "features": features.name,
-        "codec": plan.source.codec.name, "codec_sha256": plan.source.sha256,
-        "codes_per_second": round(features.sample_rate / features.samples_per_code, 4),
+        "tokenizer": tokenizer.name, "codec": plan.source.codec.name,
+        **record(features.name, plan.source.sha256, features.num_codes,
+                 features.sample_rate / features.samples_per_code, plan.made_with["--tokenizer"],
+                 plan.made_with["text rules"]),
         "sample_rate": features.sample_rate, "speakers": sorted({row["speaker"] for row in utterances}),
     }}
 
@@ -687,7 +684,7 @@ def sounds_without_row(plan: Plan) -> list[str]:
     """Sound files of the audio folder, at any depth, that have no row."""
     known = {os.path.normpath(plan.audio_dir / audio) for audio in plan.named if "\0" not in audio}
     found = {os.path.join(folder, name) for folder, _, names in os.walk(plan.audio_dir) for name in names
-             if os.path.splitext(name)[1].lower() in SOUND_SUFFIXES}
+             if is_sound_name(name)}
     strays = found - known
     return sorted(strays - {os.path.realpath(path) for path in known}) if strays else []  # a row may name a link
 
@@ -734,8 +731,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokenizer", type=Path, required=True, help="SentencePiece model of the transcripts' letters")
     parser.add_argument("--output-dir", type=Path, required=True, help="gets the files named above")
     parser.add_argument("--audio-dir", type=Path, help="holds all recordings (the folder of --recordings)")
-    parser.add_argument("--config", type=Path, help="YAML whose gpt: section is the model to train (a small one of "
-                                                    "width 256 that takes 200 text tokens and 401 codes)")
+    parser.add_argument("--config", type=Path, help="YAML whose gpt: section is the model to train, with the codec's "
+                                                    "code count or none (a small one of width 256 that takes 200 text "
+                                                    "tokens and 401 codes)")
     parser.add_argument("--model-dim", type=int, default=0, help="width D of the model, 0 = the config's (0)")
     parser.add_argument("--prompts-per-speaker", type=int, default=12, help="0 = every training recording (12)")
     parser.add_argument("--val-share", type=float, default=0.02, help="of sentences, if nothing is marked val (0.02)")

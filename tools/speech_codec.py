@@ -32,7 +32,9 @@ import torchaudio
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tools._common import Progress, ToolError, atomic_path, info, make_parser, read_jsonl, run_program, warn, writing_to
+from tools._common import Progress, ToolError, atomic_path, info, make_parser, run_program, sha256_of, warn, writing_to
+from tools.made_with import EMBEDDED, MadeWith
+from tools.recordings import read_recordings
 from tools.sound_files import Unusable, load_recording, path_within, seconds_of, write_wav
 from trainers.train_gpt_v2 import use_glibc_heap
 
@@ -257,6 +259,13 @@ class SpeechCodec(nn.Module):
         return codec.eval().requires_grad_(False)
 
 
+def codec_record(path: Path, codec: SpeechCodec) -> MadeWith:
+    """What data made with this codec, read from `path`, was made with, so far as the codec decides it."""
+    config = codec.config
+    return {"features": EMBEDDED, "codec_sha256": sha256_of(path), "num_codes": config.num_codes,
+            "codes_per_second": round(config.codes_per_second, 4)}
+
+
 # Pure helpers
 
 
@@ -458,12 +467,10 @@ def check_train_arguments(args: argparse.Namespace) -> None:
 def training_rows(recordings: Path, audio_dir: Path) -> tuple[list[dict[str, Any]], list[Path]]:
     """The rows to train on and where their recordings lie. Raises: ToolError naming the row."""
     rows, paths = [], []
-    for number, row in enumerate(read_jsonl(recordings, ["audio"], "`python -m tools.speak` writes such a file"), 1):
+    found = read_recordings(recordings, ["audio"], "`python -m tools.speak` writes such a file")
+    for number, row in enumerate(found, 1):
         if row.get("split", "train") != "train":
             continue
-        for key in ("audio", "speaker"):
-            if not isinstance(row.get(key, ""), str):
-                raise ToolError(f"{recordings}, row {number}: {key} is {row[key]!r}, not a text. Write it in quotes")
         try:
             paths.append(path_within(row["audio"], audio_dir))
         except Unusable as fault:

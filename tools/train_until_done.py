@@ -9,9 +9,7 @@ The output also goes to OUTPUT_DIR/train_until_done.log. RESTART_WAIT: seconds b
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -23,6 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from tools._common import ToolError, run_program
+from tools.run_files import LATEST, checkpoint_step, clear_last_exit, list_checkpoints, output_dir_from, read_last_exit
 
 TRAIN = str(Path(__file__).resolve().parent.parent / "scripts" / "train.sh")
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -35,22 +34,20 @@ class ArgumentReader(argparse.ArgumentParser):
 
 
 def output_dir_of(arguments: Sequence[str]) -> Path:
-    """The trainer's own rule: --output-dir, else the folder of --resume PATH, else training_output."""
+    """Where the trainer will write; scripts/train.sh adds --resume auto."""
     reader = ArgumentReader(add_help=False, allow_abbrev=False)
     reader.add_argument("--output-dir")
     reader.add_argument("--resume", default="auto")
     typed = reader.parse_known_args(arguments)[0]
-    if typed.output_dir is not None or typed.resume == "auto":
-        return Path(typed.output_dir or "training_output")
-    return Path(typed.resume).parent
+    return output_dir_from(typed.output_dir, typed.resume)
 
 
-def how_it_ended(last_exit: Mapping[str, Any] | None, status: int, torchrun: bool) -> tuple[str, int]:
+def how_it_ended(last_exit: Mapping[str, Any], status: int, torchrun: bool) -> tuple[str, int]:
     """Returns (reason, exit status) of a trainer; "killed" where it left no last_exit.json and no other explanation.
 
     status is the process's own. It is 1 under torchrun for a killed process too.
     """
-    if last_exit is not None:
+    if last_exit:
         return last_exit["reason"], last_exit["status"]
     if status == 0:
         return "finished", 0  # --help, --eval-only
@@ -68,15 +65,12 @@ def goes_on(reason: str, status: int) -> bool:
 
 def saved_step(output_dir: Path) -> int:
     """The step of latest.pth, by the name that it is linked to; where it has no links the highest there is, or 0."""
-    latest, steps = output_dir / "latest.pth", [0]
-    for path in output_dir.glob("model_step*.pth"):
-        match = re.fullmatch(r"model_step(\d+)\.pth", path.name)
-        if match:
-            with suppress(FileNotFoundError):
-                if path.samefile(latest):
-                    return int(match[1])
-            steps.append(int(match[1]))
-    return max(steps)
+    files = list_checkpoints(output_dir)
+    for path in files:
+        with suppress(FileNotFoundError):
+            if path.samefile(output_dir / LATEST):
+                return checkpoint_step(path.name) or 0
+    return checkpoint_step(files[0].name) or 0 if files else 0
 
 
 class Supervisor:
@@ -132,19 +126,12 @@ class Supervisor:
             time.sleep(min(0.1, seconds))
 
 
-def read_last_exit(output_dir: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads((output_dir / "last_exit.json").read_text())
-    except (OSError, ValueError):
-        return None
-
-
 def train_until_done(supervisor: Supervisor, arguments: Sequence[str], output_dir: Path, wait: float) -> int:
     """Returns the exit status."""
     first_step, restarts = saved_step(output_dir), 0
     command = [TRAIN, *arguments]
     while True:
-        (output_dir / "last_exit.json").unlink(missing_ok=True)
+        clear_last_exit(output_dir)
         status = supervisor.run(command)
         reason, status = how_it_ended(read_last_exit(output_dir), status, torchrun=bool(os.environ.get("GPUS")))
         step = saved_step(output_dir)

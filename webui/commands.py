@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tools.run_files import all_checkpoints, foreign_checkpoints, split_language
 from webui.workspace import ROOT, Refused, Workspace
 
 Form = dict[str, Any]
 Problem = tuple[str, dict[str, Any]]  # a key of MESSAGES and its values
 MAX_TEXT = 2000  # characters of a text to speak
 NAME = re.compile(r"[^-\s]\S*")  # not to be taken for a flag
-LANGUAGE_SUFFIX = re.compile(r"::[A-Za-z][A-Za-z-]*$")
 PATHS = ("file", "directory", "new_file", "new_directory")
 
 
@@ -263,15 +263,9 @@ def resolve(kind: str, form: Form, workspace: Workspace) -> Form:
     return resolved
 
 
-def split_language(line: str) -> tuple[str, str]:
-    """'a.jsonl::am' -> ('a.jsonl', '::am'), as the trainer reads it."""
-    suffix = LANGUAGE_SUFFIX.search(line)
-    return (line[: suffix.start()], suffix.group()) if suffix else (line, "")
-
-
 def absolute_manifest(line: str, workspace: Workspace) -> str:
-    path, language = split_language(line)
-    return f"{workspace.inside(path)}{language}"
+    path, _ = split_language(line)
+    return f"{workspace.inside(path)}{line[len(path):]}"
 
 
 def command_for(kind: str, form: Form, workspace: Workspace) -> list[str]:
@@ -356,7 +350,7 @@ def check_path(field: Field, text: str, workspace: Workspace) -> None:
         raise Refused("no_such_directory", path=text)
     if field.type in ("manifests", "file") and not path.exists():
         if field.flag == "--resume":
-            raise Refused("resume_missing", path=text, present=", ".join(checkpoints_in(path.parent)) or "-")
+            raise Refused("resume_missing", path=text, present=", ".join(names_in(path.parent)) or "-")
         raise Refused("no_such_file", path=text)
     if field.type in ("new_directory", "new_file"):
         existing = next(parent for parent in (path, *path.parents) if parent.exists())
@@ -364,11 +358,9 @@ def check_path(field: Field, text: str, workspace: Workspace) -> None:
             raise Refused("not_writable", path=workspace.show(existing))
 
 
-def checkpoints_in(directory: Path) -> list[str]:
-    """Names that a training run may have left: latest.pth, best.pth, model_step files, the newest of them first."""
-    steps = {path.name: int(path.stem[10:]) for path in directory.glob("model_step*.pth") if path.stem[10:].isdecimal()}
-    links = [name for name in ("latest.pth", "best.pth") if (directory / name).exists()]
-    return [*links, *sorted(steps, key=lambda name: -steps[name])]
+def names_in(directory: Path) -> list[str]:
+    """Of the checkpoints there."""
+    return [path.name for path in all_checkpoints(directory)]
 
 
 def check_output_dir(form: Form, workspace: Workspace) -> None:
@@ -377,13 +369,7 @@ def check_output_dir(form: Form, workspace: Workspace) -> None:
     resume_path = typed(form.get("resume_path"))
     if resume_path and not form.get("resume"):
         raise Refused("resume_unchecked", path=resume_path)
-    present = checkpoints_in(output_dir)
-    if not present:
-        return
-    where: dict[str, Any] = {"path": workspace.show(output_dir), "example": present[0]}
-    if not form.get("resume"):
-        raise Refused("holds_checkpoints", **where)
-    if not resume_path and present == ["best.pth"]:
-        raise Refused("only_best", **where)
-    if resume_path and workspace.inside(resume_path).parent != output_dir:
-        raise Refused("holds_other_checkpoints", **where)
+    resume = (str(workspace.inside(resume_path)) if resume_path else "auto") if form.get("resume") else ""
+    reason = foreign_checkpoints(output_dir, resume)
+    if reason:
+        raise Refused(reason, path=workspace.show(output_dir), example=names_in(output_dir)[0])

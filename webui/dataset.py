@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tools.recordings import RowCheck, is_sound_name, why_left_out
 from webui.workspace import Refused, Workspace, as_text
 
 SHOWN_ROWS, SHOWN_FAULTS = 50, 20
-REQUIRED = ("id", "text", "audio")
 EXAMPLE = """{"id": "a1", "speaker": "almaz", "text": "ሰላም ለዓለም።", "audio": "a1.wav"}
 {"id": "a2", "speaker": "almaz", "text": "እንኳን ደህና መጡ።", "audio": "a2.wav", "split": "val"}
 """
@@ -36,7 +36,7 @@ def read_dataset(path: Path, workspace: Workspace) -> Dataset:
         content = path.read_bytes()
     except OSError as error:
         raise Refused("not_readable", path=workspace.show(path)) from error
-    found = read_lines(content.splitlines(), path.parent, workspace)
+    found = read_lines(content.split(b"\n"), path.parent, workspace)
     if found.faults and not found.rows:
         raise Refused("not_json_lines", path=workspace.show(path))
     return found
@@ -44,7 +44,7 @@ def read_dataset(path: Path, workspace: Workspace) -> Dataset:
 
 def read_lines(lines: Sequence[bytes], folder: Path, workspace: Workspace) -> Dataset:
     """`folder` is where the recordings' names start."""
-    found = Dataset()
+    found, check = Dataset(), RowCheck()
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -60,11 +60,14 @@ def read_lines(lines: Sequence[bytes], folder: Path, workspace: Workspace) -> Da
         found.validation += row.get("split") == "val"
         if len(found.first) < SHOWN_ROWS:
             found.first.append([as_text(row.get(name, "")) for name in ("id", "speaker", "text", "audio")])
-        missing = [name for name in REQUIRED if not row.get(name)]
-        if missing:
-            found.faults.append((number, "dataset.missing", {"names": ", ".join(missing)}))
-        elif not is_recording(folder / str(row["audio"]), workspace):
+        fault = check(number, row) or why_left_out(row)
+        if fault:
+            values = {name: as_text(value) for name, value in fault.values.items()}
+            found.faults.append((number, f"dataset.{fault.kind}", values))
+        elif not is_recording(folder / row["audio"], workspace):
             found.faults.append((number, "dataset.no_audio", {"path": as_text(row["audio"])}))
+        elif not is_sound_name(row["audio"]):
+            found.faults.append((number, "dataset.not_sound", {"path": as_text(row["audio"])}))
     return found
 
 

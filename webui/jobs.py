@@ -22,7 +22,6 @@ import re
 import secrets
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import time
@@ -31,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tools.run_files import all_checkpoints, is_checkpoint_name, lock_holder, read_last_exit
 from webui.workspace import ROOT, Refused, Workspace, read_json, write_json
 
 LIVE = ("starting", "running")
@@ -38,7 +38,6 @@ STARTING_SECONDS = 30  # a job without a process after this time never had one
 STOP_STATUSES = {sign for signum in (signal.SIGINT, signal.SIGTERM) for sign in (-signum, 128 + signum)}
 MOST_OF_A_KIND = 200  # jobs in a list, besides those that run
 JOB_ID = re.compile(r"\d{8}-\d{6}-\d{6}-[0-9a-f]{4}")
-CHECKPOINT = re.compile(r"(latest|best|model_step\d+)\.pth")
 # Colours and cursor movements, and control characters that are no line ends or tabs.
 NOT_TEXT = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x0c\x0e-\x1f\x7f]")
 
@@ -122,33 +121,13 @@ def is_running(process: dict[str, Any], who: str) -> bool:
         start_time_of(pid) == started)
 
 
-def lock_holder(output_dir: Path) -> str | None:
-    """What the trainer that holds OUTPUT_DIR/.lock wrote into it; None when nobody holds it.
-
-    Only asks: taking the lock for a moment could turn a trainer away that starts just then.
-    """
-    try:
-        with (output_dir / ".lock").open("rb") as handle:
-            question = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-            kind, *_ = struct.unpack("hhqqi4x", fcntl.fcntl(handle, fcntl.F_GETLK, question))
-            if kind == fcntl.F_UNLCK:
-                return None
-            return handle.read(1000).decode(errors="replace").strip() or "another process"
-    except OSError:  # no such file: nobody ever trained here
-        return None
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The supervisor
 
 
-def last_exit_since(output_dir: str | None, started: float) -> dict[str, Any]:
-    """The trainer's last_exit.json; {} unless this job's process wrote it."""
-    path = Path(output_dir or os.devnull) / "last_exit.json"
-    try:
-        return read_json(path) if path.stat().st_mtime >= started else {}
-    except OSError:
-        return {}
+def own_last_exit(job: dict[str, Any], started: float) -> dict[str, Any]:
+    """What the trainer said at its end; {} unless this job's process, started then, said it."""
+    return read_last_exit(Path(job["output_dir"]), started) if job["output_dir"] else {}
 
 
 def supervise(folder: Path, report_start: Callable[[], None]) -> None:
@@ -178,7 +157,7 @@ def supervise(folder: Path, report_start: Callable[[], None]) -> None:
         raise
     report_start()
     status = program.wait()
-    ending = {"status": status, "ended": time.time(), "last_exit": last_exit_since(job["output_dir"], started)}
+    ending = {"status": status, "ended": time.time(), "last_exit": own_last_exit(job, started)}
     while folder.is_dir():
         try:
             return write_json(folder / "exit.json", ending)
@@ -293,7 +272,7 @@ def ending_of(folder: Path, process: dict[str, Any]) -> dict[str, Any]:
 
 def settle(folder: Path, asked: dict[str, Any], process: dict[str, Any]) -> dict[str, Any]:
     """The end of a job whose supervisor is gone too; kept, since a later run replaces last_exit.json."""
-    last_exit = last_exit_since(asked["output_dir"], process.get("started", math.inf))
+    last_exit = own_last_exit(asked, process.get("started", math.inf))
     ending = {"status": None, "ended": time.time(), "last_exit": last_exit, "never_started": not process}
     with contextlib.suppress(OSError):
         write_json(folder / "exit.json", ending)
@@ -431,7 +410,7 @@ def last_error(log: str) -> str:
 def deletable(workspace: Workspace, text: str) -> Path:
     """Raises: Refused for what is no checkpoint of ours, and while somebody works in its directory."""
     path = workspace.inside(text, must_exist=True)
-    if not CHECKPOINT.fullmatch(path.name) or not path.is_file():
+    if not is_checkpoint_name(path.name) or not path.is_file():
         raise Refused("not_a_checkpoint", path=workspace.show(path))
     holder = holder_of(workspace, path.parent)
     if holder:
@@ -446,7 +425,7 @@ def delete_checkpoint(workspace: Workspace, text: str) -> list[Path]:
     """
     with one_at_a_time(workspace):
         path = deletable(workspace, text)
-        names = [name for name in path.parent.glob("*.pth") if CHECKPOINT.fullmatch(name.name) and name.samefile(path)]
+        names = [name for name in all_checkpoints(path.parent) if name.samefile(path)]
         try:
             for name in names:
                 name.unlink()

@@ -7,9 +7,10 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from tools.run_files import all_checkpoints
 from webui.commands import PROGRAMS, Form
 from webui.jobs import Job
-from webui.readers import checkpoint_names, files_in
+from webui.readers import files_in
 from webui.workspace import Refused, Workspace, is_text_name
 
 STEPS = ("recordings", "dataset", "corpus", "tokenizer", "preprocess", "training", "checkpoints", "listen")
@@ -129,7 +130,7 @@ def folders_in(folder: Path) -> list[os.DirEntry[str]]:
 
 def marks_of_run(folder: Path) -> list[float]:
     """When the checkpoints and logs of a run appeared; [] for another kind of folder."""
-    paths = [*checkpoint_names(folder), *folder.glob("logs/run_*")]
+    paths = [*all_checkpoints(folder), *folder.glob("logs/run_*")]
     return [status_of(path).st_mtime for path in paths]
 
 

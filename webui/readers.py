@@ -19,7 +19,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
-from webui.jobs import CHECKPOINT, last_error, read_tail
+from tools.run_files import INSPECTED, all_checkpoints, newest_first, resume_choice
+from webui.jobs import last_error, read_tail
 from webui.workspace import ROOT, is_text_name
 
 Point = dict[str, Any]  # a metrics.jsonl line: kind ("train" | "val"), epoch, step, text_loss, mel_loss, ...; and "run"
@@ -318,11 +319,11 @@ class CheckpointTable:
 
     def look(self, directory: Path) -> Inspection:
         """At once; starts a verification in the background where a file is new."""
-        return self.look_at(directory, checkpoint_names(directory))
+        return self.look_at(directory, all_checkpoints(directory))
 
     def look_up(self, path: Path) -> dict[str, Any] | None:
         """The entry of one file, by any of its names; None while it is being verified, or when it is not there."""
-        found = self.look_at(path.parent, sorted({*checkpoint_names(path.parent), path}))
+        found = self.look_at(path.parent, sorted({*all_checkpoints(path.parent), path}))
         return next((entry for entry in found.checkpoints if path.name in entry["names"]), None)
 
     def look_at(self, directory: Path, paths: Sequence[Path]) -> Inspection:
@@ -335,7 +336,8 @@ class CheckpointTable:
                 self.running = BackgroundCommand(argv), new
             known = {key: self.known[key] for key in files if key in self.known}
         entries = sorted((entry_for(entry, files[key]) for key, entry in known.items()), key=newest_first)
-        return Inspection(entries, resume_choice(entries, directory), [Path(name).name for name in new])
+        chosen = resume_choice(directory, entries)
+        return Inspection(entries, str(chosen) if chosen else None, [Path(name).name for name in new])
 
     def collect(self) -> None:
         """Takes in what a verification that has ended found; a file that changed meanwhile is read again later."""
@@ -356,14 +358,7 @@ class CheckpointTable:
 
 def unseen_entry(key: FileKey, reason: str) -> dict[str, Any]:
     """The entry of a file that could not be inspected, for want of memory for instance."""
-    contents = ("step", "epoch", "sample_in_epoch", "num_rows", "last_val", "best", "lr", "global_batch", "tokenizer",
-                "format_version", "run_dir", "environment", "config")
-    return {**dict.fromkeys(contents), "bytes": key[2], "mtime": key[3] / 1e9, "verified": False, "problem": reason}
-
-
-def checkpoint_names(directory: Path) -> list[Path]:
-    """Paths of latest.pth, best.pth and the model_step files; [] for a directory that is not there."""
-    return [path for path in sorted(directory.glob("*.pth")) if CHECKPOINT.fullmatch(path.name)]
+    return {**dict.fromkeys(INSPECTED), "bytes": key[2], "mtime": key[3] / 1e9, "verified": False, "problem": reason}
 
 
 def files_of(paths: Sequence[Path]) -> dict[FileKey, list[Path]]:
@@ -382,18 +377,3 @@ def entry_for(entry: dict[str, Any], paths: Sequence[Path]) -> dict[str, Any]:
     """The entry with the names that the file has now."""
     return {**entry, "path": str(paths[0]), "aliases": [str(path) for path in paths[1:]],
             "names": [path.name for path in paths]}
-
-
-def newest_first(entry: dict[str, Any]) -> tuple[float, bool]:
-    """Sort key, in the trainer's order; the step of a damaged file is that of its name."""
-    step = entry["step"] if entry["step"] is not None else re.sub(r"\D", "", entry["names"][0]) or math.inf
-    return -float(step), "latest.pth" not in entry["names"]
-
-
-def resume_choice(entries: Sequence[dict[str, Any]], directory: Path) -> str | None:
-    """The newest verified one; best.pth alone is not resumed from unless it is asked for."""
-    for entry in entries:
-        names = [name for name in entry["names"] if name != "best.pth"]
-        if entry["verified"] and names:
-            return str(directory / ("latest.pth" if "latest.pth" in names else names[0]))
-    return None

@@ -9,12 +9,13 @@ from urllib.parse import urlsplit
 
 import gradio as gr
 
+from tools.run_files import all_checkpoints
 from webui.commands import PRESETS, Form, Problem, command_for, typed
 from webui.forms import FormSection
 from webui.jobs import Job, holder_of, start_job, stop_job
 from webui.page import QUIET, Page, plain, refusal, tell
 from webui.panels import create_job_panel, create_plot, curves, legend, newest, reason_of
-from webui.readers import Inspection, checkpoint_names, curve, tensorboard_url
+from webui.readers import Inspection, curve, tensorboard_url
 from webui.texts import say
 from webui.workspace import Refused, load_settings, save_settings
 
@@ -144,7 +145,7 @@ def pick_label(entry: dict[str, Any], language: str) -> str:
 def resume_text(page: Page, folder: Path, found: Inspection, resume: bool, resume_path: str, language: str) -> str:
     """What a start would go on from, or why it could not; what is wrong with a path is said beside its box."""
     if not resume:  # beside the folder it is said if that holds checkpoints
-        return "" if checkpoint_names(folder) else say("resume.off", language)
+        return "" if all_checkpoints(folder) else say("resume.off", language)
     if resume_path.strip():
         try:
             path = page.workspace.inside(resume_path, must_exist=True)

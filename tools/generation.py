@@ -1,0 +1,368 @@
+"""Codes from text: a checkpoint's model draws one code after the other, several lines at once, with a cache of keys and
+values; the codec that it was trained with makes sound of them.
+
+What a line sounds like depends on checkpoint, text, prompt, settings and seed, never on the lines spoken beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentencepiece
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tools._common import ToolError, sha256_of, warn
+from tools.amharic_text import TEXT_RULES, normalise
+from tools.made_with import of_checkpoint, require_same
+from tools.preprocess import text_ids_of
+from tools.sound_files import load_recording
+from tools.speech_codec import SpeechCodec, codec_record
+from tools.train_tokenizer import load_tokenizer
+from trainers.train_gpt_v2 import (
+    LEADING_ROWS,
+    Block,
+    ModelConfig,
+    ResumeError,
+    Sample,
+    UnifiedVoiceGPT,
+    collate_packed,
+    model_config_from,
+    read_checkpoint,
+)
+
+SHORTEST_PROMPT = 0.5  # seconds
+LINES_AT_ONCE = 16  # at most
+CACHE_BYTES = 2 << 30  # of their keys and values
+
+
+# How the next code is chosen
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next code is chosen."""
+
+    temperature: float = 0.3
+    """Below 1 likely codes become likelier."""
+    top_k: int = 0
+    """Only so many of the likeliest codes, 0 = all."""
+    top_p: float = 0.8
+    """Only the likeliest codes that hold this share of the probability."""
+    repetition_penalty: float = 1.0
+    """Logits of codes that the line already has are divided by it (multiplied where negative); 1 = off."""
+    max_length: int = 0
+    """Codes of a line at most, 0 = as many as the model knows positions for."""
+    seed: int = 0
+    """Chooses among the ways in which each line can be spoken."""
+    greedy: bool = False
+    """Always the likeliest code."""
+    takes: int = 1
+    """Every line is spoken with so many seeds, from `seed` on, and the take that the model finds likeliest is kept."""
+
+
+def sampling_problems(sampling: Sampling, longest: int) -> list[str]:
+    """What is wrong with the settings, for a model of `longest` codes."""
+    problems = [f"--temperature {sampling.temperature}: give a number above 0, or --greedy"
+                if not 0 < sampling.temperature < math.inf else "",
+                f"--top-k {sampling.top_k}: give 1 or more, or 0 for all codes" if sampling.top_k < 0 else "",
+                f"--top-p {sampling.top_p}: give a number above 0, at most 1" if not 0 < sampling.top_p <= 1 else "",
+                f"--repetition-penalty {sampling.repetition_penalty}: give a number above 0, 1 for none"
+                if not 0 < sampling.repetition_penalty < math.inf else "",
+                f"--max-length {sampling.max_length}: this model speaks at most {longest} codes"
+                if not 0 <= sampling.max_length <= longest else "",
+                f"--takes {sampling.takes}: give 1 or more" if sampling.takes < 1 else "",
+                f"--takes {sampling.takes}: --greedy speaks a line in one way only. Leave one of the two out"
+                if sampling.greedy and sampling.takes > 1 else ""]
+    return [problem for problem in problems if problem]
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    default = Sampling()
+    group = parser.add_argument_group("how codes are drawn")
+    group.add_argument("--greedy", action="store_true", help="always the likeliest code")
+    group.add_argument("--temperature", type=float, default=default.temperature, metavar="T",
+                       help=f"below 1 likely codes become likelier ({default.temperature})")
+    group.add_argument("--top-k", type=int, default=default.top_k, metavar="N",
+                       help=f"only the N likeliest codes, 0 = all ({default.top_k})")
+    group.add_argument("--top-p", type=float, default=default.top_p, metavar="P",
+                       help=f"only the likeliest codes that hold the share P of the probability ({default.top_p})")
+    group.add_argument("--repetition-penalty", type=float, default=default.repetition_penalty, metavar="R",
+                       help=f"above 1 codes that the line already has become rarer ({default.repetition_penalty})")
+    group.add_argument("--max-length", type=int, default=default.max_length, metavar="N",
+                       help="codes of a line at most (0 = as many as the model allows)")
+    group.add_argument("--seed", type=int, default=default.seed, help=f"another one, another take ({default.seed})")
+    group.add_argument("--takes", type=int, default=default.takes, metavar="N",
+                       help=f"speak with N seeds, keep the take that the model finds likeliest ({default.takes}); "
+                       "4 make fewer mistakes")
+
+
+def sampling_of(args: argparse.Namespace) -> Sampling:
+    return Sampling(args.temperature, args.top_k, args.top_p, args.repetition_penalty, args.max_length, args.seed,
+                    args.greedy, args.takes)
+
+
+# Generation
+
+
+@dataclass
+class Prompt:
+    """A voice to speak in: condition [32, D], emo_vec [D] and the codec's mel statistics [2, n_mels], float32."""
+
+    condition: Tensor
+    emo_vec: Tensor
+    statistics: Tensor
+
+
+@dataclass
+class Line:
+    """A normalised text, its ids and its voice."""
+
+    text: str
+    text_ids: list[int]
+    prompt: Prompt
+
+
+@dataclass
+class Spoken:
+    """The codes of a line; not `stopped` when --max-length came before the stop token."""
+
+    codes: list[int]
+    stopped: bool
+    log_probability: float = field(default=0.0, compare=False)
+    """Of all codes and the stop token together, at temperature 1."""
+
+    @property
+    def likelihood(self) -> tuple[bool, float]:
+        """To compare takes of a line by: one that ended itself first, then the mean log-probability."""
+        return self.stopped, self.log_probability / max(1, len(self.codes) + self.stopped)
+
+
+class KVCache:
+    """Keys and values of every block for B sequences of different lengths, each [L, B, rows, H, h].
+
+    A sequence's rows begin at 0. What lies beyond its end gets no attention and is overwritten as it grows; it must be
+    finite all the same, since 0 times NaN is NaN.
+    """
+
+    def __init__(self, model: UnifiedVoiceGPT, sequences: int, rows: int) -> None:
+        config = model.config
+        shape = (config.layers, sequences, rows, config.heads, config.model_dim // config.heads)
+        self.keys, self.values = (torch.zeros(shape, dtype=model.speed_emb.weight.dtype) for _ in range(2))
+
+
+def lines_at_once(config: ModelConfig, longest: int) -> int:
+    """How many lines of `longest` codes are spoken together: as many as CACHE_BYTES hold, at least one. Pure."""
+    rows = LEADING_ROWS + config.max_text_tokens + 2 + longest
+    of_a_line = 2 * config.layers * rows * config.model_dim * torch.float64.itemsize
+    return max(1, min(LINES_AT_ONCE, CACHE_BYTES // of_a_line))
+
+
+def extend(model: UnifiedVoiceGPT, cache: KVCache, rows: Tensor, starts: Tensor) -> Tensor:
+    """Passes the next n rows [B, n, D] of every sequence through the blocks; sequence b has starts[b] rows so far.
+
+    Returns the blocks' output [B, n, D], before the final norms.
+    """
+    sequences, n, dim = rows.shape
+    places = starts[:, None] + torch.arange(n)
+    longest = int(places.max()) + 1
+    visible = torch.arange(longest) <= places[..., None]
+    x = rows.reshape(-1, dim)
+    for block, keys, values in zip(model.gpt.h, cache.keys, cache.values, strict=True):
+        assert isinstance(block, Block)
+        qkv = block.attn.c_attn(block.ln_1(x)).view(sequences, n, 3, *keys.shape[2:])
+        keys[torch.arange(sequences)[:, None], places] = qkv[:, :, 1]
+        values[torch.arange(sequences)[:, None], places] = qkv[:, :, 2]
+        attended = F.scaled_dot_product_attention(qkv[:, :, 0].transpose(1, 2), keys[:, :longest].transpose(1, 2),
+                                                  values[:, :longest].transpose(1, 2), attn_mask=visible[:, None])
+        x = x + block.attn.c_proj(attended.transpose(1, 2).reshape(-1, dim))
+        x = x + block.mlp(block.ln_2(x))
+    return x.view(rows.shape)
+
+
+def prefix_rows(model: UnifiedVoiceGPT, lines: Sequence[Line]) -> tuple[Tensor, Tensor]:
+    """What the model reads before the first code, from the prompt to the start token: [B, longest, D], lengths [B]."""
+    no_codes = np.zeros(0, dtype=np.int64)
+    samples = [Sample(np.array(line.text_ids, dtype=np.int64), no_codes, line.prompt.condition.numpy(),
+                      line.prompt.emo_vec.numpy()) for line in lines]
+    batch = collate_packed(samples, model.config)
+    rows = model.embed(batch).to(model.speed_emb.weight.dtype).split(batch.lengths)
+    without_stop = [sequence[:-1] for sequence in rows]
+    return torch.nn.utils.rnn.pad_sequence(without_stop, batch_first=True), torch.tensor(batch.lengths) - 1
+
+
+def choose_codes(logits: Tensor, repeated: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
+    """The next code of every line [B] from logits [B, M]; `repeated` [B, M] marks codes that a line already has, and
+    `uniform` [B] from [0, 1) is each line's draw."""
+    penalised = torch.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty)
+    logits = torch.where(repeated, penalised, logits)
+    if sampling.greedy:
+        return logits.argmax(1)
+    ranked, codes = (logits / sampling.temperature).sort(dim=1, descending=True, stable=True)
+    if sampling.top_k:
+        ranked[:, sampling.top_k :] = -torch.inf
+    shares = ranked.softmax(1)
+    likelier = shares.cumsum(1) - shares
+    shares[likelier >= sampling.top_p] = 0
+    reached = shares.cumsum(1)
+    rank = (reached < uniform[:, None] * reached[:, -1:]).sum(1)
+    return codes.gather(1, rank[:, None])[:, 0]
+
+
+def draws_of(line: Line, seed: int, count: int) -> np.ndarray:
+    """[count] numbers from [0, 1) that depend on the seed and the line's text only."""
+    digest = hashlib.sha256(f"{seed} {line.text}".encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest)).random(count)
+
+
+@torch.no_grad()
+def generate_codes(model: UnifiedVoiceGPT, lines: Sequence[Line], sampling: Sampling) -> list[Spoken]:
+    """Codes of every line, up to the stop token or the greatest length.
+
+    In float64, as load_model gives it, the lines beside a line move its logits by 1e-14: never enough for another code.
+    """
+    config = model.config
+    longest = sampling.max_length or config.max_code_len
+    rows, ends = prefix_rows(model, lines)
+    cache = KVCache(model, len(lines), int(ends.max()) + longest)
+    every = torch.arange(len(lines))
+    x = extend(model, cache, rows, torch.zeros_like(ends))[every, ends - 1]
+    uniform = torch.tensor(np.array([draws_of(line, sampling.seed, longest) for line in lines]))
+    repeated = torch.zeros(len(lines), config.number_mel_codes, dtype=torch.bool)
+    never = torch.ones(config.number_mel_codes, dtype=torch.bool)  # a start in mid-speech, and rows without a code
+    never[: config.code_count] = never[config.stop_mel_token] = False
+    spoken = [Spoken([], False) for _ in lines]
+    for step in range(longest):
+        logits = model.mel_head(model.final_norm(model.gpt.ln_f(x))).masked_fill(never, -torch.inf)
+        chosen = choose_codes(logits, repeated, uniform[:, step], sampling)
+        gained = logits.log_softmax(1)[every, chosen]
+        for line, code, log_probability in zip(spoken, chosen.tolist(), gained.tolist(), strict=True):
+            if line.stopped:
+                continue
+            line.log_probability += log_probability
+            line.stopped = code == config.stop_mel_token
+            if not line.stopped:
+                line.codes.append(code)
+        if all(line.stopped for line in spoken):
+            break
+        repeated[every, chosen] = chosen != config.stop_mel_token
+        row = model.mel_embedding(chosen) + model.mel_pos_embedding.emb(torch.tensor(step + 1))
+        x = extend(model, cache, row[:, None], ends + step)[:, 0]
+    return spoken
+
+
+def likeliest_takes(model: UnifiedVoiceGPT, lines: Sequence[Line], sampling: Sampling) -> list[Spoken]:
+    """Of every line the likeliest of its takes."""
+    takes = [generate_codes(model, lines, replace(sampling, seed=sampling.seed + take))
+             for take in range(sampling.takes)]
+    return [max(of_line, key=lambda spoken: spoken.likelihood) for of_line in zip(*takes, strict=True)]
+
+
+# A checkpoint with all that it needs to speak
+
+
+def checkpoint_digest(checkpoint: dict[str, Any]) -> str:
+    """Differs whenever anything in two checkpoints does."""
+    return hashlib.sha256(json.dumps(checkpoint["digests"], sort_keys=True).encode()).hexdigest()
+
+
+class UnreadableCheckpoint(ToolError):
+    """A checkpoint file that is missing, damaged or not a checkpoint."""
+
+
+def load_model(path: Path) -> tuple[UnifiedVoiceGPT, dict[str, Any]]:
+    """A verified checkpoint as a float64 model in evaluation mode, and the checkpoint. Raises: UnreadableCheckpoint."""
+    try:
+        checkpoint = read_checkpoint(path)
+    except ResumeError as error:
+        raise UnreadableCheckpoint(str(error)) from error
+    model = UnifiedVoiceGPT(model_config_from(checkpoint["model_config"], str(path)))
+    own = model.state_dict()
+    model.load_state_dict({name: tensor for name, tensor in checkpoint["model"].items() if name in own})
+    return model.double().eval().requires_grad_(False), checkpoint
+
+
+class Synthesizer:
+    """A checkpoint, the tokenizer and the codec that it was trained with."""
+
+    model: UnifiedVoiceGPT
+    tokenizer: sentencepiece.SentencePieceProcessor
+    codec: SpeechCodec
+
+    def __init__(self, checkpoint_path: Path, codec_path: Path, tokenizer_path: Path | None) -> None:
+        """Raises: ToolError when a file is missing or damaged, or one does not fit the others."""
+        self.model, self.checkpoint = load_model(checkpoint_path)
+        path = tokenizer_path or Path(self.checkpoint["tokenizer"]["path"])
+        self.tokenizer = load_tokenizer(path)
+        record = of_checkpoint(self.checkpoint)
+        require_same(str(checkpoint_path), record, f"--tokenizer {path}", {"tokenizer_sha256": sha256_of(path)},
+                     remedy="Give the tokenizer that the checkpoint was trained with as --tokenizer")
+        self.codec = SpeechCodec.load(codec_path)
+        require_same(str(checkpoint_path), record, f"--codec {codec_path}", codec_record(codec_path, self.codec),
+                     remedy="Give the codec that its training data was made with as --codec")
+        if record.get("text_rules", TEXT_RULES) != TEXT_RULES:
+            warn(f"{checkpoint_path} learned texts by rules {record['text_rules']}, this program spells them by rules "
+                 f"{TEXT_RULES}: numbers and abbreviations may sound otherwise")
+        codes = self.codec.config.num_codes
+        if codes != self.model.config.code_count:
+            raise ToolError(f"--codec {codec_path}: has {codes} codes, the checkpoint {self.model.config.code_count}. "
+                            "Give the codec that its training data was made with as --codec")
+        self.digest = f"{checkpoint_digest(self.checkpoint)} {sha256_of(codec_path)}"
+
+    def prompt(self, path: Path) -> Prompt:
+        """Raises: ToolError for a recording that is unreadable or too short."""
+        rate = self.codec.config.sample_rate
+        waveform = load_recording(path, rate)
+        if len(waveform) < SHORTEST_PROMPT * rate:
+            raise ToolError(f"{path}: {len(waveform) / rate:.2f} s of sound say too little about a voice. Give a "
+                            f"prompt of at least {SHORTEST_PROMPT} s, better 3")
+        condition, emo_vec = self.codec.condition(waveform, self.model.config.model_dim)
+        return Prompt(condition, emo_vec, self.codec.mel_statistics(waveform))
+
+    def line(self, text: str, prompt: Prompt, place: str) -> Line:
+        """`place` is for the message. Raises: ToolError for a text that the model cannot read."""
+        text = normalise(text)
+        text_ids = text_ids_of(text, self.tokenizer, place)
+        longest = self.model.config.max_text_tokens
+        if len(text_ids) > longest:
+            raise ToolError(f"{place}: {len(text_ids)} tokens, the model takes {longest}. Split it")
+        return Line(text, text_ids, prompt)
+
+    def speak(self, lines: Sequence[Line], sampling: Sampling) -> Iterator[tuple[Spoken, Tensor]]:
+        """Codes and waveform [samples] of every line, lines_at_once() together. Raises: ToolError."""
+        config = self.model.config
+        problems = sampling_problems(sampling, config.max_code_len)
+        if problems:
+            raise ToolError("; ".join(problems))
+        together = lines_at_once(config, sampling.max_length or config.max_code_len)
+        for start in range(0, len(lines), together):
+            part = lines[start : start + together]
+            for line, spoken in zip(part, likeliest_takes(self.model, part, sampling), strict=True):
+                codes = torch.tensor(spoken.codes, dtype=torch.int64)
+                yield spoken, self.codec.decode(codes, line.prompt.statistics)
+
+
+def has_long_prompt(row: dict[str, Any]) -> bool:
+    """Whether a manifest row's prompt is long enough to speak in its voice; training takes shorter ones too."""
+    return row.get("prompt_duration", math.inf) >= SHORTEST_PROMPT
+
+
+def line_mark(synthesizer: Synthesizer, line: Line, sampling: Sampling) -> str:
+    """Equal for two lines only if they sound the same."""
+    prompt = [getattr(line.prompt, name).numpy().tobytes() for name in ("condition", "emo_vec", "statistics")]
+    settings = json.dumps([synthesizer.digest, line.text, asdict(sampling)])
+    return hashlib.sha256(settings.encode() + b"".join(prompt)).hexdigest()
+
+
+def speed(waveform_seconds: float, seconds: float) -> str:
+    factor = f", real-time factor {seconds / waveform_seconds:.2f}" if waveform_seconds else ""
+    return f"{waveform_seconds:.2f} s of sound in {seconds:.2f} s{factor}"
