@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 
 from tools._common import Progress, atomic_path, write_text, writing_to
-from tools._features import SOUND_SUFFIXES
 from tools._recording_plan import Job, Plan, skipped_row
 from tools.pauses import LEVEL_STEP, clips_of, levels_of, move_edges, speech_of
 from tools.recording_layouts import Entry
+from tools.recordings import is_sound_name
 from tools.sound_decoder import Sound, cut, flac_bytes, open_sound, read_blocks
-from tools.sound_files import LONGEST_FILE, Unusable
+from tools.sound_files import LONGEST_FILE, Unusable, check_recording
 
 MADE_BY = "import/1"  # counted up when clips are cut otherwise, so that older ones are not used
 SHORT_END = 0.25  # seconds that a row may name beyond the end, or leave of a file that it names whole
@@ -261,9 +261,8 @@ def write_clip(path: Path, content: bytes) -> int:
 
 def write_whole(sound: Sound, name: str, stamp: list[Any], work: Work) -> tuple[str, float]:
     """A whole file as (path in the output folder, seconds): linked, or as FLAC where only ffmpeg reads it."""
-    if not sound.by_ffmpeg and sound.path.suffix.lower() in SOUND_SUFFIXES:
-        if not sound.seconds:
-            raise Unusable("empty recording", f"{name}: holds no sound. Record it again")
+    if not sound.by_ffmpeg and is_sound_name(name):
+        check_recording(sound.path)  # as preprocess will
         audio = f"audio/{name}"
         remember_file(audio, work)
         work.linked[place_file(sound.path, work.output_dir / audio)] += 1

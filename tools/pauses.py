@@ -211,9 +211,6 @@ def at_detector_rate(mono: np.ndarray, sample_rate: int) -> np.ndarray:
 
     if sample_rate == RATE:
         return mono
-    if sample_rate % 25:  # the filter of an odd rate would take gigabytes; for a detector this is good enough
-        count = round(len(mono) * RATE / sample_rate)
-        return np.interp(np.arange(count) * sample_rate / RATE, np.arange(len(mono)), mono).astype(np.float32)
     return torchaudio.functional.resample(torch.from_numpy(np.ascontiguousarray(mono)), sample_rate, RATE).numpy()
 
 

@@ -19,11 +19,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tools._common import ToolError
-from tools._features import SOUND_SUFFIXES
-from tools.sound_decoder import FFMPEG_SUFFIXES
+from tools.recordings import SOUND_SUFFIXES
+from tools.sound_decoder import FFMPEG_SUFFIXES, OTHER_SUFFIXES
 from tools.subtitles import seconds_of_time
 
-SOUNDS = SOUND_SUFFIXES | FFMPEG_SUFFIXES
+SOUNDS = SOUND_SUFFIXES | OTHER_SUFFIXES | FFMPEG_SUFFIXES
 TABLES = {".csv", ".tsv", ".txt", ".list", ".lst", ".psv", ".json", ".jsonl", ".ndjson", ".manifest", ".xlsx", ".xlsm"}
 SHEETS = {".xlsx", ".xlsm"}
 SIDECARS = (".lab", ".txt", ".normalized.txt", ".original.txt", ".trn")  # the first of these that is there counts

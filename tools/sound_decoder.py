@@ -17,11 +17,21 @@ import av
 import numpy as np
 import soundfile
 
-from tools.sound_files import BLOCK, LOUDEST, Unusable, bytes_cut_off
+from tools.sound_files import (
+    BLOCK,
+    FORMATS,
+    LOUDEST,
+    UNKNOWN_LENGTH,
+    Unusable,
+    bytes_cut_off,
+    ends_within_ogg,
+    mp3_samples,
+)
 
 FFMPEG_SUFFIXES = {".m4a", ".aac", ".mp4", ".m4b", ".m4v", ".mov", ".webm", ".weba", ".mkv", ".mka", ".3gp", ".3gpp",
                    ".3g2", ".wma", ".wmv", ".asf", ".amr", ".awb", ".ac3", ".avi", ".mp2", ".mpeg", ".mpg", ".ape",
                    ".wv", ".tta", ".spx"}
+OTHER_SUFFIXES = {".aifc", ".snd", ".sph", ".nist", ".rf64", ".voc", ".avr", ".pvf", ".8svx"}  # that soundfile reads
 FINE = {"PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ALAC_20", "ALAC_24", "ALAC_32"}  # more than 16 bits
 FINE_SAMPLES = {"s32", "s32p", "s64", "s64p"}  # of ffmpeg; its lossy decoders give floats
 MOST_CHANNELS = 8  # of FLAC
@@ -43,7 +53,8 @@ class Sound:
 
 
 def open_sound(path: Path) -> Sound:
-    """Reads the header; the content decides, not the ending. Raises: Unusable naming the file."""
+    """Reads the header; the content decides, not the ending. Raises: Unusable naming the file, also for one that is cut
+    off, as far as its form tells, or of a rate that preprocess refuses."""
     try:
         if not path.stat().st_size:
             raise Unusable("empty file", f"{path}: has no bytes. Copy it again")
@@ -51,14 +62,22 @@ def open_sound(path: Path) -> Sound:
     except OSError as error:
         raise Unusable("unreadable", f"{path}: cannot be read ({error.strerror}). Mend its rights, or copy it again"
                        ) from error
-    if missing > 100:  # some programs count the header in
-        raise Unusable("cut off", f"{path}: the file ends {missing} bytes before its sound. Copy it again")
     try:
         header = soundfile.info(path)
     except (OSError, TypeError, soundfile.LibsndfileError) as error:  # TypeError: headerless .raw
-        return open_with_ffmpeg(path, str(error))
-    seconds = header.frames / header.samplerate if header.frames < 1 << 62 else 0.0
-    return Sound(path, header.samplerate, header.channels, seconds, 24 if header.subtype in FINE else 16, False)
+        sound = open_with_ffmpeg(path, str(error))
+    else:
+        if header.format not in FORMATS:
+            raise Unusable("unreadable", f"{path}: {header.format_info}, a format in which half a file looks like a "
+                                         "whole one. Convert it to WAV or FLAC")
+        if missing > 100 or ends_within_ogg(path) or (header.format == "MP3" and mp3_samples(path)[1]):
+            raise Unusable("cut off", f"{path}: the file ends before its sound. Copy it again")
+        seconds = header.frames / header.samplerate if header.frames < UNKNOWN_LENGTH else 0.0
+        bits = 24 if header.subtype in FINE else 16
+        sound = Sound(path, header.samplerate, header.channels, seconds, bits, False)
+    if not 8000 <= sound.sample_rate <= 96000 or sound.sample_rate % 25:
+        raise Unusable("sample rate", f"{path}: {sound.sample_rate} Hz. Convert it to 16, 22.05, 24, 44.1 or 48 kHz")
+    return sound
 
 
 def open_with_ffmpeg(path: Path, reason: str) -> Sound:
