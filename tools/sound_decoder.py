@@ -67,6 +67,8 @@ def open_sound(path: Path) -> Sound:
     except (OSError, TypeError, soundfile.LibsndfileError) as error:  # TypeError: headerless .raw
         sound = open_with_ffmpeg(path, str(error))
     else:
+        if not header.frames:  # a program that wrote into a pipe could not fill the size in; ffmpeg reads to the end
+            return open_with_ffmpeg(path, "its header counts no samples")
         if header.format not in FORMATS:
             raise Unusable("unreadable", f"{path}: {header.format_info}, a format in which half a file looks like a "
                                          "whole one. Convert it to WAV or FLAC")
