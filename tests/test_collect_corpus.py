@@ -80,7 +80,8 @@ def test_the_corpus_trains_a_tokenizer_as_the_transcripts_do(tmp_path: Path) -> 
     ([{"text": 5}], "line 1: text is 5"), ([], "holds no rows"),
     ([{"no": "text"}], "missing text"),
 ])
-def test_bad_input_is_one_error_and_nothing_is_written(tmp_path: Path, rows: list[dict[str, Any]], message: str) -> None:
+def test_bad_input_is_one_error_and_nothing_is_written(tmp_path: Path, rows: list[dict[str, Any]],
+                                                       message: str) -> None:
     recordings = write_rows(tmp_path / "recordings.jsonl", rows)
     with pytest.raises(ToolError, match=message):
         collect(recordings, "--output", tmp_path / "corpus.txt")

@@ -12,6 +12,7 @@ from typing import Any
 
 from tools._common import Progress, ToolError, warn
 from tools.recording_layouts import (
+    ARCHIVES,
     CUES,
     SIDECARS,
     SOUND_FOLDERS,
@@ -25,6 +26,8 @@ from tools.recording_layouts import (
     decode,
     folder_of,
     is_split_of,
+    like_head,
+    name_key,
     read_table,
     split_name,
     stem_of_text,
@@ -84,7 +87,7 @@ def list_folder(root: Path, without: Path) -> tuple[list[str], int, int]:
         for entry in entries:
             listed += 1
             name = f"{folder}/{entry.name}".removeprefix("/")
-            if entry.name.startswith(".") or entry.name in ("__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir"):
+            if entry.name.startswith((".", "~$")) or entry.name in ("__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir"):
                 hidden += 1
             elif not name.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in name):
                 unnameable += 1
@@ -102,7 +105,7 @@ def open_source(path: Path, audio_dir: Path | None, output_dir: Path) -> Source:
     if not path.exists():
         raise ToolError(f"{path}: no such file or folder. Give the folder that holds the recordings")
     suffix = path.suffix.lower()
-    if path.is_file() and suffix in (".zip", ".tar", ".gz", ".tgz", ".bz2", ".7z", ".rar", ".xz"):
+    if path.is_file() and suffix in ARCHIVES:
         raise ToolError(f"{path}: a packed archive. Unpack it, and give the folder")
     if path.is_file() and suffix not in SOUNDS | TABLES | set(CUES):
         raise ToolError(f"{path}: neither a folder, nor a table, nor a sound. {understood()}")
@@ -129,13 +132,13 @@ def is_sidecar(name: str, source: Source) -> bool:
     return name.lower().endswith(SIDECARS) and name in beside([name], source.sounds, SIDECARS).values()
 
 
-def tables_of(source: Source) -> list[Table]:
-    """The first rows of everything that may be a table."""
+def tables_of(source: Source) -> tuple[list[Table], list[str]]:
+    """The first rows of everything that may be a table, and what is wrong with those that cannot be read."""
     if source.table:
         table = read_table(source.root / source.table, source.table, head=True)
         if not table or not table.rows:
             raise ToolError(f"{source.table}: holds no table. {understood()}")
-        return [table]
+        return [table], []
     texts = set(beside(source.listing, source.sounds, SIDECARS).values())
     names = [name for name in source.listing if name not in texts
              and (os.path.splitext(name)[1].lower() in TABLES or name.rpartition("/")[2] == "text")
@@ -149,11 +152,9 @@ def tables_of(source: Source) -> list[Table]:
             unreadable.append(str(error))
             continue
         tables += [table] if table and table.rows else []
-    if unreadable:
-        warn(f"{len(unreadable)} files cannot be read as tables: {'; '.join(unreadable[:3])}")
     if len(names) > MOST_TABLES:
         warn(f"{len(names)} files may be tables; only the first {MOST_TABLES} were looked at")
-    return tables
+    return tables, unreadable
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -182,11 +183,11 @@ class Plan:
 
 
 def ids_of(sounds: Sequence[str]) -> dict[str, str]:
-    """An id for each sound: its path without ending and without a first folder such as wavs/; with these where two
-    would be the same."""
+    """An id for each sound: its path without ending and without folders such as wavs/; with these where two would be
+    the same."""
     def short(sound: str) -> str:
-        first, slash, rest = without_suffix(sound).partition("/")
-        return rest if slash and first.lower() in SOUND_FOLDERS else without_suffix(sound)
+        folders, slash, last = without_suffix(sound).rpartition("/")
+        return "/".join([*(part for part in folders.split("/") if slash and part.lower() not in SOUND_FOLDERS), last])
 
     counts = Counter(short(sound) for sound in sounds)
     return {sound: short(sound) if counts[short(sound)] == 1 else sound for sound in sounds}
@@ -209,7 +210,7 @@ def plan_tables(source: Source, found: Found, names: SoundNames, ids: dict[str, 
     for head in found.tables:
         table = read_table(source.root / head.name, head.name)
         assert table is not None  # its first rows were one
-        table.guess = head.guess or head.columns
+        table = like_head(table, head)
         entries, faults = table_entries(table, split_of_table(head, found.tables))
         for place, fault in faults:
             rows += 1
@@ -295,6 +296,12 @@ def plan_folder(source: Source, ids: dict[str, str], language: str) -> Plan:
         else:
             job.entries = [(number, Entry(name or sound, sound, " ".join(content.split())))]
         plan.jobs.append(job)
+    stems = {name_key(without_suffix(sound)) for sound in sounds}
+    unknown = [name for name in source.listing if os.path.splitext(name)[1].lower() not in {*SOUNDS, *SIDECARS, *CUES}
+               and name_key(os.path.splitext(name)[0]) in stems]
+    if unknown:
+        warn(f"{len(unknown)} files are named like a sound and are not read: {', '.join(unknown[:3])}. Texts are read "
+             "from .txt, .lab, .srt and .vtt")
     unused = [name for name in source.listing if name.lower().endswith((*CUES, *SIDECARS)) and name not in taken
               and not NO_TABLE.match(name.rpartition("/")[2])]
     if unused:

@@ -284,8 +284,10 @@ def make_plan(args: argparse.Namespace) -> Plan:
     """Finds out what the source is and says so. Raises: ToolError."""
     source = open_source(args.source, args.audio_dir, args.output_dir)
     names = SoundNames(source.sounds)
-    tables = [] if args.layout == "folder" else tables_of(source)
-    found = detect(str(args.source), source.listing, tables, names, args.layout or "", bool(source.table))
+    tables, unreadable = ([], []) if args.layout == "folder" else tables_of(source)
+    found = detect(str(args.source), source.listing, tables, names, args.layout or "", bool(source.table), unreadable)
+    if unreadable:
+        warn(f"{len(unreadable)} files cannot be read as tables: {'; '.join(unreadable[:3])}")
     ids = ids_of(source.sounds)
     is_folder = found.layout == "folder"
     plan = plan_folder(source, ids, args.language) if is_folder else plan_tables(source, found, names, ids)

@@ -28,6 +28,7 @@ TABLES = {".csv", ".tsv", ".txt", ".list", ".lst", ".psv", ".json", ".jsonl", ".
 SHEETS = {".xlsx", ".xlsm"}
 SIDECARS = (".lab", ".txt", ".normalized.txt", ".original.txt", ".trn")  # the first of these that is there counts
 CUES = (".srt", ".vtt")
+ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".7z", ".rar", ".xz", ".parquet", ".arrow")
 SOUND_FOLDERS = {"wavs", "wav", "clips", "audio", "audios", "sounds", "recordings", "flac", "mp3", "segments",
                  "audio_files"}
 LANGUAGE_ENDING = re.compile(r"\.[a-z]{2,3}(?:-[a-z]{2,4})?$")
@@ -422,20 +423,35 @@ def headerless_columns(rows: Sequence[tuple[int, list[str]]]) -> list[str]:
     return []
 
 
-def guess_columns(table: Table, names: SoundNames) -> list[str]:
-    """For a table without header whose first column names no sound: the column that does, and the first that reads like
-    a text. [] where there are none."""
-    rows = [cells for _, cells in table.rows[:SAMPLE]]
-    width = Counter(map(len, rows)).most_common(1)[0][0]
+def find_columns(table: Table, names: SoundNames) -> None:
+    """For a table whose header does not say which column names the sounds: the one whose cells are sounds.
+
+    With a header that names the text only, the header is completed. Without one, and where the first column names no
+    sound, the text is the first column that reads like one.
+    """
+    first = [MEANINGS.get(column_name(cell), "") for cell in table.rows[0][1]]
+    rows = [cells for _, cells in table.rows["text" in first:][:SAMPLE]]
+    width = Counter(map(len, rows)).most_common(1)[0][0] if rows else 0
     columns = [[cells[i] for cells in rows if len(cells) == width] for i in range(width)]
     found = [sum(names.has(cell, folder_of(table.name)) for cell in column[:20]) for column in columns]
+    if not found or max(found) < min(20, len(columns[0])) / 2:
+        return
     audio = found.index(max(found))
+    if "text" in first and len(first) == width and first[audio] in ("", "id"):
+        table.header = ["audio" if i == audio else "" if name == "audio" else name for i, name in enumerate(first)]
+        table.named, table.rows = table.rows[0][1], table.rows[1:]
+        return
     lengths = [sum(map(len, column)) if i != audio and sum(" " in cell for cell in column) > len(column) / 3 else 0
                for i, column in enumerate(columns)]
-    if found[audio] < min(20, len(columns[audio])) / 2 or not max(lengths):
-        return []
-    text = next(i for i, length in enumerate(lengths) if length >= 0.4 * max(lengths))
-    return ["audio" if i == audio else "text" if i == text else "" for i in range(width)]
+    if not found[0] and max(lengths):
+        text = next(i for i, length in enumerate(lengths) if length >= 0.4 * max(lengths))
+        table.guess = ["audio" if i == audio else "text" if i == text else "" for i in range(width)]
+
+
+def like_head(table: Table, head: Table) -> Table:
+    """A whole table, its columns as they were found from its first rows."""
+    rows = table.rows[1:] if head.header and not table.header else table.rows
+    return replace(table, header=head.header, named=head.named, guess=head.guess or head.columns, rows=rows)
 
 
 def layout_of(table: Table) -> str:
@@ -642,18 +658,20 @@ def understood() -> str:
 
 
 def detect(source: str, listing: Sequence[str], tables: Sequence[Table], names: SoundNames, layout: str = "",
-           only_tables: bool = False) -> Found:
+           only_tables: bool = False, unreadable: Sequence[str] = ()) -> Found:
     """What a source is, from its files' names and its tables. `layout` is the only one to look for, if given;
-    `only_tables`: texts beside the sounds do not count.
+    `only_tables`: texts beside the sounds do not count; `unreadable`: what is wrong with files that may be tables.
 
     Raises: ToolError that lists what was found and what is understood, when that is nothing or not clear.
     """
     if not names.sounds:
-        raise ToolError(f"{source}: holds no sound file ({len(listing)} other files). Give the folder that holds the "
-                        "sounds, or name it as --audio-dir")
+        packed = [name for name in listing if name.lower().endswith(ARCHIVES)]
+        remedy = f"Unpack {packed[0]}" if packed else \
+            "Give the folder that holds the sounds, or name it as --audio-dir"
+        raise ToolError(f"{source}: holds no sound file ({len(listing)} other files). {remedy}")
     for table in tables:
-        if not table.header and table.rows and not share_found(table, names)[0]:
-            table.guess = guess_columns(table, names)
+        if not table.header and table.rows:
+            find_columns(table, names)
     good = []
     for table in tables:
         count, looked = share_found(table, names)
@@ -673,6 +691,9 @@ def detect(source: str, listing: Sequence[str], tables: Sequence[Table], names: 
             raise ToolError(f"{source}: not one of the first names of its tables is a sound of it. Found: "
                             f"{'; '.join(seen)}; {len(names.sounds)} sounds such as {min(names.sounds)!r}. Name the "
                             f"folder of the sounds as --audio-dir, or take --layout folder. {understood()}")
+        if not layout and unreadable and not counts["text"] + counts["cues"]:
+            raise ToolError(f"{source}: its texts may be in what cannot be read: {'; '.join(unreadable[:3])}; or take "
+                            "--layout folder for sounds without texts")
         if layout and layout != "folder":
             raise ToolError(f"{source}: no {layout} in it. Found: {'; '.join([*seen, beside_text])}. {understood()}")
         return Found("folder", f"{beside_text}, {counts['alone']} alone")

@@ -126,9 +126,17 @@ def read_blocks(sound: Sound) -> Iterator[np.ndarray]:
         raise Unusable("cut off", f"{sound.path}: the file ends {missing:.1f} s before its sound. Copy it again")
 
 
+class ForwardFile(soundfile.SoundFile):
+    """Read from start to end only: soundfile seeks behind every block otherwise, which makes clicks in an MP3 and which
+    GSM, G721 and NMS ADPCM cannot."""
+
+    def seekable(self) -> bool:
+        return False
+
+
 def read_with_soundfile(sound: Sound) -> Iterator[np.ndarray]:
     try:
-        with soundfile.SoundFile(sound.path) as file:
+        with ForwardFile(sound.path) as file:
             while len(block := file.read(BLOCK, dtype="float32", always_2d=True)):
                 yield block
     except (OSError, soundfile.LibsndfileError) as error:

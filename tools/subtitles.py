@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 TIME = re.compile(r"(?:(\d+):)?(\d{1,2}):(\d{1,2})(?:[.,](\d{1,3}))?")
 TIMES = re.compile(rf"\s*({TIME.pattern})\s*-->\s*({TIME.pattern})")
@@ -43,28 +43,58 @@ def clean_cue(text: str) -> str:
     return "" if re.fullmatch(r"\([^()]*\)", text) or not re.search(r"\w", text) else text
 
 
+def raw_cues(content: str) -> list[tuple[str, list[str]]]:
+    """(line of times, lines of text) of every cue. A text ends at an empty line or before the next times; a line of
+    spaces is part of it."""
+    lines = content.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    starts = [i for i, line in enumerate(lines) if "-->" in line]
+    cues = []
+    for start, following in zip(starts, [*starts[1:], len(lines)], strict=True):
+        text = lines[start + 1: following]
+        if "" in text:
+            text = text[: text.index("")]
+        elif following < len(lines) and text and text[-1].strip().isdigit():  # the number of the next one
+            text.pop()
+        cues.append((lines[start].strip(), text))
+    return cues
+
+
 def read_cues(content: str) -> tuple[list[Cue], list[str]]:
     """The cues of an SRT or VTT file in the order of time, and what is wrong with those that were left out."""
     cues, faults = [], []
-    for block in re.split(r"\n\s*\n", content.replace("\r\n", "\n").replace("\r", "\n")):
-        lines = block.strip("\n").split("\n")
-        at = next((i for i, line in enumerate(lines) if "-->" in line), None)
-        if at is None:  # WEBVTT, NOTE, STYLE, or an empty one
-            continue
-        times = TIMES.match(lines[at])
+    for line, text in raw_cues(content):
+        times = TIMES.match(line)
         if not times:
-            faults.append(f"{lines[at].strip()!r} is no pair of times")
+            faults.append(f"{line!r} is no pair of times")
             continue
         start, end = seconds_of_time(times[1]), seconds_of_time(times[6])
-        raw = "\n".join(lines[at + 1:])
-        voice, text = VOICE.search(raw), clean_cue(raw)
-        if not text:
+        voice, said = VOICE.search("\n".join(text)), [clean_cue(part) for part in text]
+        if not clean_cue(" ".join(said)):
             faults.append(f"cue at {times[1]} has no words")
         elif end <= start:
             faults.append(f"cue at {times[1]} ends before it starts")
         else:
-            cues.append(Cue(start, end, text, voice[1].strip() if voice else ""))
-    return sorted(cues, key=lambda cue: (cue.start, cue.end)), faults
+            cues.append(Cue(start, end, "\n".join(part for part in said if part), voice[1].strip() if voice else ""))
+    cues.sort(key=lambda cue: (cue.start, cue.end))
+    return [replace(cue, text=clean_cue(cue.text.replace("\n", " "))) for cue in unrolled(cues)], faults
+
+
+def unrolled(cues: Sequence[Cue]) -> list[Cue]:
+    """Automatic captions that roll (each cue shows the last line again, above its own) without what was shown before;
+    others as they are. Lines are parted by \\n."""
+    lines_of = [cue.text.split("\n") for cue in cues]
+    rolls = [i > 0 and cue.start - cues[i - 1].end < CLOSE and lines_of[i][0] == lines_of[i - 1][-1]
+             for i, cue in enumerate(cues)]
+    if sum(rolls) < max(2, 0.3 * len(cues)):
+        return list(cues)
+    kept: list[Cue] = []
+    for cue, lines, rolling in zip(cues, lines_of, rolls, strict=True):
+        lines = lines[rolling:]
+        if lines:
+            kept.append(replace(cue, text="\n".join(lines)))
+        else:
+            kept[-1] = replace(kept[-1], end=max(kept[-1].end, cue.end))
+    return kept
 
 
 def without_overlaps(cues: Sequence[Cue]) -> tuple[list[Cue], list[str]]:
