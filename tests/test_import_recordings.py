@@ -685,3 +685,79 @@ def test_the_listing_follows_each_folder_once(tmp_path: Path) -> None:
     write_sounds(tmp_path / "a" / "b", ["x"])
     (tmp_path / "a" / "b" / "up").symlink_to(tmp_path / "a")
     assert list_folder(tmp_path, tmp_path / "out")[0] == ["a/b/x.wav"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What strangers brought
+
+
+def test_a_table_in_each_speakers_folder_with_the_same_names(source: Path) -> None:
+    for speaker in ("abebe", "sara"):
+        write_sounds(source / speaker / "wavs")
+        (source / speaker / "metadata.csv").write_text(lines_of(f"{{name}}|{{text}} {speaker}"), encoding="utf-8")
+    rows = bring_in(source, "--speaker-from", "folder")
+    assert [(row["id"], row["speaker"]) for row in rows] == [(f"{speaker}/{name}", speaker)
+                                                             for speaker in ("abebe", "sara") for name in NAMES]
+    for row in rows:
+        assert row["text"].endswith(row["speaker"]) and row["audio"].startswith(f"audio/{row['speaker']}/")
+
+
+def test_a_header_that_names_the_text_only_is_completed_from_the_sounds(source: Path) -> None:
+    write_sounds(source / "x")
+    (source / "t.csv").write_text("name;transcript\n" + lines_of("{name};{text}"), encoding="utf-8")
+    assert [row["text"] for row in bring_in(source)] == TEXTS
+    assert skipped_of(source) == {}
+
+
+def test_captions_that_roll_say_nothing_twice() -> None:
+    content = ("WEBVTT\nKind: captions\n\n00:00.000 --> 00:02.000\n \nአንድ<00:01.000><c> ሁለት</c>\n\n"
+               "00:02.000 --> 00:02.010\nአንድ ሁለት\n \n\n00:02.010 --> 00:04.000\nአንድ ሁለት\nሦስት\n\n"
+               "00:04.000 --> 00:04.010\nሦስት\n \n\n00:04.010 --> 00:06.000\nሦስት\nአራት\n")
+    cues = subtitles.read_cues(content)[0]
+    assert cues == [Cue(0, 2.01, "አንድ ሁለት"), Cue(2.01, 4.01, "ሦስት"), Cue(4.01, 6, "አራት")]
+    twice = ("1\n00:00:00,000 --> 00:00:02,000\nአዎ\n \n2\n00:00:02,000 --> 00:00:04,000\nአዎ\n\n"
+             "3\n00:00:04,000 --> 00:00:06,000\nእሺ")
+    assert [cue.text for cue in subtitles.read_cues(twice)[0]] == ["አዎ", "አዎ", "እሺ"]
+
+
+def test_texts_that_cannot_be_read_are_no_sounds_without_text(source: Path) -> None:
+    write_sounds(source)
+    (source / "metadata.csv").write_bytes("u0|caf\xe9\n".encode("latin-1"))
+    with pytest.raises(ToolError, match="texts may be in what cannot be read: metadata.csv: not UTF-8 text at byte 6"):
+        bring_in(source)
+    assert [row["text"] for row in bring_in(source, "--layout", "folder")] == [""] * 4
+
+
+def test_what_is_named_like_a_sound_and_not_read_is_said(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_sounds(source, ["a", "b"])
+    (source / "a.TextGrid").touch()
+    (source / "b.txt").write_bytes(b"\xff\xfe\x00\xd8")
+    (source / "orphan.txt").write_text("ሰላም")
+    assert [row["id"] for row in bring_in(source)] == ["a"]
+    said = capsys.readouterr().out
+    assert "1 files are named like a sound and are not read: a.TextGrid" in said
+    assert "1 texts have no sound of their name: orphan.txt" in said
+    assert skipped_of(source) == {"unreadable text": 1}
+
+
+def test_packed_sounds_are_to_be_unpacked(source: Path) -> None:
+    (source / "clips.tar.gz").touch()
+    for path in (source, source / "clips.tar.gz"):
+        with pytest.raises(ToolError, match="Unpack"):
+            bring_in(path)
+
+
+def test_a_header_of_size_0_is_read_to_the_end(source: Path) -> None:
+    content = bytearray(write(source / "a.wav", noise(0)).read_bytes())
+    place = content.index(b"data") + 4
+    content[place: place + 4] = bytes(4)
+    (source / "a.wav").write_bytes(content)
+    row, = bring_in(source)
+    assert np.array_equal(soundfile.read(out_of(source) / row["audio"], dtype="int16")[0], noise(0))
+
+
+def test_an_mp3_in_blocks_has_the_samples_of_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "a.mp3", noise(0, 3), format="MP3")
+    monkeypatch.setattr(sound_decoder, "BLOCK", 5000)
+    read = np.concatenate(list(sound_decoder.read_blocks(sound_decoder.open_sound(path))))
+    assert np.allclose(read[:, 0], soundfile.read(path, dtype="float32")[0], atol=1e-5)

@@ -284,12 +284,12 @@ def plan_folder(source: Source, ids: dict[str, str], language: str) -> Plan:
             plan.skipped.append(skipped_row(number, ids[sound], "two sounds for one text", f"{sound}: {name} belongs "
                                             f"to {taken[name]} already. Keep one of the two"))
             continue
+        taken[name] = sound
         try:
             content = decode((source.root / name).read_bytes(), name) if name else ""
         except (ToolError, OSError) as error:
             plan.skipped.append(skipped_row(number, ids[sound], "unreadable text", str(error)))
             continue
-        taken[name] = sound
         if sound in cues:
             job.cues, faults = plan_cues(content)
             plan.skipped += [skipped_row(number, ids[sound], "cue left out", f"{name}: {fault}") for fault in faults]
