@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tools._common import Progress, ToolError, warn
+from tools.preprocess import skipped_row
 from tools.recording_layouts import (
     ARCHIVES,
     CUES,
@@ -191,10 +192,6 @@ def ids_of(sounds: Sequence[str]) -> dict[str, str]:
 
     counts = Counter(short(sound) for sound in sounds)
     return {sound: short(sound) if counts[short(sound)] == 1 else sound for sound in sounds}
-
-
-def skipped_row(number: int, row_id: str, reason: str, detail: str) -> dict[str, Any]:
-    return {"row": number, "id": row_id, "reason": reason, "detail": detail}
 
 
 def split_of_table(table: Table, tables: Sequence[Table]) -> str:

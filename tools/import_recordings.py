@@ -29,7 +29,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import re
 import shlex
 import subprocess
 from collections import Counter
@@ -40,6 +39,7 @@ from typing import Any
 from tools._clip_files import Cache, Work, run_jobs, stamp_of
 from tools._common import Progress, ToolError, info, make_parser, run_program, warn, write_jsonl, writing_to
 from tools._recording_plan import Plan, Source, ids_of, open_source, plan_folder, plan_tables, tables_of
+from tools.preprocess import ETHIOPIC, say_skipped
 from tools.recording_layouts import LAYOUTS, SOUND_FOLDERS, Found, SoundNames, detect, folder_of
 from tools.sound_files import LONGEST_FILE
 from trainers.train_gpt_v2 import UserError, available_cores, lock_output_dir
@@ -47,7 +47,6 @@ from trainers.train_gpt_v2 import UserError, available_cores, lock_output_dir
 FIRST_COMMAND = "python -m tools.import_recordings processed_data/audio --output-dir build/dataset --speaker demo"
 CACHE = "import_cache.jsonl"
 SHOWN = 20  # failures of a transcriber that are printed
-ETHIOPIC = re.compile("[\u1200-\u139f\u2d80-\u2ddf\uab00-\uab2f]")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -192,15 +191,6 @@ def remove_stale(output_dir: Path, rows: Sequence[dict[str, Any]], cache: Cache)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Summary and command line
-
-
-def say_skipped(skipped: Sequence[dict[str, Any]]) -> list[str]:
-    """One line for each reason: how many, and the first two."""
-    by_reason: dict[str, list[str]] = {}
-    for row in skipped:
-        by_reason.setdefault(row["reason"], []).append(row["detail"])
-    most_first = sorted(by_reason.items(), key=lambda pair: -len(pair[1]))
-    return [f"{len(details)} x {reason}: {' | '.join(details[:2])}" for reason, details in most_first]
 
 
 def say_plan(source: Source, found: Found, names: SoundNames, plan: Plan) -> None:
