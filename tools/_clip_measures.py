@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from tools._common import Progress
 from tools.pauses import QUIET, STEP, decibels, speech_of, speech_runs
 from tools.sound_decoder import mono_of, open_sound, read_blocks
 from tools.sound_files import LONGEST_FILE, Unusable
@@ -19,6 +20,7 @@ LOWEST, HIGHEST = 300.0, 3300.0  # Hz of a print: what a telephone leaves of a v
 BANDS = 17  # of a print: a bit for each but one
 SLICE, HOP = 0.256, 0.064  # seconds: what a row of a print covers, and from row to row
 ALIKE = 0.27  # of bits that differ at most between prints of one sound; two sentences of a voice differ by 0.38 or more
+ALIKE_THIRD = 0.3  # the same for the worst third of them
 SHIFTS = range(-3, 4)  # rows by which the start of a copy may differ
 COMPARED = 24  # rows at the start of all prints that are compared at first
 SAME_LENGTH = 0.3  # seconds that copies of a sound may differ by
@@ -98,7 +100,8 @@ def measure(sound: np.ndarray, rate: int) -> Measures:
     print_bits, covered = print_of(sound, rate, levels)
     return Measures(len(sound) / rate, float(max(QUIET, 10 * np.log10(power.mean()))),
                     float(np.percentile(levels, 90) - np.percentile(levels, 5)), clipped, offset,
-                    runs[0][0] * STEP if runs else 0.0, min(runs[-1][1] * STEP, len(sound) / rate) if runs else 0.0, print_bits, covered)
+                    runs[0][0] * STEP if runs else 0.0,
+                    min(runs[-1][1] * STEP, len(sound) / rate) if runs else 0.0, print_bits, covered)
 
 
 def read_sound(path: Path) -> tuple[np.ndarray, int]:
@@ -120,18 +123,20 @@ def measure_files(paths: Sequence[Path]) -> list[dict[str, Any] | tuple[str, str
     return found
 
 
-def distance(one: np.ndarray, other: np.ndarray) -> float:
-    """Share of differing bits of two prints [rows, bytes], at the best of SHIFTS."""
-    best = 1.0
+def distance(one: np.ndarray, other: np.ndarray) -> tuple[float, float]:
+    """Share of differing bits of two prints [rows, bytes] at the best of SHIFTS, in all and in the worst third: two
+    clips that begin alike (a jingle) are no copies."""
+    best = (1.0, 1.0)
     for shift in SHIFTS:
         a, b = one[max(0, shift):], other[max(0, -shift):]
         rows = min(len(a), len(b))
-        if rows:
-            best = min(best, float(np.bitwise_count(a[:rows] ^ b[:rows]).sum() / (rows * (BANDS - 1))))
+        if rows >= 3:
+            shares = np.bitwise_count(a[:rows] ^ b[:rows]).sum(1) / (BANDS - 1)
+            best = min(best, (float(shares.mean()), max(float(part.mean()) for part in np.array_split(shares, 3))))
     return best
 
 
-def alike(prints: Sequence[str], seconds: Sequence[float]) -> list[tuple[int, int]]:
+def alike(prints: Sequence[str], seconds: Sequence[float], progress: Progress | None = None) -> list[tuple[int, int]]:
     """Pairs (i, j), i < j, of clips that hold one sound: equally long ones whose prints differ in few bits."""
     if not prints:
         return []
@@ -147,12 +152,15 @@ def alike(prints: Sequence[str], seconds: Sequence[float]) -> list[tuple[int, in
     inner = starts[:, reach: reach + COMPARED]
     pairs = []
     for i, end in enumerate(ends):
+        if progress:
+            progress.update(i + 1)
         close = np.zeros(end - i - 1, bool)
         for shift in SHIFTS:
             moved = starts[i + 1: end, reach + shift: reach + shift + COMPARED]
             close |= np.bitwise_count(moved ^ inner[i]).sum((1, 2)) <= ALIKE * COMPARED * (BANDS - 1)
         for k in np.flatnonzero(close):
             one, other = sorted((int(order[i]), int(order[i + 1 + k])))
-            if distance(bits[one], bits[other]) <= ALIKE:
+            whole, worst = distance(bits[one], bits[other])
+            if whole <= ALIKE and worst <= ALIKE_THIRD:
                 pairs.append((one, other))
     return sorted(pairs)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import math
 import multiprocessing
 import os
@@ -70,12 +71,17 @@ class Item:
     def speaker(self) -> str:
         return str(self.row.get("speaker", ""))
 
+    @functools.cached_property
+    def letters(self) -> str:
+        """What of its text can be heard."""
+        return letters_of(normalise(self.row["text"]))
+
     @property
     def rate(self) -> float:
         """Letters in a second of speech."""
         assert self.measures is not None
         speech = self.measures.speech_end - self.measures.speech_start
-        return len(letters_of(normalise(self.row["text"]))) / speech if speech > 0 else 0.0
+        return len(self.letters) / speech if speech > 0 else 0.0
 
     def reject(self, reason: str, detail: str) -> None:
         self.reasons.append((reason, detail))
@@ -143,14 +149,14 @@ def judge_repeats(items: Sequence[Item], most: int) -> None:
     for item in items:
         by_audio[os.path.normpath(item.row["audio"])].append(item)
     for audio, rows in by_audio.items():
-        texts = {letters_of(normalise(item.row["text"])) for item in rows}
+        texts = {item.letters for item in rows}
         for item in rows if len(texts) > 1 else rows[1:]:
             item.reject("several texts for one file" if len(texts) > 1 else "two rows for one file",
                         f"{audio} has {len(rows)} rows and {len(texts)} texts")
     by_text: dict[tuple[str, str], list[Item]] = defaultdict(list)
     for item in items:
         if not item.reasons:
-            by_text[item.speaker, letters_of(normalise(item.row["text"]))].append(item)
+            by_text[item.speaker, item.letters].append(item)
     for rows in by_text.values():
         for item in rows[most:]:
             item.reject("text said too often", f"it occurs {len(rows)} times")
@@ -160,7 +166,8 @@ def judge_copies(items: Sequence[Item]) -> None:
     """Of copies of one sound the loudest stays; where one is validation, the first one of validation."""
     heard = [item for item in items if item.measures and not item.reasons]
     pairs = alike([item.measures.print for item in heard if item.measures],
-                  [item.measures.print_seconds for item in heard if item.measures])
+                  [item.measures.print_seconds for item in heard if item.measures],
+                  Progress("comparing sounds", len(heard)))
     group = list(range(len(heard)))
 
     def root(i: int) -> int:
