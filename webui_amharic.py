@@ -53,8 +53,8 @@ def make_temporary_folder() -> str:
 os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1",
                "GRADIO_TEMP_DIR": make_temporary_folder()}
 
-from webui.layout import create_page, launch_options, only_for_hosts  # noqa: E402
 from webui.texts import LANGUAGES, say  # noqa: E402
+from webui.whole_page import create_page, launch_options, only_for_hosts  # noqa: E402
 from webui.workspace import ROOT, Workspace, is_loopback, load_or_make_credentials  # noqa: E402
 
 

@@ -25,7 +25,7 @@ import yaml
 from conftest import ROOT, TOKENIZER, read_jsonl, trainer
 from test_signals import children_of, is_alive, needs_proc
 
-from tools import _features, build_pairs, preprocess, speech_codec, train_tokenizer
+from tools import build_pairs, features, preprocess, speech_codec, train_tokenizer
 from tools._common import ToolError, sha256_of
 from tools.amharic_text import TEXT_RULES, letters_of
 from tools.made_with import of_manifest
@@ -439,13 +439,13 @@ def test_rows_in_any_order_read_each_chunk_once(tmp_path: Path, monkeypatch: pyt
     random.Random(3).shuffle(rows)
     write_rows(folder, rows)
     read: list[str] = []
-    load_chunk = _features.FeatureCache.load_chunk
+    load_chunk = features.FeatureCache.load_chunk
 
-    def counting(cache: _features.FeatureCache, path: Path) -> dict[str, list[np.ndarray]]:
+    def counting(cache: features.FeatureCache, path: Path) -> dict[str, list[np.ndarray]]:
         read.append(path.name)
         return load_chunk(cache, path)
 
-    monkeypatch.setattr(_features.FeatureCache, "load_chunk", counting)
+    monkeypatch.setattr(features.FeatureCache, "load_chunk", counting)
     assert "to compute" not in run(folder, output, "--prompts-per-speaker", 0)
     assert sorted(read) == sorted(path.name for path in output.glob("chunks/*.npz")) and len(read) > 8
     run(folder, tmp_path / "fresh", "--prompts-per-speaker", 0)
@@ -698,6 +698,18 @@ def test_what_is_no_sound_or_practically_silent_is_skipped(tmp_path: Path):
     assert "where 1 is the loudest sound" in printed
     found = resolved(tmp_path / "data")
     assert np.mean(np.equal(found["whisper"]["codes"], found["loud"]["codes"])) > 0.8
+
+
+@pytest.mark.parametrize(("name", "subtype"), [("wav", "GSM610"), ("au", "G723_24"), ("wav", "NMS_ADPCM_16")])
+def test_a_telephone_recording_is_one_like_any_other(name: str, subtype: str, tmp_path: Path):
+    folder = tmp_path / "in"
+    rows = make_recordings(folder, 6)
+    soundfile.write(folder / f"call.{name}", tone(9, 9.0, 8000), 8000, subtype=subtype)
+    rows.append({"id": "call", "speaker": "s0", "text": sentence(99), "audio": f"call.{name}"})
+    write_rows(folder, rows)
+    run(folder, tmp_path / "data")
+    row = resolved(tmp_path / "data")["call"]
+    assert 8.9 < row["duration"] < 9.1 and len(row["codes"]) == row["code_len"] > 190
 
 
 def test_features_that_are_not_finite_are_never_kept(clips: Path, tmp_path: Path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +22,6 @@ TELEPHONE = {("AIFF", "GSM610"), ("WAV", "GSM610"), ("W64", "GSM610"), ("WAV", "
 COMMON = {("WAV", "PCM_16"), ("WAV", "PCM_24"), ("WAV", "FLOAT"), ("WAV", "ULAW"), ("FLAC", "PCM_16"),
           ("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", "MPEG_LAYER_III"), ("AIFF", "PCM_16"), ("AU", "ULAW"),
           ("CAF", "ALAC_16"), ("W64", "PCM_16"), ("RF64", "PCM_16"), ("NIST", "PCM_16")}
-EVERY_FORMAT = [(name, subtype) for name in soundfile.available_formats()
-                for subtype in soundfile.available_subtypes(name)]
 
 
 def tone(seconds: float, rate: int = RATE) -> np.ndarray:
@@ -31,13 +31,22 @@ def tone(seconds: float, rate: int = RATE) -> np.ndarray:
 
 
 def written(folder: Path, sound: np.ndarray, name: str, subtype: str, rate: int = RATE) -> Path:
-    """Skips what libsndfile cannot write."""
     path = folder / f"{name}_{subtype}.{name.lower()}"
-    try:
-        soundfile.write(path, sound, rate, format=name, subtype=subtype)
-    except soundfile.LibsndfileError:
-        pytest.skip(f"libsndfile cannot write {name} {subtype}")
+    soundfile.write(path, sound, rate, format=name, subtype=subtype)
     return path
+
+
+def can_be_written(name: str, subtype: str) -> bool:
+    """libsndfile lists some that it only reads."""
+    try:
+        soundfile.write(io.BytesIO(), np.zeros(100), 8000, format=name, subtype=subtype)
+    except soundfile.LibsndfileError:
+        return name == "SD2"  # not into memory, for it makes two files
+    return True
+
+
+EVERY_FORMAT = [(name, subtype) for name in soundfile.available_formats()
+                for subtype in soundfile.available_subtypes(name) if can_be_written(name, subtype)]
 
 
 def test_telephone_formats_longer_than_a_block_are_read_whole(tmp_path: Path):
@@ -113,6 +122,19 @@ def test_a_header_that_does_not_know_the_size_costs_no_sound_silently(name: str,
         assert str(refused).startswith(f"{path}: ") and sound_files.seconds_of(path) < 6
     else:
         assert abs(len(heard) - len(sound)) < 10 and np.corrcoef(heard, sound[: len(heard)])[0, 1] > 0.9
+
+
+@pytest.mark.parametrize("name", ["WAV", "RF64", "W64", "AIFF", "CAF", "AU", "FLAC", "OGG", "MP3"])
+def test_a_header_with_wrong_bytes_is_read_or_refused_and_never_ends_the_program(name: str, tmp_path: Path):
+    subtype = {"OGG": "VORBIS", "MP3": "MPEG_LAYER_III"}.get(name, "PCM_16")
+    path = written(tmp_path, tone(0.5), name, subtype)
+    content = path.read_bytes()
+    for place in range(0, 112, 4):
+        for wrong in (bytes(8), b"\xff" * 8, b"\1" + bytes(7), bytes(7) + b"\1"):
+            path.write_bytes(content[:place] + wrong + content[place + 8 :])
+            with contextlib.suppress(Unusable):
+                assert len(load_recording(path, RATE)) < 10 * RATE
+            assert sound_files.seconds_of(path) >= 0
 
 
 def test_an_mp3_of_changing_bit_rate_whose_header_is_lost_is_refused_rather_than_read_by_half(tmp_path: Path):

@@ -30,8 +30,8 @@ from tools import run_files
 from tools._common import Progress as ToolProgress
 from tools._common import ToolError
 from tools.recordings import read_recordings
-from webui import commands, jobs, panels, readers
-from webui.dataset import read_dataset
+from webui import command_lines, job_panel, jobs, readers
+from webui.recordings_check import read_dataset
 from webui.texts import TEXTS
 from webui.workspace import (
     MESSAGES,
@@ -50,7 +50,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="jo
 
 def field_names(kind: str) -> list[str]:
     """The names of a form's fields; "training" has resume (bool) and resume_path (str) among them."""
-    return [field.name for field in commands.PROGRAMS[kind].fields] + ["resume"] * (kind == "training")
+    return [field.name for field in command_lines.PROGRAMS[kind].fields] + ["resume"] * (kind == "training")
 
 
 def read_runs(output_dir: Path) -> list[readers.Point]:
@@ -120,7 +120,7 @@ def sleeper(workspace: Workspace):
 
 
 def test_the_ui_process_imports_no_torch_no_trainer_and_no_gradio():
-    code = ("import sys, webui.commands, webui.jobs, webui.readers, webui.workspace\n"
+    code = ("import sys, webui.command_lines, webui.jobs, webui.readers, webui.workspace\n"
             "print({'torch', 'numpy', 'gradio', 'trainers'} & set(sys.modules))")
     assert subprocess.run(python(code), cwd=ROOT, capture_output=True, text=True).stdout == "set()\n"
 
@@ -453,8 +453,9 @@ def test_stop_saves_says_at_which_step_and_the_same_form_with_resume_goes_on(tra
     shutil.copytree(trained, tmp_path / "w")
     workspace = Workspace.open(tmp_path / "w")
     form = {**TRAINING, "resume": True}
-    assert commands.problems("training", form, workspace) == {}
-    argv, out = commands.command_for("training", form, workspace), commands.output_of("training", form, workspace)
+    assert command_lines.problems("training", form, workspace) == {}
+    argv = command_lines.command_for("training", form, workspace)
+    out = command_lines.output_of("training", form, workspace)
     assert out is not None
     job = jobs.start_job(workspace, "training", "tiny", argv, out)
     wait_for(lambda: step_of(job) > 20 or not jobs.load_job(workspace, job.id).live)
@@ -536,12 +537,12 @@ def test_a_checkpoint_is_deleted_under_all_its_names_and_nothing_else_is(trained
     assert jobs.deletable(workspace, "out/model_step10.pth") == out / "model_step10.pth"
     gone = jobs.delete_checkpoint(workspace, "out/model_step10.pth")
     assert sorted(path.name for path in gone) == ["latest.pth", "model_step10.pth"]
-    assert commands.names_in(out) == ["model_step5.pth", "best.pth"]
+    assert command_lines.names_in(out) == ["model_step5.pth", "best.pth"]
 
 
 def test_tensorboard_listens_on_loopback_and_says_where(workspace: Workspace):
     (workspace.root / "logs").mkdir()
-    argv = commands.command_for("tensorboard", {"logdir": "logs"}, workspace)
+    argv = command_lines.command_for("tensorboard", {"logdir": "logs"}, workspace)
     job = jobs.start_job(workspace, "tensorboard", "t", argv)
     try:
         url = wait_for(lambda: readers.tensorboard_url(job.log))
@@ -585,22 +586,22 @@ def filled(kind: str, workspace: Workspace) -> dict[str, Any]:
               "file": "file", "directory": "folder", "new_directory": "new",
               "manifests": "file::am\n\n./file\n", "new_file": "new/output"}
     form = {}
-    for field in commands.PROGRAMS[kind].fields:
+    for field in command_lines.PROGRAMS[kind].fields:
         value = field.choices[-1] if field.type == "choice" else values[field.type]
         form[field.name] = f"{value}{field.suffixes[0]}" if field.suffixes else value
     return form
 
 
-@pytest.mark.parametrize("kind", sorted(set(commands.PROGRAMS) - {"training", "tensorboard"}))
+@pytest.mark.parametrize("kind", sorted(set(command_lines.PROGRAMS) - {"training", "tensorboard"}))
 def test_every_program_accepts_the_command_line_of_its_form(kind: str, workspace: Workspace,
                                                             monkeypatch: pytest.MonkeyPatch):
     form = filled(kind, workspace)
-    assert commands.problems(kind, form, workspace) == {}
-    parsed = parsed_by_the_program(commands.command_for(kind, form, workspace), monkeypatch)
+    assert command_lines.problems(kind, form, workspace) == {}
+    parsed = parsed_by_the_program(command_lines.command_for(kind, form, workspace), monkeypatch)
     root = workspace.root
     expected = {"int": 100, "float": 0.5, "switch": True, "words": ["am", "am+f2"], "text": form.get("text"),
                 "file": root / "file", "directory": root / "folder", "new_directory": root / "new"}
-    for field in commands.PROGRAMS[kind].fields:
+    for field in command_lines.PROGRAMS[kind].fields:
         value = expected.get(field.type, form[field.name])
         value = root / value if field.type == "new_file" else value
         assert parsed["paths" if kind == "inspect" else field.name] == ([value] if kind == "inspect" else value)
@@ -608,16 +609,17 @@ def test_every_program_accepts_the_command_line_of_its_form(kind: str, workspace
 
 def test_an_empty_field_shows_what_the_program_chooses(workspace: Workspace, monkeypatch: pytest.MonkeyPatch):
     shown = {}
-    for kind, program in commands.PROGRAMS.items():
+    for kind, program in command_lines.PROGRAMS.items():
         if kind in ("training", "tensorboard"):
             continue
         form = {name: value for name, value in filled(kind, workspace).items()
                 if next(field.required for field in program.fields if field.name == name)}
-        chosen = parsed_by_the_program(commands.command_for(kind, form, workspace), monkeypatch)
+        chosen = parsed_by_the_program(command_lines.command_for(kind, form, workspace), monkeypatch)
         shown |= {f"{kind}.{field.name}": chosen[field.name] for field in program.fields
                   if field.type in ("int", "float", "words") and f"{kind}.{field.name}.placeholder" in TEXTS}
     settings = trainer.TrainConfig()
-    shown |= {f"training.{field.name}": getattr(settings, field.name) for field in commands.PROGRAMS["training"].fields
+    fields = command_lines.PROGRAMS["training"].fields
+    shown |= {f"training.{field.name}": getattr(settings, field.name) for field in fields
               if field.type == "int" and getattr(settings, field.name)}
     told = {key: re.match(r"[a-z0-9.+ ]+", TEXTS[f"{key}.placeholder"][0]) for key, value in shown.items() if value}
     expected = {key: " ".join(value) if isinstance(value, list) else f"{value:g}"
@@ -627,7 +629,7 @@ def test_an_empty_field_shows_what_the_program_chooses(workspace: Workspace, mon
 
 def test_the_trainer_accepts_the_command_line_of_the_training_form(workspace: Workspace):
     form = {**filled("training", workspace), "resume": True}
-    argv = commands.command_for("training", form, workspace)
+    argv = command_lines.command_for("training", form, workspace)
     assert argv[:2] == [sys.executable, "trainers/train_gpt_v2.py"]
     file = str(workspace.root / "file")
     ints = {name: 100 for name in ("batch_size", "grad_accumulation", "epochs", "num_workers", "max_steps", "seed",
@@ -651,38 +653,38 @@ def test_the_trainer_accepts_the_command_line_of_the_training_form(workspace: Wo
     ({"train_manifests": [], "val_manifests": ["", " "]}, []),
 ])
 def test_an_empty_field_emits_no_flag_and_resume_without_a_path_is_auto(form: dict[str, Any], flags: list[str]):
-    argv = commands.training_command(form)
+    argv = command_lines.training_command(form)
     assert argv[2:] == flags
     trainer.parse_args(argv[2:])
 
 
-@pytest.mark.parametrize("name", sorted(commands.PRESETS))
+@pytest.mark.parametrize("name", sorted(command_lines.PRESETS))
 def test_presets_are_values_that_the_form_and_the_trainer_accept(name: str, workspace: Workspace):
-    form = commands.PRESETS[name]
+    form = command_lines.PRESETS[name]
     assert set(form) <= set(field_names("training"))
-    assert commands.problems("training", {**form, "output_dir": "out"}, workspace) == {}
-    settings = trainer.TrainConfig(**trainer.parse_args(commands.training_command(form)[2:]))
+    assert command_lines.problems("training", {**form, "output_dir": "out"}, workspace) == {}
+    settings = trainer.TrainConfig(**trainer.parse_args(command_lines.training_command(form)[2:]))
     assert trainer.config_problems(settings) == []
 
 
 def test_the_form_and_the_trainer_agree_on_the_smallest_number_of_each_setting(workspace: Workspace):
-    for field in commands.PROGRAMS["training"].fields:
+    for field in command_lines.PROGRAMS["training"].fields:
         if field.type in ("int", "float"):
             smallest = int(field.minimum)
             accepted = trainer.TrainConfig(**{field.name: smallest})
             assert trainer.config_problems(accepted) == [], field.name
             assert trainer.config_problems(dataclasses.replace(accepted, **{field.name: smallest - 1})), field.name
             form = {"output_dir": "out", field.name: smallest - 1}
-            assert commands.problems("training", form, workspace)[field.name][0] == "too_small"
+            assert command_lines.problems("training", form, workspace)[field.name][0] == "too_small"
 
 
 def test_the_preview_runs_in_a_shell_as_the_job_runs(workspace: Workspace):
     text = "--it's $(touch /tmp/owned) `x`\n\u1230\u120b\u121d"
-    argv = commands.command("synthesize", {"checkpoint": f"{ROOT}/a b.pth", "text": text})
-    shown = commands.preview(argv)
+    argv = command_lines.command("synthesize", {"checkpoint": f"{ROOT}/a b.pth", "text": text})
+    shown = command_lines.preview(argv)
     assert shown.startswith(f"cd {ROOT} && python -m tools.synthesize --checkpoint 'a b.pth'")
     echo = f'import os, sys; print(ascii((os.getcwd(), sys.argv[1:])))  # {ROOT}'
-    script = shown.replace("python -m tools.synthesize", f"{sys.executable} -c {commands.shlex.quote(echo)}")
+    script = shown.replace("python -m tools.synthesize", f"{sys.executable} -c {command_lines.shlex.quote(echo)}")
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ascii((str(ROOT), ["--checkpoint", "a b.pth", f"--text={text}"]))
 
@@ -713,7 +715,7 @@ def test_what_can_be_known_before_training_starts_is_said_at_its_field(trained: 
     for name in ("elsewhere/latest.pth", "elsewhere_best/best.pth"):
         (trained / name).parent.mkdir(exist_ok=True)
         (trained / name).touch()
-    found = commands.problems("training", {**TRAINING, **form}, Workspace(trained))
+    found = command_lines.problems("training", {**TRAINING, **form}, Workspace(trained))
     assert list(found) == [field] and found[field][0] == key
     assert set(found[field][1]) == set(MESSAGES[key])
 
@@ -721,14 +723,14 @@ def test_what_can_be_known_before_training_starts_is_said_at_its_field(trained: 
 @pytest.mark.parametrize("form", [{"resume": True}, {"resume": True, "resume_path": "out/model_step5.pth"},
                                   {"output_dir": "fresh/new"}, {"output_dir": "fresh", "resume": True}])
 def test_a_form_without_mistakes_has_no_problems(trained: Path, form: dict[str, Any]):
-    assert commands.problems("training", {**TRAINING, **form}, Workspace(trained)) == {}
+    assert command_lines.problems("training", {**TRAINING, **form}, Workspace(trained)) == {}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The walls of the workspace
 
-PATH_FIELDS = [(kind, field.name) for kind, program in sorted(commands.PROGRAMS.items()) for field in program.fields
-               if field.type in (*commands.PATHS, "manifests")]
+PATH_FIELDS = [(kind, field.name) for kind, program in sorted(command_lines.PROGRAMS.items())
+               for field in program.fields if field.type in (*command_lines.PATHS, "manifests")]
 ESCAPES = {"..": "path_outside", "../workspace2/x": "path_outside", "/etc/passwd": "path_outside", "/": "path_outside",
            "folder/../../x": "path_outside", "link_out/passwd": "path_outside", "link_file": "path_outside",
            ".webui/auth.json": "path_hidden", "folder/../.webui": "path_hidden", "link_in/auth.json": "path_hidden",
@@ -753,10 +755,10 @@ def walled(workspace: Workspace) -> Workspace:
 def test_no_field_leads_out_of_the_workspace(kind: str, name: str, walled: Workspace):
     for path, key in ESCAPES.items():
         form = {name: path, "resume": True}
-        assert commands.problems(kind, form, walled)[name][0] == key, path
-        assert refusal(commands.command_for, kind, form, walled)[0] == key, path
-        if commands.PROGRAMS[kind].output == name:
-            assert refusal(commands.output_of, kind, form, walled)[0] == key, path
+        assert command_lines.problems(kind, form, walled)[name][0] == key, path
+        assert refusal(command_lines.command_for, kind, form, walled)[0] == key, path
+        if command_lines.PROGRAMS[kind].output == name:
+            assert refusal(command_lines.output_of, kind, form, walled)[0] == key, path
 
 
 def test_settings_uploads_and_deletions_stay_inside_too(walled: Workspace, tmp_path: Path):
@@ -773,7 +775,7 @@ def test_settings_uploads_and_deletions_stay_inside_too(walled: Workspace, tmp_p
 
 def test_an_output_file_of_another_kind_is_never_overwritten(workspace: Workspace):
     (workspace.root / "train_gpt_v2.py").touch()
-    found = commands.problems("tokenizer", {"texts": "train_gpt_v2.py", "output": "train_gpt_v2.py"}, workspace)
+    found = command_lines.problems("tokenizer", {"texts": "train_gpt_v2.py", "output": "train_gpt_v2.py"}, workspace)
     assert found == {"output": ("wrong_suffix", {"path": "train_gpt_v2.py", "suffixes": ".model"})}
 
 
@@ -800,7 +802,7 @@ def test_an_upload_is_judged_by_its_content_not_by_its_name(workspace: Workspace
 @pytest.fixture
 def built(workspace: Workspace) -> Any:
     """(what Gradio serves, what the handlers of the tabs work with): a page without a browser."""
-    from webui.layout import create_page
+    from webui.whole_page import create_page
     return create_page(workspace)
 
 
@@ -829,7 +831,7 @@ def test_the_checkpoint_that_was_asked_about_is_deleted_whatever_the_box_says_by
 
 
 def test_of_an_upload_all_that_can_be_is_taken_and_the_rest_is_named(workspace: Workspace, tmp_path: Path, page: Any):
-    from webui.tabs import take_uploads
+    from webui.data_tabs import take_uploads
     paths = [tmp_path / f"{name}.wav" for name in "abcx"]
     for path in paths:
         path.write_bytes(b"no sound" if path.stem == "x" else WAV)
@@ -1077,9 +1079,9 @@ def test_memory_of_machine_process_and_gpus(tmp_path: Path, monkeypatch: pytest.
 def test_of_several_jobs_of_a_kind_the_newest_that_runs_comes_first(workspace: Workspace, sleeper: jobs.Job):
     later = ended(workspace, jobs.start_job(workspace, "speak", "t", python(""), workspace.root / "other"))
     found = jobs.list_jobs(workspace)
-    assert panels.newest(found, ["speak"]) == sleeper == panels.first_running(panels.jobs_of(found, ["speak"]))
-    assert panels.newest(found, ["speak"], workspace.root / "other") == later
-    assert panels.newest(found, ["corpus"]) is None
+    assert job_panel.newest(found, ["speak"]) == sleeper == job_panel.first_running(job_panel.jobs_of(found, ["speak"]))
+    assert job_panel.newest(found, ["speak"], workspace.root / "other") == later
+    assert job_panel.newest(found, ["corpus"]) is None
 
 
 def test_a_legend_names_only_the_runs_that_have_a_curve(workspace: Workspace, page: Any):

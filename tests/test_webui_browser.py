@@ -29,7 +29,7 @@ import soundfile
 from conftest import ROOT, TOKENIZER, call_trainer, data_args, make_dataset
 
 from tools import build_pairs, preprocess, speech_codec
-from webui import commands, jobs, pipeline
+from webui import command_lines, jobs, pipeline
 from webui.texts import TEXTS
 from webui.workspace import MESSAGES, Workspace
 
@@ -610,7 +610,7 @@ def test_no_path_field_of_any_tab_leads_out_of_the_workspace(newcomer: Visitor, 
         visitor.open(tab)
         visitor.more_settings()
         for kind in (kind for kind, own in pipeline.STEP_OF.items() if own == step):
-            names = [field.name for field in commands.PROGRAMS[kind].fields if field.type in PATH_TYPES]
+            names = [field.name for field in command_lines.PROGRAMS[kind].fields if field.type in PATH_TYPES]
             names = [name for name in names if visitor.page.locator(f"#{kind}-{name}").count()]
             for name in names:
                 visitor.fill(kind, **{name: OUTSIDE})
@@ -673,7 +673,7 @@ def test_a_public_page_asks_for_a_password_that_it_made_printed_and_kept(browser
 
 
 def test_the_ui_process_imports_neither_torch_nor_the_trainer(tmp_path: Path):
-    code = ("import sys; from webui.layout import create_page; from webui.workspace import Workspace\n"
+    code = ("import sys; from webui.whole_page import create_page; from webui.workspace import Workspace\n"
             f"import webui_amharic; create_page(Workspace.open({str(tmp_path)!r}))\n"
             "print([name for name in sys.modules if name.split('.')[0] in ('torch', 'trainers')])")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, timeout=120)
@@ -735,16 +735,16 @@ def test_every_text_is_there_in_both_languages_with_the_same_values():
         placeholders(TEXTS[key][0]) <= set(values) for key, values in MESSAGES.items())
 
 
-@pytest.mark.parametrize("kind", [kind for kind in commands.PROGRAMS if kind in pipeline.STEP_OF])
+@pytest.mark.parametrize("kind", [kind for kind in command_lines.PROGRAMS if kind in pipeline.STEP_OF])
 def test_a_form_is_read_back_from_its_command_line(kind: str, tmp_path: Path):
     examples = {"text": "-ሰላም = ዓለም", "words": "am am+f2", "int": "3", "float": "0.5", "switch": True,
                 "manifests": "a/b.jsonl\nc.jsonl::am"}
     form = {field.name: field.choices[0] if field.choices else examples.get(field.type, f"in/{field.name}")
-            for field in commands.PROGRAMS[kind].fields}
+            for field in command_lines.PROGRAMS[kind].fields}
     if kind == "training":
         form["resume"] = True
     workspace = Workspace.open(tmp_path)
-    assert pipeline.form_of(kind, commands.command_for(kind, form, workspace), workspace) == form
+    assert pipeline.form_of(kind, command_lines.command_for(kind, form, workspace), workspace) == form
 
 
 def test_steps_are_done_by_what_they_made_and_the_next_is_after_the_furthest():

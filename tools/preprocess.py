@@ -7,7 +7,8 @@ Writes into --output-dir:
   condition.npy, emo_vec.npy  float32 [32 * prompts, D] and [prompts, D], for the prompt recordings only
   utterances.jsonl            one row per utterance: its split, its audio (relative to the output folder), where its
                               numbers start and how many they are
-  config.yaml                 the model to train (gpt:) and what the data was made with (dataset:)
+  config.yaml                 the model to train (gpt:) and what the data was made with (dataset:), which is compared
+                              wherever data and weights meet
   skipped.jsonl               the rows that were left out, each with its reason
   chunks/                     what has been computed; deleting it costs time only
 
@@ -67,7 +68,8 @@ from tools._common import (
     write_text,
     writing_to,
 )
-from tools._features import (
+from tools.amharic_text import TEXT_RULES, letters_of, normalise
+from tools.features import (
     FORMAT,
     Clip,
     FeatureCache,
@@ -77,7 +79,6 @@ from tools._features import (
     find_clip,
     load_features,
 )
-from tools.amharic_text import TEXT_RULES, letters_of, normalise
 from tools.made_with import INDEXTTS2_CODES, record
 from tools.recordings import is_sound_name, read_recordings, why_left_out
 from tools.sound_files import Unusable

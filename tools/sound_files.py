@@ -112,6 +112,8 @@ def bytes_cut_off(path: Path) -> int:
                 known = size < (UNKNOWN_SIZE if layout.size_bytes == 4 and not wide else UNKNOWN_LENGTH)
                 if layout.sound or not known or place + size > end:
                     return max(0, place + size - end) if known else 0
+            if size < 0 or place + size >= end:  # a header that is damaged
+                return 0
             handle.seek(place + size + -size % layout.multiple)
     return 0
 

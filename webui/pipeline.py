@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from tools.run_files import all_checkpoints
-from webui.commands import PROGRAMS, Form
+from webui.command_lines import PROGRAMS, Form
 from webui.jobs import Job
 from webui.readers import files_in
 from webui.workspace import Refused, Workspace, is_text_name

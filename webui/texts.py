@@ -237,7 +237,10 @@ TEXTS: dict[str, tuple[str, str]] = {
     "training.amp": ("Mixed Precision (AMP)", "የተቀላቀለ ትክክለኛነት (AMP)"),
     "training.config": ("Model configuration", "የሞዴል ውቅር"),
     "training.config.placeholder": ("config.yaml beside the first manifest", "ከመጀመሪያው ዝርዝር አጠገብ ያለ config.yaml"),
-    "training.base_checkpoint": ("Base weights (IndexTTS2)", "መነሻ ሞዴል (IndexTTS2)"),
+    "training.base_checkpoint": ("Base weights", "መነሻ ሞዴል"),
+    "training.base_checkpoint.info": (
+        "Weights for the codes of this data. IndexTTS2's released ones are for codes that this page does not make.",
+        "ለዚህ ውሂብ ኮዶች የተዘጋጀ ሞዴል። የ IndexTTS2 ሞዴል ይህ ገጽ ለማይሠራቸው ኮዶች ነው።"),
     "training.base_checkpoint.placeholder": ("none: from scratch", "የለም፦ ከባዶ"),
     "training.max_steps": ("Stop after steps", "ከዚህ እርምጃ በኋላ አቁም"),
     "training.max_steps.placeholder": ("0 (no limit)", "0 (ገደብ የለም)"),
@@ -313,6 +316,16 @@ TEXTS: dict[str, tuple[str, str]] = {
     "resume.verifying": ("Verifying {names}…", "{names} በመረጋገጥ ላይ…"),
     "resume.nothing": ("No checkpoint in {path} yet: training will start from the beginning.",
                        "በ {path} እስካሁን ቼክፖይንት የለም፦ ሥልጠናው ከመጀመሪያ ይጀምራል።"),
+    "do_not_belong": (
+        "Not made for each other: {differences}. Choose files that belong together, or preprocess the recordings "
+        "again.",
+        "እርስ በርስ የማይዛመዱ፦ {differences}። የሚዛመዱ ፋይሎችን ይምረጡ፣ ወይም ቅጂዎቹን እንደገና ያዘጋጁ።"),
+    "weights_unknown": (
+        "{path} does not say which codec's codes it was trained on; those of {data} are of the embedded codec, on "
+        "which other weights, IndexTTS2's among them, are ruined. Leave this empty to train from scratch.",
+        "{path} በየትኛው ኮዴክ ኮዶች እንደሠለጠነ አይናገርም፤ የ {data} ኮዶች የውስጥ ኮዴክ ናቸው፤ የ IndexTTS2 እና ሌሎች ሞዴሎች በእነሱ ይበላሻሉ። "
+        "ከባዶ ለማሠልጠን ይህን ባዶ ይተዉት።"),
+    "record_unreadable": ("{reason}", "{reason}"),
     "none_valid": ("None of the checkpoints in {path} can be used: {reason}. Choose another output directory, or "
                    "move the "
                    "damaged files away to start from the beginning.",

@@ -10,11 +10,11 @@ from urllib.parse import urlsplit
 import gradio as gr
 
 from tools.run_files import all_checkpoints
-from webui.commands import PRESETS, Form, Problem, command_for, typed
-from webui.forms import FormSection
+from webui.command_form import FormSection
+from webui.command_lines import PRESETS, Form, Problem, command_for, typed
+from webui.job_panel import create_job_panel, create_plot, curves, legend, newest, reason_of
 from webui.jobs import Job, holder_of, start_job, stop_job
-from webui.page import QUIET, Page, plain, refusal, tell
-from webui.panels import create_job_panel, create_plot, curves, legend, newest, reason_of
+from webui.page_base import QUIET, Page, plain, refusal, tell
 from webui.readers import Inspection, curve, tensorboard_url
 from webui.texts import say
 from webui.workspace import Refused, load_settings, save_settings
@@ -89,6 +89,7 @@ def create_training_tab(page: Page) -> None:
                 form.row("grad_checkpointing")
             pick, told = create_resume_section(page, form)
             form.command_and_start("training.start")
+            form.check_when_read("base_checkpoint")
             connect_resume(page, form, pick, told)
             create_settings_file(page, form)
             page.prose("training.tips", elem_classes=["tips"])

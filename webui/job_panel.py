@@ -12,7 +12,7 @@ import gradio as gr
 import pandas as pd
 
 from webui.jobs import Job, kill_job, load_job, read_tail, stop_job
-from webui.page import QUIET, Page, progress_text, tell
+from webui.page_base import QUIET, Page, progress_text, tell
 from webui.readers import Progress, progress_of
 from webui.texts import say
 from webui.workspace import Refused

@@ -1,4 +1,4 @@
-"""The page: labels in two languages, and what follows the workspace by one timer.
+"""What every tab is built on: labels in two languages, and what follows the workspace by one timer.
 
 The server keeps no state of its own but caches: what runs is read from the workspace, what a user typed is in that
 user's browser. Handlers answer at once (queue=False) and never wait for a program.
@@ -69,6 +69,10 @@ def duration(seconds: float) -> str:
     """3700 -> "1:01:40"."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
+def megabytes(size: float) -> str:
+    return f"{size / 1e6:.1f}" if size < 1e9 else f"{size / 1e6:.0f}"
 
 
 @dataclass(frozen=True)

@@ -8,18 +8,17 @@ import gradio as gr
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from webui.page import Page
-from webui.tabs import (
+from webui.checkpoints_tab import connect_use, create_checkpoints_tab
+from webui.data_tabs import (
     MAX_UPLOAD_MB,
-    connect_use,
-    create_checkpoints_tab,
     create_corpus_tab,
     create_dataset_tab,
-    create_listen_tab,
     create_preprocess_tab,
     create_recordings_tab,
     create_tokenizer_tab,
 )
+from webui.listen_tab import create_listen_tab
+from webui.page_base import Page
 from webui.training_tab import create_training_tab
 from webui.workspace import Workspace
 

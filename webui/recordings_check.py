@@ -1,4 +1,4 @@
-"""What is in a recordings.jsonl, and which of its lines cannot be used."""
+"""What is in a recordings.jsonl, for the page to show, and which of its lines cannot be used."""
 
 from __future__ import annotations
 

@@ -10,10 +10,11 @@ from typing import Any
 import gradio as gr
 
 from webui import pipeline
-from webui.commands import PROGRAMS, Field, Form, Problem, command_for, output_of, preview, problems, typed
+from webui.belonging import belonging_problems, checkpoint_record
+from webui.command_lines import PROGRAMS, Field, Form, Problem, command_for, output_of, preview, problems, typed
+from webui.job_panel import newest
 from webui.jobs import Job, start_job
-from webui.page import QUIET, Page, refusal
-from webui.panels import newest
+from webui.page_base import QUIET, Page, refusal
 from webui.texts import TEXTS, say
 from webui.workspace import Refused
 
@@ -154,7 +155,23 @@ class FormSection:
     # What is wrong, and Start
 
     def problems(self, form: Form) -> dict[str, Problem]:
-        return problems(self.kind, form, self.page.workspace)
+        """Of each field by itself, and where there are none, of files that do not belong together."""
+        workspace = self.page.workspace
+        return problems(self.kind, form, workspace) or belonging_problems(self.kind, form, workspace,
+                                                                          self.page.checkpoints)
+
+    def check_when_read(self, name: str) -> None:
+        """A new check when the checkpoint in this field has been read in the background."""
+        known = gr.Textbox(visible="hidden")
+
+        def look(jobs: Sequence[Job], language: str, path: str) -> list[Any]:
+            try:
+                return [json.dumps(checkpoint_record(self.page.workspace.inside(path), self.page.checkpoints))]
+            except Refused:
+                return [""]
+
+        self.page.watch(self.tab, [self.inputs[name]], [known], look)
+        self.check_on.append(known.change)
 
     def shown_as(self, language: str, form: Form, values: Form, strict: bool = False) -> list[Any]:
         """Updates of the inputs (new values for some; their help, or what is wrong; that a field is empty only when
@@ -194,3 +211,18 @@ class FormSection:
             notice = refusal(refused, language)
         form = {**form, **new}
         return [draft and form, *self.shown_as(language, form, new), notice]
+
+
+def create_form(page: Page, kind: str, tab: str, rows: Sequence[Sequence[str]], more: Sequence[Sequence[str]] = (),
+                start: str = "start") -> FormSection:
+    """A program's form: rows of fields, the rarer ones behind "More settings", the command and Start."""
+    form = FormSection(page, kind, tab)
+    with gr.Group():
+        for names in rows:
+            form.row(*names)
+    if more:
+        with page.accordion("more_settings"), gr.Group():
+            for names in more:
+                form.row(*names)
+    form.command_and_start(start)
+    return form

@@ -1,0 +1,122 @@
+"""Files of a form that were not made for each other, said beside the field before anything starts.
+
+The programs refuse them too. Data sets are read here, checkpoints by the background command of CheckpointTable: until
+it has answered nothing is said.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+from tools._common import ToolError, sha256_of
+from tools.made_with import EMBEDDED, KEYS, OF_SOUND, MadeWith, differences, of_config, of_manifest
+from tools.run_files import LATEST, all_checkpoints, lock_holder, split_language
+from webui.command_lines import Form, Problem, lines_of, typed
+from webui.readers import CheckpointTable
+from webui.workspace import ROOT, Workspace
+
+OF_MODEL = ("features", "num_codes", "codes_per_second")
+"""What a model's configuration decides."""
+TRAIN_MANIFEST, CODEC = ROOT / "processed_data/train_pairs.jsonl", ROOT / "processed_data/speech_codec.pt"
+CHECKPOINT_FIELD = {"synthesize": "checkpoint", "evaluate": "checkpoint", "watch": "watch"}
+
+
+def problem_of(name_a: str, a: MadeWith, name_b: str, b: MadeWith, keys: Sequence[str] = tuple(KEYS)) -> Problem | None:
+    found = differences(name_a, a, name_b, b, keys)
+    return ("do_not_belong", {"differences": "; ".join(found)}) if found else None
+
+
+@functools.lru_cache(maxsize=64)
+def digest_at(path: Path, size: int, changed: int) -> str:
+    return sha256_of(path)
+
+
+def digest(path: Path, key: str) -> MadeWith:
+    """{key: sha256} of a file as it is now; {} for one that is not there."""
+    try:
+        status = path.stat()
+        return {key: digest_at(path, status.st_size, status.st_mtime_ns)}
+    except OSError:
+        return {}
+
+
+def checkpoint_record(path: Path, table: CheckpointTable) -> MadeWith | None:
+    """None while it is not known, and for one that a trainer is about to replace: reading it would only slow that
+    down."""
+    if not path.is_file() or lock_holder(path.parent):
+        return None
+    found = table.look_at(path.parent, [path]).checkpoints
+    return found[0]["made_with"] if found else None
+
+
+def training_problems(form: Form, workspace: Workspace, table: CheckpointTable) -> dict[str, Problem]:
+    """Of Tab 6: the manifests among each other, and with tokenizer, --config and --base-checkpoint. The form's paths
+    are known to be in the workspace."""
+    goes_on = bool(form.get("resume")) and bool(all_checkpoints(workspace.inside(typed(form.get("output_dir")))))
+    named = [(name, workspace.inside(split_language(line)[0])) for name in ("train_manifests", "val_manifests")
+             for line in lines_of(form.get(name))]
+    if not lines_of(form.get("train_manifests")) and not goes_on:  # on resume the checkpoint names them
+        named.insert(0, ("train_manifests", TRAIN_MANIFEST))
+    if not named:
+        return {}
+    found: list[tuple[str, Problem | None]] = []
+    (_, first), *others = named
+    data, data_name = of_manifest(first), workspace.show(first)
+    for name, path in others:
+        found.append((name, problem_of(data_name, data, workspace.show(path), of_manifest(path))))
+    if typed(form.get("tokenizer")):
+        path = workspace.inside(typed(form.get("tokenizer")))
+        found.append(("tokenizer", problem_of(data_name, data, workspace.show(path), digest(path, "tokenizer_sha256"))))
+    if typed(form.get("config")):
+        path = workspace.inside(typed(form.get("config")))
+        found.append(("config", problem_of(data_name, data, workspace.show(path), of_config(path), OF_MODEL)))
+    if typed(form.get("base_checkpoint")) and not goes_on:  # on resume it is not read
+        path = workspace.inside(typed(form.get("base_checkpoint")))
+        found.append(("base_checkpoint", base_problem(data_name, data, workspace.show(path),
+                                                      checkpoint_record(path, table))))
+    return {name: problem for name, problem in reversed(found) if problem}
+
+
+def base_problem(data_name: str, data: MadeWith, name: str, record: MadeWith | None) -> Problem | None:
+    """None for one that is not read yet. One of which nothing is known must not be spoiled by this data."""
+    if record is None:
+        return None
+    if data.get("features") == EMBEDDED and "codec_sha256" not in record:
+        return "weights_unknown", {"path": name, "data": data_name}
+    return problem_of(data_name, data, name, record)
+
+
+def voice_problems(kind: str, form: Form, workspace: Workspace, table: CheckpointTable) -> dict[str, Problem]:
+    """Of Tab 8: the codec, the tokenizer and the data set to judge by, with the checkpoint."""
+    field = CHECKPOINT_FIELD[kind]
+    path = workspace.inside(typed(form.get(field)))
+    record = checkpoint_record(path / LATEST if kind == "watch" else path, table)
+    codec = workspace.inside(typed(form.get("codec"))) if typed(form.get("codec")) else CODEC
+    of_codec = digest(codec, "codec_sha256")
+    found: list[tuple[str, Problem | None]] = []
+    if kind == "evaluate":
+        config = workspace.inside(typed(form.get("data_dir"))) / "config.yaml"
+        data = of_manifest(config)
+        found.append(("data_dir", problem_of(workspace.show(config), data, workspace.show(codec), of_codec)))
+        found.append(("data_dir", problem_of(workspace.show(config), data, workspace.show(path), record or {},
+                                             OF_SOUND)))
+    found.append(("codec" if typed(form.get("codec")) else field,
+                  problem_of(workspace.show(path), record or {}, workspace.show(codec), of_codec)))
+    if typed(form.get("tokenizer")):
+        tokenizer = workspace.inside(typed(form.get("tokenizer")))
+        found.append(("tokenizer", problem_of(workspace.show(path), record or {}, workspace.show(tokenizer),
+                                              digest(tokenizer, "tokenizer_sha256"))))
+    return {name: problem for name, problem in reversed(found) if problem}
+
+
+def belonging_problems(kind: str, form: Form, workspace: Workspace, table: CheckpointTable) -> dict[str, Problem]:
+    """For a form whose fields are well by themselves; {} for programs that are not named here."""
+    try:
+        if kind == "training":
+            return training_problems(form, workspace, table)
+        return voice_problems(kind, form, workspace, table) if kind in CHECKPOINT_FIELD else {}
+    except ToolError as error:  # a config.yaml that cannot be read
+        field = {"training": "train_manifests", "evaluate": "data_dir"}.get(kind, "checkpoint")
+        return {field: ("record_unreadable", {"reason": str(error)})}

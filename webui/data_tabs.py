@@ -1,0 +1,165 @@
+"""Tabs 1 to 5, from recordings to pairs: one function each."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from tools.amharic_text import normalise
+from webui import pipeline
+from webui.command_form import create_form
+from webui.job_panel import create_job_panel
+from webui.jobs import Job
+from webui.page_base import QUIET, Page, beside, megabytes, refusal, tell
+from webui.readers import files_in
+from webui.recordings_check import EXAMPLE, SHOWN_FAULTS, read_dataset
+from webui.texts import say
+from webui.workspace import Refused, take_upload
+
+MAX_UPLOAD_MB = 200
+SHOWN_FILES = 200
+
+
+def create_recordings_tab(page: Page) -> None:
+    with page.tab("recordings"):
+        page.prose("recordings.intro")
+        with gr.Row():
+            with gr.Column():
+                folder = page.add(gr.Textbox, "recordings.folder", value=pipeline.RECORDINGS, max_lines=1,
+                                  elem_id="recordings-folder")
+                upload = page.add(gr.File, "recordings.upload", file_count="multiple", file_types=[*pipeline.AUDIO],
+                                  height=140, elem_id="recordings-upload")
+                notice = page.notice()
+                page.prose("recordings.by_hand", elem_classes=["missing"])
+            with gr.Column():
+                count = gr.Markdown(elem_id="recordings-count")
+                table = page.add(gr.Dataframe, "recordings.table", interactive=False, max_height=330)
+        with page.accordion("recordings.speak"), gr.Row():
+            with gr.Column():
+                create_form(page, "speak", "recordings", [["texts", "output_dir"], ["voices", "limit"]],
+                            [["words_per_minute", "workers", "every_voice"]])
+            with gr.Column(elem_classes=["live"]):
+                create_job_panel(page, "recordings", ["speak"])
+
+    def look(jobs: Sequence[Job], language: str, typed: str) -> list[Any]:
+        path, problem = page.locate(language, typed)
+        files = files_in(path, pipeline.AUDIO) if path else {}
+        rows = [[name, f"{megabytes(size)} MB"] for name, size in itertools.islice(files.items(), SHOWN_FILES)]
+        text = say("recordings.count", language, count=len(files), megabytes=megabytes(sum(files.values())))
+        headers = [say("column.file", language), say("column.size", language)]
+        return [problem, text if files else say("recordings.none", language), {"headers": headers, "data": rows}]
+
+    def take(uploaded: list[str], typed: str, language: str) -> tuple[None, str]:
+        return None, take_uploads(page, [Path(name) for name in uploaded], typed, language)
+
+    page.watch("recordings", [folder], [folder, count, table], look)
+    page.refresh_after.append(upload.upload(take, [upload, folder, page.language], [upload, notice], **QUIET))
+
+
+def take_uploads(page: Page, uploaded: Sequence[Path], folder: str, language: str) -> str:
+    """Takes what can be taken. Returns how many that were, which were there before, and what is wrong with others."""
+    there, wrong = [], []
+    for path in uploaded:
+        try:
+            take_upload(page.workspace, path, folder, pipeline.AUDIO, MAX_UPLOAD_MB)
+        except Refused as refused:
+            if refused.key == "file_in_the_way":
+                there.append(path.name)
+            else:
+                wrong.append(refusal(refused, language))
+    count = len(uploaded) - len(there) - len(wrong)
+    lines = ["✓ " + tell(language, "recordings.uploaded", count=count, folder=folder)] if count else []
+    if there:
+        lines.append("✗ " + tell(language, "recordings.there", names=", ".join(there)))
+    return "\n\n".join([*lines, *dict.fromkeys(wrong)])
+
+
+def create_dataset_tab(page: Page) -> None:
+    with page.tab("dataset"):
+        page.prose("dataset.by_hand", elem_classes=["missing"])
+        page.add(gr.Textbox, "dataset.example", value=EXAMPLE.rstrip(), lines=2, interactive=False, buttons=["copy"],
+                 elem_classes=["command"])
+        with gr.Row(elem_classes=["line"]):
+            path = page.add(gr.Textbox, "dataset.path", max_lines=1, scale=4, elem_id="dataset-path")
+            check = page.button("dataset.check", variant="primary", scale=1, elem_id="dataset-check")
+        report = page.notice()
+        table = page.add(gr.Dataframe, "dataset.table", interactive=False, wrap=True, visible=False,
+                         elem_id="dataset-table")
+
+    def look(jobs: Sequence[Job], language: str) -> list[Any]:
+        """An empty box stands for the data set that the step before has made."""
+        return [gr.update(placeholder=pipeline.files_made(page.workspace, jobs).get(
+            "dataset", f"{pipeline.RECORDINGS}/recordings.jsonl"))]
+
+    def read(typed: str, language: str) -> list[Any]:
+        jobs_made = pipeline.files_made(page.workspace, page.jobs())
+        typed = typed or jobs_made.get("dataset", f"{pipeline.RECORDINGS}/recordings.jsonl")
+        try:
+            found = read_dataset(page.workspace.inside(typed, must_exist=True), page.workspace)
+        except Refused as refused:
+            return [beside(refused, language), "", gr.update(visible=False)]
+        lines = [say("dataset.summary", language, rows=found.rows, speakers=len(found.speakers),
+                     validation=found.validation)]
+        lines += [f"- ✗ {tell(language, 'dataset.bad_line', line=number, fault=say(key, language, **values))}"
+                  for number, key, values in found.faults[:SHOWN_FAULTS]]
+        if len(found.faults) > SHOWN_FAULTS:
+            lines.append("- " + say("dataset.more", language, count=len(found.faults) - SHOWN_FAULTS))
+        lines += [] if found.faults else [f"✓ {say('dataset.good', language)}"]
+        headers = ["id", *(say(f"column.{name}", language) for name in ("speaker", "text", "file"))]
+        shown = gr.update(visible=True, value={"headers": headers, "data": found.first})
+        return [gr.update(info="", elem_classes=[]), "\n\n".join(lines), shown]
+
+    page.watch("dataset", [], [path], look)
+    check.click(read, [path, page.language], [path, report, table], **QUIET)
+
+
+def create_corpus_tab(page: Page) -> None:
+    with page.tab("corpus"):
+        page.prose("corpus.intro")
+        with gr.Row():
+            with gr.Column():
+                create_form(page, "corpus", "corpus", [["sources", "output_dir"], ["sequences"]],
+                            [["validation_texts", "held_out_words", "seed"]])
+            with gr.Column(elem_classes=["live"]):
+                create_job_panel(page, "corpus", ["corpus"])
+        with page.accordion("corpus.normalise"), gr.Row():
+            written = page.add(gr.Textbox, "corpus.normalise_input", lines=2, max_length=2000,
+                               elem_id="normalise-input")
+            spoken = page.add(gr.Textbox, "corpus.normalise_output", lines=2, interactive=False, buttons=["copy"],
+                              elem_id="normalise-output")
+    written.change(lambda text: "\n".join(map(normalise, text.splitlines())), [written], [spoken],
+                  trigger_mode="always_last", **QUIET)
+
+
+def create_tokenizer_tab(page: Page) -> None:
+    with page.tab("tokenizer"):
+        page.prose("tokenizer.intro")
+        with gr.Row():
+            with gr.Column():
+                create_form(page, "tokenizer", "tokenizer", [["texts"], ["output"], ["model_type", "vocab_size"]])
+            with gr.Column(elem_classes=["live"]):
+                create_job_panel(page, "tokenizer", ["tokenizer"])
+
+
+def create_preprocess_tab(page: Page) -> None:
+    with page.tab("preprocess"):
+        page.prose("preprocess.intro")
+        with gr.Row():
+            with gr.Column():
+                with page.accordion("preprocess.step_codec", open=True):
+                    create_form(page, "codec", "preprocess", [["recordings", "output"]],
+                                [["steps", "max_hours"], ["num_codes", "seed"]])
+                with page.accordion("preprocess.step_features", open=True):
+                    create_form(page, "preprocess", "preprocess",
+                                [["recordings", "output_dir"], ["codec", "tokenizer"]],
+                                [["model_dim", "config"], ["val_share", "val_speakers"],
+                                 ["prompts_per_speaker", "jobs", "seed"]])
+                with page.accordion("preprocess.step_pairs", open=True):
+                    create_form(page, "pairs", "preprocess", [["data_dir"]],
+                                [["min_prompt_seconds", "max_prompt_seconds"], ["pairs_per_target", "seed"]])
+            with gr.Column(elem_classes=["live"]):
+                create_job_panel(page, "preprocess", ["codec", "preprocess", "pairs"])

@@ -1,0 +1,50 @@
+"""Tab 8: speaking with a checkpoint, with every new one of a run, and judging a voice in numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import gradio as gr
+
+from webui.command_form import create_form
+from webui.job_panel import create_job_panel, newest
+from webui.jobs import Job
+from webui.page_base import Page
+
+
+def create_listen_tab(page: Page) -> None:
+    with page.tab("listen"):
+        page.prose("listen.intro")
+        with gr.Row():
+            with gr.Column():
+                create_form(page, "synthesize", "listen", [["text"], ["checkpoint", "prompt"], ["output"]],
+                            [["codec", "tokenizer"], ["temperature", "top_k", "top_p"], ["takes", "seed", "greedy"]],
+                            start="listen.start").check_when_read("checkpoint")
+            with gr.Column(elem_classes=["live"]):
+                audio = page.add(gr.Audio, "listen.audio", interactive=False, type="filepath", buttons=["download"],
+                                 elem_id="listen-audio")
+                picture = page.add(gr.Image, "listen.picture", interactive=False, type="filepath", format="png",
+                                   buttons=["download", "fullscreen"], elem_id="listen-picture")
+                create_job_panel(page, "listen", ["synthesize"])
+        with page.accordion("listen.watch"), gr.Row():
+            with gr.Column():
+                create_form(page, "watch", "listen", [["watch"]],
+                            [["text_file", "prompt"], ["codec", "takes"]])
+            with gr.Column(elem_classes=["live"]):
+                create_job_panel(page, "listen", ["watch"], name="watch")
+        with page.accordion("listen.evaluate"), gr.Row():
+            with gr.Column():
+                create_form(page, "evaluate", "listen", [["checkpoint", "data_dir"], ["output_dir"]],
+                            [["recordings", "codec"], ["recogniser"], ["texts", "takes"]]
+                            ).check_when_read("checkpoint")
+            with gr.Column(elem_classes=["live"]):
+                create_job_panel(page, "listen", ["evaluate"], name="evaluate")
+
+    def look(jobs: Sequence[Job], language: str) -> list[Any]:
+        job = newest([job for job in jobs if job.state == "finished"], ["synthesize"])
+        if job is None or job.output_dir is None:
+            return [None, None]
+        return [page.file_shown(job.output_dir), page.file_shown(job.output_dir.with_suffix(".png"))]
+
+    page.watch("listen", [], [audio, picture], look)
