@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,9 @@ def text_of(number: int, letters: int) -> str:
 
 
 def coded(sound: np.ndarray, rate: int, **form: str) -> tuple[np.ndarray, int]:
-    buffer = io.BytesIO()
-    soundfile.write(buffer, sound, rate, **form)
-    buffer.seek(0)
-    return soundfile.read(buffer, dtype="float32")
+    with tempfile.NamedTemporaryFile() as file:
+        soundfile.write(file.name, sound, rate, **form)
+        return soundfile.read(file.name, dtype="float32")
 
 
 class Dataset:
