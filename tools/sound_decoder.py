@@ -89,7 +89,7 @@ def open_with_ffmpeg(path: Path, reason: str) -> Sound:
             if not container.streams.audio:
                 raise Unusable("no sound in it", f"{path}: has no sound track. Take its row out")
             stream = container.streams.audio[0]
-            if not stream.rate or not stream.channels or stream.format is None:
+            if stream.codec_context is None or not stream.rate or not stream.channels or stream.format is None:
                 raise Unusable("unreadable", f"{path}: its sound track is of no known kind. Convert it to WAV or FLAC")
             seconds = 0.0
             if stream.duration and stream.time_base:

@@ -49,7 +49,7 @@ def raw_cues(content: str) -> list[tuple[str, list[str]]]:
     lines = content.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     starts = [i for i, line in enumerate(lines) if "-->" in line]
     cues = []
-    for start, following in zip(starts, [*starts[1:], len(lines)], strict=True):
+    for start, following in zip(starts, [*starts[1:], len(lines)], strict=False):  # without starts there is one more
         text = lines[start + 1: following]
         if "" in text:
             text = text[: text.index("")]
