@@ -534,6 +534,14 @@ def test_a_lecture_with_subtitles_becomes_clips_of_its_cues(source: Path) -> Non
     assert skipped_of(source) == {"beyond the end": 1}
 
 
+@pytest.mark.parametrize("given", ["talk.wav", "talk.am.srt"])
+def test_one_recording_is_a_source_with_what_lies_beside_it(source: Path, given: str) -> None:
+    write(source / "talk.wav", noise(0, 5))
+    write(source / "other.wav", noise(1))
+    (source / "talk.am.srt").write_text("1\n00:00:01,000 --> 00:00:03,000\nሰላም።\n", encoding="utf-8")
+    assert [(row["source"], row["text"]) for row in bring_in(source / given)] == [("talk.wav", "ሰላም።")]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Speech without cues
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections import Counter
@@ -31,7 +32,7 @@ from tools.recording_layouts import (
     name_key,
     read_table,
     split_name,
-    stem_of_text,
+    stems_of_cues,
     table_entries,
     understood,
     without_suffix,
@@ -58,7 +59,7 @@ class Source:
     hidden: int = 0
     unnameable: int = 0
 
-    @property
+    @functools.cached_property
     def sounds(self) -> list[str]:
         return [name for name in self.listing if os.path.splitext(name)[1].lower() in SOUNDS]
 
@@ -121,11 +122,19 @@ def open_source(path: Path, audio_dir: Path | None, output_dir: Path) -> Source:
     if path.is_file() and suffix in TABLES and not is_sidecar(path.name, source):
         source.table = os.path.relpath(os.path.realpath(path), root).replace(os.sep, "/")
     elif path.is_file():
-        stem = without_suffix(path.name) if suffix in SOUNDS else stem_of_text(path.name)
-        source.listing = [name for name in listing if not folder_of(name)
-                          and (name == path.name or (suffix not in SOUNDS or name.lower().endswith((*SIDECARS, *CUES)))
-                               and (without_suffix(name) == stem or stem_of_text(name) == stem_of_text(f"{stem}.txt")))]
+        return replace(source, listing=belonging(path.name, listing))
     return source
+
+
+def belonging(name: str, listing: Sequence[str]) -> list[str]:
+    """A sound with its texts, or a text with its sound: what lies beside it under its name."""
+    def stems(other: str) -> set[str]:
+        return {name_key(without_suffix(other))} if os.path.splitext(other)[1].lower() in SOUNDS \
+            else set(stems_of_cues(other))
+
+    texts = (*SIDECARS, *CUES)
+    return [other for other in listing if other == name or stems(other) & stems(name)
+            and (other.lower().endswith(texts) or os.path.splitext(name)[1].lower() not in SOUNDS)]
 
 
 def is_sidecar(name: str, source: Source) -> bool:
