@@ -13,7 +13,7 @@ import pytest
 import soundfile
 from conftest import ROOT, read_jsonl
 
-from tools import _clip_measures, filter_dataset
+from tools import clip_measures, filter_dataset
 from tools._common import ToolError
 
 LETTERS = "ሰላም ለዓለም ቤት ውስጥ ነን ውሃ ጠጣ ልጁ ሄደ መንገድ ላይ ፀሐይ ወጣች አበባ ከተማ"
@@ -149,11 +149,11 @@ def test_a_second_run_measures_nothing_and_gives_the_same(dataset: Dataset, monk
 
 
 def test_prints_of_different_sentences_differ_and_of_copies_agree() -> None:
-    prints = [_clip_measures.print_of(sound, rate, _clip_measures.frame_levels(sound, rate)) for sound, rate in VOICES]
+    prints = [clip_measures.print_of(sound, rate, clip_measures.frame_levels(sound, rate)) for sound, rate in VOICES]
     rng = np.random.default_rng(0)
-    copies = [_clip_measures.print_of(copy, rate, _clip_measures.frame_levels(copy, rate)) for copy, rate in (
+    copies = [clip_measures.print_of(copy, rate, clip_measures.frame_levels(copy, rate)) for copy, rate in (
         coded(0.5 * sound + 0.001 * rng.standard_normal(len(sound)), rate, format="OGG") for sound, rate in VOICES)]
-    pairs = _clip_measures.alike(*(list(part) for part in zip(*prints, *copies, strict=True)))
+    pairs = clip_measures.alike(*(list(part) for part in zip(*prints, *copies, strict=True)))
     assert pairs == [(n, n + len(VOICES)) for n in range(len(VOICES))]
 
 

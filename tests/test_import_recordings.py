@@ -24,10 +24,11 @@ from conftest import ROOT, read_jsonl
 
 from tools import import_recordings, pauses, sound_decoder, subtitles
 from tools._common import ToolError
-from tools._recording_plan import list_folder
-from tools.recording_layouts import SoundNames, read_table
+from tools.recording_plan import list_folder
 from tools.sound_files import check_recording
+from tools.sound_names import SoundNames
 from tools.subtitles import Cue
+from tools.transcript_tables import read_table
 
 TEXTS = ["ሰላም ለዓለም።", "ቤት ውስጥ ነን።", "ውሃ ጠጣ።", "ልጁ ሄደ።"]
 NAMES = ["u0", "u1", "u2", "u3"]

@@ -33,12 +33,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tools._clip_files import Cache, size_of, stamp_of, write_clip
-from tools._clip_measures import Measures, alike, measure_files, read_sound
 from tools._common import Progress, ToolError, info, make_parser, run_program, warn, write_jsonl, write_text, writing_to
-from tools._filter_report import Player, histogram, page, players, table
 from tools.amharic_text import letters_of, normalise
+from tools.clip_files import Cache, size_of, stamp_of, write_clip
+from tools.clip_measures import Measures, alike, measure_files, read_sound
 from tools.features import start_worker
+from tools.filter_report import Player, histogram, page, players, table
 from tools.preprocess import ETHIOPIC, locked, say_skipped, skipped_row
 from tools.recordings import read_recordings
 from tools.sound_decoder import Sound, flac_bytes

@@ -36,12 +36,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tools._clip_files import Cache, Work, run_jobs, stamp_of
 from tools._common import Progress, ToolError, info, make_parser, run_program, warn, write_jsonl, writing_to
-from tools._recording_plan import Plan, Source, ids_of, open_source, plan_folder, plan_tables, tables_of
+from tools.clip_files import Cache, Work, run_jobs, stamp_of
 from tools.preprocess import ETHIOPIC, say_skipped
-from tools.recording_layouts import LAYOUTS, SOUND_FOLDERS, Found, SoundNames, detect, folder_of
+from tools.recording_layouts import LAYOUTS, Found, detect, folder_of
+from tools.recording_plan import Plan, Source, ids_of, open_source, plan_folder, plan_tables, tables_of
 from tools.sound_files import LONGEST_FILE
+from tools.sound_names import SOUND_FOLDERS, SoundNames
 from trainers.train_gpt_v2 import UserError, available_cores, lock_output_dir
 
 FIRST_COMMAND = "python -m tools.import_recordings processed_data/audio --output-dir build/dataset --speaker demo"

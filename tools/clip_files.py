@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from tools._common import Progress, atomic_path, write_text, writing_to
-from tools._recording_plan import Job, Plan
 from tools.pauses import LEVEL_STEP, clips_of, levels_of, move_edges, speech_of
 from tools.preprocess import skipped_row
 from tools.recording_layouts import Entry
+from tools.recording_plan import Job, Plan
 from tools.recordings import is_sound_name
 from tools.sound_decoder import Sound, cut, flac_bytes, open_sound, read_blocks
 from tools.sound_files import LONGEST_FILE, Unusable, check_recording

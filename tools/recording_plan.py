@@ -17,27 +17,20 @@ from tools.recording_layouts import (
     ARCHIVES,
     CUES,
     SIDECARS,
-    SOUND_FOLDERS,
-    SOUNDS,
-    TABLES,
     Entry,
     Found,
-    SoundNames,
-    Table,
     beside,
-    decode,
     folder_of,
     is_split_of,
     like_head,
-    name_key,
-    read_table,
     split_name,
     stems_of_cues,
     table_entries,
     understood,
-    without_suffix,
 )
+from tools.sound_names import SOUND_FOLDERS, SOUNDS, SoundNames, name_key, without_suffix
 from tools.subtitles import Cue, join_cues, read_cues, without_overlaps
+from tools.transcript_tables import TABLES, Table, decode, read_table
 
 MOST_TABLES = 2000  # that are looked at
 NO_TABLE = re.compile(r"(?i)(?:readme|licen[cs]e|copying|changelog|requirements)")
