@@ -650,8 +650,8 @@ def test_a_run_again_changes_nothing_and_a_changed_source_is_followed(source: Pa
 def test_a_killed_run_is_finished_by_the_next_one(source: Path, tmp_path: Path,
                                                   speech: tuple[np.ndarray, int, list[tuple[float, float]]]) -> None:
     samples, rate, _ = speech
-    for n in range(4):
-        write(source / f"talk{n}.wav", np.roll(samples, 1000 * n), rate)
+    for n in range(3):
+        write(source / f"talk{n}.wav", np.roll(samples, 1000 * n)[: 16 * rate], rate)
     command = [sys.executable, "-m", "tools.import_recordings", str(source), "--output-dir"]
     wait_for = tmp_path / "killed" / "audio"
     for kind in (signal.SIGKILL, signal.SIGTERM):
@@ -667,7 +667,6 @@ def test_a_killed_run_is_finished_by_the_next_one(source: Path, tmp_path: Path,
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "fresh")
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full") or os.geteuid() != 0, reason="needs a small disk to mount")
 def test_a_full_disk_is_one_line_and_the_run_goes_on_later(source: Path, tmp_path: Path) -> None:
     nemo(source)
     disk = tmp_path / "disk"
