@@ -61,16 +61,27 @@ def load_tokenizer(path: Path) -> sentencepiece.SentencePieceProcessor:
     return tokenizer
 
 
+def read_texts(path: Path) -> list[dict[str, Any]]:
+    """Rows with a text: JSON lines, or the lines of a .txt file. Raises: ToolError naming file and line."""
+    if path.suffix.lower() != ".txt":
+        return read_jsonl(path, ["text"], 'Each line is an object such as {"id": "1", "text": "ሰላም"}', text_fault)
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ToolError(f"{path}: not UTF-8 text at byte {error.start}. Save it as UTF-8, one text a line") from error
+    return [{"text": line} for line in lines if line.strip()]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__, FIRST_COMMAND)
-    parser.add_argument("--texts", type=Path, required=True, help="JSON lines with text; split val is left out")
+    parser.add_argument("--texts", type=Path, required=True,
+                        help="JSON lines with text, of which split val is left out; or .txt, a text a line")
     parser.add_argument("--output", type=Path, required=True, help="the SentencePiece model to write")
     parser.add_argument("--model-type", choices=["char", "bpe", "unigram"], default="char",
                         help="char: a piece is a letter; bpe and unigram: a piece is some letters long (char)")
     parser.add_argument("--vocab-size", type=int, default=2000, help="pieces of bpe and unigram models (2000)")
     args: argparse.Namespace = parser.parse_args(argv)
-    rows = read_jsonl(args.texts, ["text"], "Each line is an object such as {\"id\": \"1\", \"text\": \"ሰላም\"}",
-                      text_fault)
+    rows = read_texts(args.texts)
     texts = [normalise(row["text"]) for row in rows if row.get("split", "train") == "train"]
     if not any(texts):
         raise ToolError(f"{args.texts}: holds no text to learn from; of {len(rows)} rows {len(texts)} are for training "
