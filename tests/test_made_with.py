@@ -92,6 +92,7 @@ def test_the_trainer_which_has_its_own_version_decides_alike(tmp_path: Path):
         (tmp_path / "config.yaml").write_text(yaml.safe_dump({"dataset": other}))
         assert trainer.recorded_beside(tmp_path / "pairs.jsonl") == made_with.of_manifest(tmp_path / "pairs.jsonl")
     manifests = {"train": [{"codec_sha256": "a"}, {"codec_sha256": ""}]}
+    two = {"train": [{"codec_sha256": "a"}, {"codec_sha256": "b"}]}
     for content in ({"made_with": ALL}, {"tokenizer": {"sha256": "t"}, "manifests": manifests}, {"model": {}},
-                    {"tokenizer": {"sha256": "t"}, "manifests": {"train": [{"codec_sha256": "a"}, {"codec_sha256": "b"}]}}):
+                    {"tokenizer": {"sha256": "t"}, "manifests": two}):
         assert trainer.recorded_in(content) == made_with.of_checkpoint(content)
