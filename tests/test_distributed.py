@@ -250,7 +250,8 @@ def test_a_mistake_is_said_once_however_many_processes_make_it(tiny: Path, tmp_p
 
 
 def test_evaluation_asks_for_one_process(two_processes: Path, tiny: Path):
-    as_torchrun = {**os.environ, "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    as_torchrun = {**os.environ, "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2",
+                   "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
     message = error_of(*data_args(tiny), "--output-dir", two_processes / "out", "--resume", "auto", "--eval-only",
                        env=as_torchrun)
     assert "--eval-only runs in one process" in message

@@ -1,17 +1,9 @@
 """Train the GPT of IndexTTS2 (text tokens -> semantic speech codes); whatever kills a run, the same command goes on.
 
-Two minutes on a laptop CPU, with the data that ships with the project:
-
-    python trainers/train_gpt_v2.py --max-steps 200 --output-dir training_output --resume auto
-
-Own data, as tools.preprocess and tools.build_pairs write it; type the same line again after any interruption:
-
+    python trainers/train_gpt_v2.py --max-steps 200 --resume auto             two minutes on a laptop, the demo's data
     python trainers/train_gpt_v2.py --train-manifest my_data/train_pairs.jsonl \\
-      --tokenizer tokenizers/amharic_extended_bpe.model --output-dir training_output --amp --resume auto
-
-Losses of every validation row, without training:
-
-    python trainers/train_gpt_v2.py --output-dir training_output --resume auto --eval-only
+      --tokenizer tokenizers/amharic_extended_bpe.model --amp --resume auto   own data, of tools.build_pairs
+    python trainers/train_gpt_v2.py --resume auto --eval-only                 losses of every validation row
 
 The file is read top to bottom: a function stands above its callers. Its sections are
 
@@ -265,26 +257,23 @@ def choose_batch_split(batch_size: int, grad_accumulation: int, hardware_batch_s
 
     checkpoint_split is its (batch_size, grad_accumulation, world_size). A fresh run aims at a global batch of 32. A
     resumed one keeps its global batch unless both are typed, and on the same device its split too, since another split
-    changes the last bits.
-    Raises: UserError when what was typed, or the number of processes, does not divide the checkpoint's global batch.
+    changes the last bits. Raises: UserError for what does not divide the checkpoint's global batch.
     """
+    one, share, rest = batch_size or grad_accumulation, max(1, 32 // world_size), 0
     if batch_size and grad_accumulation:
         return batch_size, grad_accumulation
-    one, share = batch_size or grad_accumulation, max(1, 32 // world_size)
-    if checkpoint_split is None:
-        if batch_size:
-            return batch_size, max(1, share // batch_size)
-        if grad_accumulation:
-            return min(hardware_batch_size, max(1, share // grad_accumulation)), grad_accumulation
-        return split_global_batch(share, hardware_batch_size)
-    if not one and same_device and checkpoint_split[2] == world_size:
-        return checkpoint_split[:2]
-    share, rest = divmod(math.prod(checkpoint_split), world_size)
-    if rest or (one and share % one):
-        flag = "--batch-size" if batch_size else "--grad-accumulation"
-        what = f"{world_size} processes do" if rest else f"{flag} {one} does"
-        raise UserError(f"{what} not divide the checkpoint's global batch {math.prod(checkpoint_split)}. Choose a "
-                        "divisor, or type both --batch-size and --grad-accumulation to change the global batch")
+    if checkpoint_split is None and one:
+        other = max(1, share // one)
+        return (batch_size, other) if batch_size else (min(hardware_batch_size, other), grad_accumulation)
+    if checkpoint_split is not None:
+        if not one and same_device and checkpoint_split[2] == world_size:
+            return checkpoint_split[:2]
+        share, rest = divmod(math.prod(checkpoint_split), world_size)
+        if rest or (one and share % one):
+            flag = "--batch-size" if batch_size else "--grad-accumulation"
+            what = f"{world_size} processes do" if rest else f"{flag} {one} does"
+            raise UserError(f"{what} not divide the checkpoint's global batch {math.prod(checkpoint_split)}. Choose a "
+                            "divisor, or type both --batch-size and --grad-accumulation to change the global batch")
     if not one:
         return split_global_batch(share, hardware_batch_size)
     return (one, share // one) if batch_size else (share // one, one)
@@ -494,17 +483,13 @@ class UnifiedVoiceGPT(nn.Module):
         self.mel_head = nn.Linear(dim, config.number_mel_codes)
         self.speed_emb = nn.Embedding(2, dim)
 
-    def embed(self, batch: PackedBatch) -> Tensor:
-        """[total, D]: the sequence given to the transformer."""
+    def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """Returns logits at the scored positions: text [sum(t + 1), V + 1] and mel [sum(c + 1), M]."""
         condition = batch.condition + batch.emo_vec.unsqueeze(1)
         text = self.text_embedding(batch.text_inputs) + self.text_pos_embedding.emb(batch.text_positions)
         mel = self.mel_embedding(batch.mel_inputs) + self.mel_pos_embedding.emb(batch.mel_positions)
         rows = torch.cat([condition.flatten(0, 1), self.speed_emb.weight, text, mel])
-        return rows.index_select(0, batch.pack_order)
-
-    def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        """Returns logits at the scored positions: text [sum(t + 1), V + 1] and mel [sum(c + 1), M]."""
-        x = F.dropout(self.embed(batch), self.dropout, self.training)
+        x = F.dropout(rows.index_select(0, batch.pack_order), self.dropout, self.training)  # [total, D]
         for block in self.gpt.h:
             run_block = functools.partial(recompute_in_backward, block, use_reentrant=False) if (
                 self.grad_checkpointing and self.training) else block
@@ -789,10 +774,20 @@ class ManifestDataset:
             self.rates.append(rate)
             self.manifests.append({"path": path, "language": language, "rows": len(rows),
                                    "made_with": recorded_beside(Path(path))})
-        self.check_lengths()
+        longest = model.max_text_tokens, model.max_code_len
+        long = [row for row in self.rows if row.text_len > longest[0] or row.code_len > longest[1]]
+        if long:
+            raise UserError(f"{self.place(long[0])}: {long[0].text_len} text tokens and {long[0].code_len} codes; the "
+                            f"model takes at most {longest[0]} and {longest[1]}. {len(long)} of {len(self.rows)} rows "
+                            "are too long: leave them out (tools.build_pairs has length limits)")
         for kind in KINDS:
             self.check_shards(kind)
-        self.check_first_files()
+        # The first rows that have files of their own are read before anything depends on them.
+        own = [i for i, row in enumerate(self.rows) if any(start is None for _, start in row.parts)]
+        for broken in (sample for sample in map(self.__getitem__, own[:CHECKED_ROWS]) if isinstance(sample, BrokenRow)):
+            if broken.fatal:
+                raise UserError(broken.reason)
+            self.unreported[broken.row] = broken.reason
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -807,14 +802,6 @@ class ManifestDataset:
         for row in self.rows:
             digest.update(json.dumps([row.id, row.text_len, row.code_len]).encode())
         return digest.hexdigest()
-
-    def check_lengths(self) -> None:
-        longest_text, longest_codes = self.model.max_text_tokens, self.model.max_code_len
-        long = [row for row in self.rows if row.text_len > longest_text or row.code_len > longest_codes]
-        if long:
-            raise UserError(f"{self.place(long[0])}: {long[0].text_len} text tokens and {long[0].code_len} codes; the "
-                            f"model takes at most {longest_text} and {longest_codes}. {len(long)} of {len(self.rows)} "
-                            "rows are too long: leave them out (tools.build_pairs has length limits)")
 
     def check_shards(self, kind: str) -> None:
         """Opens every shard: one that is missing, or too short, or holds a wrong number, is an error at once."""
@@ -855,16 +842,6 @@ class ManifestDataset:
                     "code", "The config's number_mel_codes is not that of the codec")
                 raise UserError(f"{self.place(rows[used_by[0]])}: {what} {values[wrong]} is outside 0..{limit - 1}. "
                                 f"{remedy} ({path})")
-
-    def check_first_files(self) -> None:
-        """Reads the first rows that have files of their own, before anything depends on them."""
-        own = [i for i, row in enumerate(self.rows) if any(start is None for _, start in row.parts)]
-        for i in own[:CHECKED_ROWS]:
-            sample = self[i]
-            if isinstance(sample, BrokenRow):
-                if sample.fatal:
-                    raise UserError(sample.reason)
-                self.unreported[i] = sample.reason
 
     def expected(self, row: Row, kind: str) -> tuple[int, tuple[int, ...]]:
         """Rows of the array that an utterance has, and the shape of each."""
@@ -1018,11 +995,6 @@ def epoch_sample_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(num_samples)
 
 
-def rank_slice(indices: np.ndarray, rank: int, world_size: int) -> np.ndarray:
-    """One process's contiguous part of a step's samples; the parts differ by at most one sample, and may be empty."""
-    return np.array_split(indices, world_size)[rank]
-
-
 def split_micro_batches(indices: np.ndarray, batch_size: int) -> list[list[int]]:
     """Samples as micro-batches of at most batch_size."""
     return [indices[i : i + batch_size].tolist() for i in range(0, len(indices), batch_size)]
@@ -1077,14 +1049,15 @@ def end_of_run(position: Position, num_samples: int, config: TrainConfig) -> int
 def steps_from(position: Position, num_samples: int, config: TrainConfig, rank: int = 0) -> Iterator[list[list[int]]]:
     """Every step from a position to the end of the last epoch: one process's micro-batches, as sample indices.
 
-    A step takes the next global_batch samples of the epoch, or what is left of it; a process may get none of them.
+    A step takes the next global_batch samples of the epoch, or what is left of it; each process a contiguous part of
+    them, which may be empty.
     """
     while position.epoch < config.epochs:
         order = epoch_sample_order(num_samples, config.seed, position.epoch)
         epoch = position.epoch
         while position.epoch == epoch:
             samples = order[position.sample_in_epoch : position.sample_in_epoch + config.global_batch]
-            yield split_micro_batches(rank_slice(samples, rank, config.world_size), config.batch_size)
+            yield split_micro_batches(np.array_split(samples, config.world_size)[rank], config.batch_size)
             position = position.after_step(num_samples, config.global_batch)
 
 
@@ -1550,13 +1523,7 @@ class Precision:
     dtype: torch.dtype | None = None  # None: float32
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
-
-    @property
-    def needs_scaler(self) -> bool:
-        return self.dtype == torch.float16
+        return torch.autocast(self.device.type, self.dtype) if self.dtype else contextlib.nullcontext()
 
 
 @dataclass
@@ -1648,16 +1615,13 @@ class Run:
         """At least ten [Train] lines in every run whose interval was not typed."""
         return self.config.log_interval or max(1, min(100, self.end // 10))
 
-    def is_due(self, interval: int) -> bool:
-        """Every `interval` steps; 0 means at the end of each epoch."""
-        position = self.state.position
-        return position.step % interval == 0 if interval else position.sample_in_epoch == 0
-
     @property
     def validation_due(self) -> bool:
-        interval = self.config.val_interval
-        at_an_interval = self.is_due(max(1, min(1000, self.end // 2)) if interval is None else interval)
-        return at_an_interval or self.state.position.step == self.end
+        """At the end, and every interval; one that was not typed gives a short run two validations, 0 one an epoch."""
+        interval, position = self.config.val_interval, self.state.position
+        interval = max(1, min(1000, self.end // 2)) if interval is None else interval
+        return position.step == self.end or (
+            position.step % interval == 0 if interval else position.sample_in_epoch == 0)
 
     @property
     def validation_owed(self) -> bool:
@@ -1997,16 +1961,6 @@ def wrap_for_ranks(run: Run) -> None:
         run.optimizer.zero_grad(set_to_none=True)
 
 
-def evaluate_batch(run: Run, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor] | None:
-    """token_losses without dropout and gradients; None where the GPU's memory does not suffice."""
-    try:
-        run.process.event("validation_batch", run, batch)
-        with torch.no_grad(), run.precision.autocast():
-            return token_losses(run.model, batch)
-    except torch.OutOfMemoryError:
-        return None
-
-
 def in_halves(run: Run, data: ManifestDataset, batch: PackedBatch) -> list[PackedBatch]:
     """A batch that was too large for the GPU's memory as two. Raises: UserError for one sample."""
     if len(batch.rows) == 1:
@@ -2071,7 +2025,10 @@ def evaluate(run: Run, on_row: Callable[[dict[str, Any]], None] | None = None) -
             todo, _ = receive(run, data, futures)
             while todo:
                 batch = todo.pop(0)
-                losses = evaluate_batch(run, batch)
+                losses = None
+                with contextlib.suppress(torch.OutOfMemoryError), torch.no_grad(), run.precision.autocast():
+                    run.process.event("validation_batch", run, batch)
+                    losses = token_losses(run.model, batch)
                 if losses is None:
                     todo = in_halves(run, data, batch) + todo
                     continue
@@ -2158,39 +2115,34 @@ def digest_problem(checkpoint: Mapping[str, Any]) -> str | None:
     return f"{len(wrong)} tensors differ from their digests ({names})" if wrong else "values differ from their digest"
 
 
-def check_pickle(path: Path) -> None:
-    """Reads the file's pickle through its checksum, so that a damaged one is never parsed. Raises: BadZipFile."""
-    with zipfile.ZipFile(path) as archive:
-        for name in archive.namelist():
-            if name.endswith(".pkl"):
-                archive.read(name)
-
-
-def load_plain(path: Path, mapped: bool) -> Any:
-    """torch.load of tensors and plain values, never unpickling code.
+def load_plain(path: Path, is_zip: bool) -> Any:
+    """torch.load of tensors and plain values, mapped into memory and never unpickling code.
 
     numpy's arrays and torch's version are let through: the fork keeps them in its files.
     """
     rebuild = np.empty(0).__reduce__()[0]  # numpy's function that an unpickled array starts from
     plain_parts = [np.ndarray, np.dtype, np.dtypes.UInt32DType, rebuild,
                    (rebuild, "numpy.core.multiarray._reconstruct"), torch.torch_version.TorchVersion]
+    if is_zip:  # the pickle is read through its checksum first, so that a damaged one is never parsed
+        with zipfile.ZipFile(path) as archive:
+            for name in (name for name in archive.namelist() if name.endswith(".pkl")):
+                archive.read(name)
+    load = functools.partial(torch.load, path, map_location="cpu", weights_only=True)
     with torch.serialization.safe_globals(plain_parts):  # type: ignore[arg-type]
         try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            return load(mmap=is_zip)
         except (OSError, RuntimeError) as error:
-            if not mapped or ("mmap" not in str(error) and getattr(error, "errno", None) != errno.ENODEV):
+            if not is_zip or ("mmap" not in str(error) and getattr(error, "errno", None) != errno.ENODEV):
                 raise
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=False)  # a disk without mappings
+            return load(mmap=False)  # from a disk without mappings
 
 
 def read_torch_file(path: Path) -> Any:
-    """Reads tensors and plain values, mapped into memory. Raises: UserError."""
+    """Tensors and plain values of a file that anybody may have written. Raises: UserError."""
     is_zip = False
     try:
         is_zip = zipfile.is_zipfile(path)
-        if is_zip:
-            check_pickle(path)
-        return load_plain(path, mapped=is_zip)
+        return load_plain(path, is_zip)
     except Exception as error:  # on damaged bytes torch's, pickle's and zipfile's readers raise whatever they meet
         if isinstance(error, MemoryError) or "alloc" in str(error):
             raise UserError(f"{path}: not enough memory to read it ({first_line(error)}). Free some") from error
@@ -2213,22 +2165,21 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise ResumeError(str(error)) from error
     if not isinstance(checkpoint, dict):
         raise ResumeError(f"{path}: holds no checkpoint")
-    missing = [key for key in REQUIRED_KEYS if key not in checkpoint]
+    missing, incomplete = ([key for key in keys if key not in checkpoint] for keys in (REQUIRED_KEYS, COMPLETE_KEYS))
     if missing:
         raise ResumeError(f"Checkpoint missing required keys: {missing} ({path})")
+    from_weights = f"start from its weights: --base-checkpoint {path}, with a new --output-dir"
     if "digests" not in checkpoint:
         raise ResumeError(f"{path} was not written by this trainer (it has no digests; a checkpoint of the IndexTTS2 "
-                          f"fork?). Start from its weights instead: --base-checkpoint {path}, with a new --output-dir")
+                          f"fork?). Instead {from_weights}")
     if checkpoint.get("format_version") not in (1, FORMAT_VERSION):
         raise ResumeError(f"{path} has format {checkpoint.get('format_version')}, this trainer reads {FORMAT_VERSION} "
                           "and earlier ones. Use the version of the trainer that wrote it")
-    problem = digest_problem(checkpoint)
-    if problem:
+    if problem := digest_problem(checkpoint):
         raise ResumeError(f"{path} is damaged: {problem}. Resume from another checkpoint")
-    missing = [key for key in COMPLETE_KEYS if key not in checkpoint]
-    if missing:
-        raise ResumeError(f"{path} lacks {', '.join(missing)}, without which a run cannot go on. Resume from another "
-                          f"checkpoint, or start from its weights: --base-checkpoint {path}, with a new --output-dir")
+    if incomplete:
+        raise ResumeError(f"{path} lacks {', '.join(incomplete)}, without which a run cannot go on. Resume from "
+                          f"another checkpoint, or {from_weights}")
     if not re.fullmatch(r"(logs/run_\w+)?", str(checkpoint["run_dir"])):  # we would write there
         raise ResumeError(f"{path}: its run directory {checkpoint['run_dir']!r} is none that this trainer makes. "
                           "Resume from another checkpoint")
@@ -2519,22 +2470,21 @@ def find_resumable(output_dir: Path) -> ResumePoint | None:
 
     Raises: ResumeError when there are files but none is valid.
     """
-    skipped: list[str] = []
+    latest, skipped = output_dir / "latest.pth", list[str]()
     for path in candidates(output_dir):
         try:
             checkpoint = read_checkpoint(path)
-            if checkpoint_step(path.name) not in (None, checkpoint["step"]):  # it would win for ever
-                raise ResumeError(f"{path} was renamed: it holds step {checkpoint['step']}. To go on from it: --resume "
-                                  f"{path}")
-            return ResumePoint(path, checkpoint, skipped)
+            if checkpoint_step(path.name) in (None, checkpoint["step"]):
+                return ResumePoint(path, checkpoint, skipped)
+            skipped.append(f"{path} was renamed: it holds step {checkpoint['step']}. To go on from it: --resume {path}")
         except ResumeError as error:
             skipped.append(str(error))
-    if not skipped and (output_dir / "latest.pth").is_symlink():
-        skipped.append(f"{output_dir / 'latest.pth'} links to a file that is not there (a disk that is not mounted?)")
-    if skipped:
-        raise ResumeError(f"no valid checkpoint in {output_dir}: {'; '.join(skipped)}. Move these files away to start "
-                          "afresh" + (", or --resume best.pth" if (output_dir / "best.pth").exists() else ""))
-    return None
+    if latest.is_symlink() and not latest.exists():
+        skipped.append(f"{latest} links to a file that is not there (a disk that is not mounted?)")
+    if not skipped:
+        return None
+    raise ResumeError(f"no valid checkpoint in {output_dir}: {'; '.join(skipped)}. Move these files away to start "
+                      "afresh" + (", or --resume best.pth" if (output_dir / "best.pth").exists() else ""))
 
 
 def read_explicit(path: Path) -> dict[str, Any]:
@@ -2571,18 +2521,18 @@ def open_resume(resume: str, output_dir: Path, say: Callable[[str], None]) -> Re
 
 def refuse_other_checkpoints(output_dir: Path, point: ResumePoint | None, resume: str) -> None:
     """Raises: UserError where a run would mix its files with those of another."""
-    present = [*list_checkpoints(output_dir), *(output_dir / n for n in ("latest.pth", "best.pth")
-                                                if (output_dir / n).exists())]
-    if not present:
+    links = (output_dir / "latest.pth", output_dir / "best.pth")
+    first = next((path for path in (*list_checkpoints(output_dir), *links) if path.exists()), None)
+    if first is None:
         return
     if not resume:
-        raise UserError(f"{output_dir} already holds checkpoints ({present[0].name}). Add --resume auto to go on with "
+        raise UserError(f"{output_dir} already holds checkpoints ({first.name}). Add --resume auto to go on with "
                         "that run, or choose another --output-dir")
     if point is None:
-        raise ResumeError(f"no model_step*.pth or latest.pth in {output_dir}, only {present[0].name}. Go on from it "
-                          f"with --resume {present[0]}, or move it away to start afresh")
+        raise ResumeError(f"no model_step*.pth or latest.pth in {output_dir}, only {first.name}. Go on from it "
+                          f"with --resume {first}, or move it away to start afresh")
     if point.path.resolve().parent != output_dir.resolve():
-        raise UserError(f"{output_dir} already holds checkpoints of another run ({present[0].name}). Choose another "
+        raise UserError(f"{output_dir} already holds checkpoints of another run ({first.name}). Choose another "
                         f"--output-dir, or leave it out to go on in {point.path.parent}")
 
 
@@ -2658,29 +2608,26 @@ def restore_schedule(run: Run, checkpoint: Mapping[str, Any]) -> None:
         run.state.schedule = wanted
         return
     run.state.schedule = old = Schedule(saved["base_lr"], saved["warmup_steps"], saved["total_steps"])
-    settings = ("learning_rate", "warmup_steps", "max_steps", "epochs")
-    if (any(config[name] != getattr(run.config, name) for name in settings) or len(run.train_data) != checkpoint[
-            "train_data"]["rows"] or global_batch_of(checkpoint) != run.config.global_batch):
+    is_same = all(config[name] == getattr(run.config, name) for name in (
+        "learning_rate", "warmup_steps", "max_steps", "epochs")) and (len(run.train_data), run.config.global_batch) == (
+        checkpoint["train_data"]["rows"], global_batch_of(checkpoint))
+    if not is_same and wanted != old:
         run.state.schedule, step = wanted, run.state.position.step
-        if wanted != old:
-            say(f"[Info] lr at step {step}: {get_lr(step, old):.6e} -> {get_lr(step, wanted):.6e}")
+        say(f"[Info] lr at step {step}: {get_lr(step, old):.6e} -> {get_lr(step, wanted):.6e}")
 
 
 def restore_best(run: Run, checkpoint: Mapping[str, Any]) -> None:
     """The best validation so far, unless what it was measured on has changed: unlike losses are not compared."""
-    best, config = checkpoint["best"], checkpoint["config"]
+    best, config, rows = checkpoint["best"], checkpoint["config"], len(run.val_data)
     if best is None:
         return
-    measured = best.get("measured_on")
-    if measured is None:  # format 1: what is known of how it was measured
-        rows = [part["rows"] for part in checkpoint["manifests"]["val"]]
-        batch_size = config["val_batch_size"] or config["batch_size"]
-        whole = not config["max_val_batches"] or sum(rows) <= config["max_val_batches"] * batch_size
-        is_same = whole and (rows, config["text_loss_weight"], config["mel_loss_weight"], len(run.val_data)) == (
-            [part["rows"] for part in run.val_data.manifests], run.config.text_loss_weight, run.config.mel_loss_weight,
-            len(validation_rows(run)))
-        measured = measured_on(run) if is_same else None
-    if measured == measured_on(run):
+    if "measured_on" not in best:  # format 1: what is known of how it was measured
+        cap = config["max_val_batches"] * (config["val_batch_size"] or config["batch_size"])
+        then = (sum(part["rows"] for part in checkpoint["manifests"]["val"]), config["text_loss_weight"],
+                config["mel_loss_weight"], not cap or cap >= rows)
+        now = (rows, run.config.text_loss_weight, run.config.mel_loss_weight, len(validation_rows(run)) == rows)
+        best = {**best, "measured_on": measured_on(run) if then == now and now[-1] else None}
+    if best["measured_on"] == measured_on(run):
         run.state.best = best
     else:
         run.process.say("[Warn] Validation changed (rows, their choice, or the weights of the losses): the best loss "
@@ -3036,9 +2983,9 @@ def prepare(typed: Mapping[str, Any], point: ResumePoint | None, output_dir: Pat
         say("[Warn] The base checkpoint has no conditioning modules: the tools here can use what this run saves, "
             "IndexTTS2 cannot")
     gpt_section = {**(section or {}), "number_text_tokens": tokenizer["size"]}
-    run = Run(config, output_dir, process, precision, model, make_optimizer(model, config.weight_decay),
-              torch.amp.GradScaler(device.type, enabled=precision.needs_scaler), carried, gpt_section, tokenizer,
-              made_with, train_data, val_data,
+    scaler = torch.amp.GradScaler(device.type, enabled=precision.dtype == torch.float16)
+    run = Run(config, output_dir, process, precision, model, make_optimizer(model, config.weight_decay), scaler, carried,
+              gpt_section, tokenizer, made_with, train_data, val_data,
               TrainState(base_vocab=base_vocab, first_batch_size=config.batch_size), threads,
               nonfinite=torch.zeros(3, device=device))
     process.run = run
@@ -3084,30 +3031,25 @@ class Meter:
     """Tokens per second and MFU between two log lines, validation and saves left out."""
 
     def __init__(self, peak: float):
-        self.peak = peak
-        self.first: tuple[float, int] | None = None  # (time, steps done), for the ETA
-        self.steps = 0
+        self.peak, self.steps, self.first = peak, 0, 0.0  # the first step's end, for the ETA
         self.restart()
 
     def restart(self) -> None:
         self.started, self.tokens, self.flops = time.perf_counter(), 0, 0.0
 
     def add(self, stats: StepStats) -> None:
-        self.tokens += stats.tokens
-        self.flops += stats.flops
-        self.steps += 1
-        self.first = self.first or (time.perf_counter(), self.steps)
+        self.tokens, self.flops, self.steps = self.tokens + stats.tokens, self.flops + stats.flops, self.steps + 1
+        self.first = self.first or time.perf_counter()
 
     def rates(self) -> dict[str, float]:
         seconds = max(1e-9, time.perf_counter() - self.started)
         return {"tokens_per_second": self.tokens / seconds, "mfu": self.flops / seconds / self.peak}
 
     def show_progress(self, run: Run) -> None:
-        step, end = run.state.position.step, max(1, run.end)
-        assert self.first is not None
-        done, elapsed = self.steps - self.first[1], time.perf_counter() - self.first[0]
-        seconds = round((end - step) * elapsed / done) if done else 0
-        eta, about = (datetime.timedelta(seconds=seconds), f", about {seconds} s left") if done else ("?", "")
+        step, end, elapsed = run.state.position.step, max(1, run.end), time.perf_counter() - self.first
+        seconds = round((end - step) * elapsed / (self.steps - 1)) if self.steps > 1 else None
+        eta, about = ("?", "") if seconds is None else (
+            datetime.timedelta(seconds=seconds), f", about {seconds} s left")
         filled = 30 * step // end
         run.process.console.progress(f"[{'#' * filled}{'.' * (30 - filled)}] step {step}/{end} ETA {eta}",
                                      f"training: {step}/{end}, {elapsed:.0f} s{about}")
