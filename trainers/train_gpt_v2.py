@@ -2984,9 +2984,9 @@ def prepare(typed: Mapping[str, Any], point: ResumePoint | None, output_dir: Pat
             "IndexTTS2 cannot")
     gpt_section = {**(section or {}), "number_text_tokens": tokenizer["size"]}
     scaler = torch.amp.GradScaler(device.type, enabled=precision.dtype == torch.float16)
-    run = Run(config, output_dir, process, precision, model, make_optimizer(model, config.weight_decay), scaler, carried,
-              gpt_section, tokenizer, made_with, train_data, val_data,
-              TrainState(base_vocab=base_vocab, first_batch_size=config.batch_size), threads,
+    state = TrainState(base_vocab=base_vocab, first_batch_size=config.batch_size)
+    run = Run(config, output_dir, process, precision, model, make_optimizer(model, config.weight_decay), scaler,
+              carried, gpt_section, tokenizer, made_with, train_data, val_data, state, threads,
               nonfinite=torch.zeros(3, device=device))
     process.run = run
     if point and config.eval_only:
