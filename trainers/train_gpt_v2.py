@@ -483,13 +483,17 @@ class UnifiedVoiceGPT(nn.Module):
         self.mel_head = nn.Linear(dim, config.number_mel_codes)
         self.speed_emb = nn.Embedding(2, dim)
 
-    def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        """Returns logits at the scored positions: text [sum(t + 1), V + 1] and mel [sum(c + 1), M]."""
+    def embed(self, batch: PackedBatch) -> Tensor:
+        """[total, D]: the sequence given to the transformer."""
         condition = batch.condition + batch.emo_vec.unsqueeze(1)
         text = self.text_embedding(batch.text_inputs) + self.text_pos_embedding.emb(batch.text_positions)
         mel = self.mel_embedding(batch.mel_inputs) + self.mel_pos_embedding.emb(batch.mel_positions)
         rows = torch.cat([condition.flatten(0, 1), self.speed_emb.weight, text, mel])
-        x = F.dropout(rows.index_select(0, batch.pack_order), self.dropout, self.training)  # [total, D]
+        return rows.index_select(0, batch.pack_order)
+
+    def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """Returns logits at the scored positions: text [sum(t + 1), V + 1] and mel [sum(c + 1), M]."""
+        x = F.dropout(self.embed(batch), self.dropout, self.training)
         for block in self.gpt.h:
             run_block = functools.partial(recompute_in_backward, block, use_reentrant=False) if (
                 self.grad_checkpointing and self.training) else block
