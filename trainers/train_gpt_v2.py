@@ -2252,7 +2252,8 @@ def collect_nonfinite_rows(run: Run) -> None:
         return
     run.skips_known = skipped
     found = [row for rows, flagged in flags for row, bad in zip(rows, flagged.tolist(), strict=True) if bad]
-    run.state.nonfinite_rows += [row for rows in run.process.world.gather(found) for row in rows]
+    gathered = run.process.world.gather(found)  # a new list: the writer's thread may hold the old one
+    run.state.nonfinite_rows = [*run.state.nonfinite_rows, *(row for rows in gathered for row in rows)]
 
 
 def check_finite(run: Run) -> None:
@@ -3073,7 +3074,7 @@ def leave_out_nonfinite_rows(run: Run) -> None:
     twice = [row for row, times in found.items() if times > 1 or row in state.suspect_rows]
     state.suspect_rows = sorted({*state.suspect_rows, *found} - {*twice})
     if twice:
-        state.left_out += twice
+        state.left_out = [*state.left_out, *twice]
         run.restart_reading()
         run.train_data.unreported.update(dict.fromkeys(twice, NOT_FINITE_TWICE))
         share_bad_rows(run, run.train_data)
