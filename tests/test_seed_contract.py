@@ -238,7 +238,7 @@ def test_the_first_lines_name_config_model_size_and_base(first_run, tiny):
     assert lines[0] == f"[Info] Config: {tiny / 'config.yaml'}"
     assert any(re.match(r"\[Info\] Model: 2 layers x 32, 0\.\d M parameters", line) for line in lines)
     assert "[Info] Base checkpoint: none, training from scratch" in lines
-    assert "[Info] Batch size 8 x accumulation 1 = global batch 8; 1 reading threads; peak learning rate 0.001" in lines
+    assert "[Info] Batch size 8 x accumulation 1 = global batch 8; 1 reading thread; peak learning rate 0.001" in lines
 
 
 def test_a_checkpoint_has_the_documented_contents(first_run, tiny):
