@@ -3015,7 +3015,8 @@ def say_start(run: Run) -> None:
     to_the_end = last_step(run.state.position, len(run.train_data), config)
     processes = f" x {config.world_size} processes" if config.world_size > 1 else ""
     say(f"[Info] Batch size {config.batch_size} x accumulation {config.grad_accumulation}{processes} = global batch "
-        f"{config.global_batch}; {run.threads} reading thread{'s' * (run.threads > 1)}; peak learning rate {config.learning_rate:g}")
+        f"{config.global_batch}; {run.threads} reading thread{'s' * (run.threads > 1)}; peak learning rate "
+        f"{config.learning_rate:g}")
     limit = f", --max-steps {config.max_steps}: the smaller one holds" if config.max_steps else ""
     say(f"[Info] The run ends at step {run.end}: {config.epochs} epochs end at step {to_the_end}{limit}")
     say(f"[Info] Validation: {len(validation_rows(run))} of {len(run.val_data)} rows")
