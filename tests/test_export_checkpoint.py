@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TOKENIZER, call_trainer, data_args, load_checkpoint, trainer
+from conftest import MADE_WITH, TOKENIZER, call_trainer, data_args, load_checkpoint, trainer
 
 from tools import export_checkpoint
 from tools._common import ToolError, sha256_of
@@ -27,7 +27,7 @@ def test_the_exported_file_holds_the_weights_bit_for_bit_and_starts_a_new_run(
     assert "step 1" in printed and "IndexTTS2 cannot use this file" in printed
     content, expected = torch.load(exported, weights_only=True), load_checkpoint(checkpoint)["model"]
     assert list(content) == ["model", "made_with"] and list(content["model"]) == list(expected)
-    assert content["made_with"] == {"tokenizer_sha256": sha256_of(TOKENIZER)}
+    assert content["made_with"] == {"tokenizer_sha256": sha256_of(TOKENIZER), **MADE_WITH}
     assert all(torch.equal(content["model"][name], tensor) for name, tensor in expected.items())
     assert exported.stat().st_size < checkpoint.stat().st_size / 2
     output = call_trainer(*data_args(tiny), "--output-dir", tmp_path / "next", "--base-checkpoint", exported,
