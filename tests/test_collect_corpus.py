@@ -11,7 +11,8 @@ import pytest
 from conftest import TOKENIZER, read_jsonl
 
 from tools import collect_corpus, train_tokenizer
-from tools._common import ToolError
+from tools._common import ToolError, sha256_of
+from tools.amharic_text import TEXT_RULES, normalise
 
 ROWS = [{"text": "ሰላም  ለዓለም።"}, {"text": "5 ቤት"}, {"text": "ሰላም ለዓለም"}, {"text": "ሰላም ለዓለም።"}, {"text": " "},
         {"text": "« »"}, {"text": "ውሃ ok"}, {"text": "ልጅ", "split": "val"}, {"text": "Hi 5!", "language": "en"}]
@@ -32,7 +33,8 @@ def test_every_transcript_of_training_is_there_once_as_it_is_spoken(tmp_path: Pa
     collect(write_rows(tmp_path / "recordings.jsonl"), "--output", tmp_path / "corpus.txt")
     assert (tmp_path / "corpus.txt").read_text(encoding="utf-8").splitlines() == TEXTS
     collect(tmp_path, "--output", tmp_path / "corpus.jsonl")
-    assert [row["text"] for row in read_jsonl(tmp_path / "corpus.jsonl")] == TEXTS
+    rows = read_jsonl(tmp_path / "corpus.jsonl")
+    assert [row["text"] for row in rows] == TEXTS and [row["language"] for row in rows] == ["am"] * 4 + ["en"]
 
 
 def test_several_files_become_one_corpus(tmp_path: Path) -> None:
@@ -56,6 +58,41 @@ def test_the_report_tells_lengths_characters_and_unknown_ones(tmp_path: Path,
     assert f"k (U+006B) 1 times, first in {recordings}, row 7" in said
     collect(recordings, "--output", tmp_path / "corpus.txt", "--tokenizer", TOKENIZER)
     assert f"5 characters are unknown to {TOKENIZER}" in capsys.readouterr().out
+
+
+def test_signs_that_cannot_be_said_and_latin_words_are_counted_in_the_report(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recordings = write_rows(tmp_path / "recordings.jsonl", [{"text": "ሰላም §"}, {"text": "§ ቤት → ☺"}, {"text": "ውሃ TV"}])
+    collect(recordings, "--output", tmp_path / "corpus.txt")
+    said = capsys.readouterr().out
+    assert "2 texts lose signs that cannot be said: § (2), → (1)" in said and "passed over: ☺ (1)" in said
+    assert f"leaves out the rows that lose signs, such as {recordings}, row 1, {recordings}, row 2: write" in said
+    assert "1 texts have Latin words, which stay as they are: TV (1)" in said
+    assert (tmp_path / "corpus.txt").read_text(encoding="utf-8") == "ሰላም\nቤት\nውሃ TV\n"
+
+
+def test_a_corpus_of_another_language_says_how_to_train_on_it(tmp_path: Path,
+                                                              capsys: pytest.CaptureFixture[str]) -> None:
+    czech = {"text": "Je 5, pane!", "language": "cs"}
+    recordings = write_rows(tmp_path / "recordings.jsonl", [czech])
+    collect(recordings, "--output", tmp_path / "corpus.txt")
+    assert f"--texts {tmp_path / 'corpus.txt'} --language cs --output" in capsys.readouterr().out
+    write_rows(recordings, [czech, {"text": "5 ቤት"}])
+    collect(recordings, "--output", tmp_path / "corpus.txt")
+    assert "does not say which texts are am and which cs" in capsys.readouterr().out
+    assert (tmp_path / "corpus.txt").read_text(encoding="utf-8") == "Je 5, pane!\nአምስት ቤት\n"
+    collect(recordings, "--output", tmp_path / "corpus.jsonl")
+    assert "does not say" not in capsys.readouterr().out
+
+
+def test_a_corpus_for_a_tokenizer_is_read_by_its_rules(tmp_path: Path) -> None:
+    tokenizer = tmp_path / "old.model"
+    tokenizer.write_bytes(TOKENIZER.read_bytes())
+    tokenizer.with_suffix(".yaml").write_text(f"sha256: {sha256_of(tokenizer)}\ntext_rules: 1\n")
+    recordings = write_rows(tmp_path / "recordings.jsonl", [{"text": "ዓ.ም. 2013,2014"}])
+    for flags, rules in (((), TEXT_RULES), (("--tokenizer", tokenizer), 1)):
+        collect(recordings, "--output", tmp_path / "corpus.txt", *flags)
+        assert (tmp_path / "corpus.txt").read_text(encoding="utf-8") == normalise("ዓ.ም. 2013,2014", rules) + "\n"
 
 
 def test_bars_are_of_round_numbers_and_count_every_text() -> None:

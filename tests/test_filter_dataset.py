@@ -106,6 +106,24 @@ def test_each_bad_recording_goes_for_its_own_reason_and_the_report_lets_it_be_he
     assert before == {path: path.read_bytes() for path in (dataset.folder / "audio").iterdir()}
 
 
+def test_texts_that_lose_signs_go_and_the_report_counts_what_was_found(dataset: Dataset,
+                                                                      capsys: pytest.CaptureFixture[str]) -> None:
+    for number, sign in enumerate(("§", "☺", "WHO")):
+        sound = VOICES[25 + number][0]
+        dataset.add(sign, sound, text=f"{text_of(30 + number, round(10 * len(sound) / RATE))} {sign}")
+    sound = VOICES[28][0]
+    words = text_of(33, round(10 * len(sound) / RATE))
+    dataset.add("cs", sound, text=f"{'ab, cd. ' * (len(words) // 4)}", language="cs")  # no sign of Amharic
+    kept, rejected = dataset.filter()
+    assert rejected == {"§": "signs that cannot be said"} and [row["id"] for row in kept[-3:]] == ["☺", "WHO", "cs"]
+    detail, = (row["detail"] for row in read_jsonl(dataset.folder / "rejected.jsonl"))
+    assert "§ cannot be said. Write the words that are said for it" in detail
+    printed, report = capsys.readouterr().out, (dataset.folder / "filter_report.html").read_text(encoding="utf-8")
+    for line in ("1 texts lose signs that cannot be said: § (1)", "have decoration, which is passed over: ☺ (1)",
+                 "1 texts have Latin words, which stay as they are: WHO (1)"):
+        assert line in printed and line in report
+
+
 def test_copies_are_found_though_quieter_or_coded_again_and_the_loudest_stays(dataset: Dataset) -> None:
     first, second, third = (VOICES[n][0] for n in range(3))
     dataset.add("quieter", 0.3 * first, text=text_of(40, round(10 * len(first) / RATE)))

@@ -24,7 +24,7 @@ from conftest import GPT, ROOT, TOKENIZER, TRAINER, call_trainer, data_args, rea
 
 from tools import build_pairs, generation, preprocess, speech_codec, synthesize, watch_training
 from tools._common import ToolError, sha256_of
-from tools.amharic_text import TEXT_RULES
+from tools.amharic_text import TEXT_RULES, read_aloud
 from tools.generation import Line, Prompt, Sampling, Synthesizer, choose_codes, generate_codes
 from trainers import train_gpt_v2 as trainer
 
@@ -489,13 +489,40 @@ def test_another_codec_of_as_many_codes_is_refused(trained, tmp_path):
         Synthesizer(tmp_path / "a.pth", tmp_path / "other.pt", TOKENIZER)
 
 
-def test_a_checkpoint_of_other_text_rules_speaks_and_says_so(trained, tmp_path, capsys):
+@pytest.mark.parametrize(("made_with", "rules"), [({}, 1), ({"text_rules": 1}, 1), ({"text_rules": TEXT_RULES}, 2)])
+def test_a_checkpoint_reads_by_the_text_rules_it_was_trained_under(trained, tmp_path, capsys, made_with, rules):
+    content = torch.load(trained.checkpoint, weights_only=True)
+    content["made_with"] = made_with
+    trainer.write_checkpoint(tmp_path / "a.pth", content)
+    synthesizer = Synthesizer(tmp_path / "a.pth", trained.codec, TOKENIZER)
+    prompt = synthesizer.prompt(trained.data / "0.wav")
+    text = "ዓ.ም. 2013,2014"
+    assert synthesizer.line(text, prompt, "here").text == read_aloud(text, rules=rules).text
+    synthesizer.line("ሰላም ☺", prompt, "here")
+    assert ("here: not said: ☺" in capsys.readouterr().out) == (rules == 2)
+
+
+def test_a_checkpoint_of_unknown_text_rules_is_one_clear_error(trained, tmp_path):
     content = torch.load(trained.checkpoint, weights_only=True)
     content["made_with"] = {"text_rules": TEXT_RULES + 1}
     trainer.write_checkpoint(tmp_path / "a.pth", content)
-    Synthesizer(tmp_path / "a.pth", trained.codec, TOKENIZER)
-    assert f"learned texts by rules {TEXT_RULES + 1}, this program spells them by rules {TEXT_RULES}" in (
-        capsys.readouterr().out)
+    said = error_of("--checkpoint", tmp_path / "a.pth", *trained.arguments()[2:], "--text", "ሰላም", "--output",
+                    tmp_path / "a.wav")
+    assert f"a.pth: made under text rules {TEXT_RULES + 1}, and this program knows 1 and 2. Take a newer" in said
+
+
+def test_a_text_of_another_language_is_not_read_as_amharic(trained, tmp_path):
+    argv = [*trained.arguments(), "--text", "5", "--output", tmp_path / "a.wav", "--max-length", 9]
+    assert "no piece for '5'" in error_of(*argv, "--language", "cs")
+    synthesizer = Synthesizer(trained.checkpoint, trained.codec, None)
+    assert synthesizer.line("5", synthesizer.prompt(trained.data / "0.wav"), "here", "am-ET").text == "አምስት"
+    data = tmp_path / "data"
+    shutil.copytree(trained.data, data)
+    rows = read_jsonl(data / "val_pairs.jsonl")
+    write_manifest(data / "val_pairs.jsonl", [row | {"target_text": "5", "target_language": "cs"} for row in rows])
+    synthesizer.checkpoint["manifests"] = {"val": [{"path": str(data / "val_pairs.jsonl")}]}
+    with pytest.raises(ToolError, match="no piece for '5'"):
+        watch_training.validation_lines(synthesizer)
 
 
 def test_a_checkpoint_knows_the_codec_of_its_training_data(trained, tmp_path):

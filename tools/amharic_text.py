@@ -15,6 +15,7 @@ import math
 import random
 import re
 import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ FIRST_COMMAND = "echo 'በ፲፱፻፶ ዓ.ም፤ሰላም' | python -m tools.am
 BUILD_COMMAND = "python -m tools.amharic_text build --output-dir build"
 
 TEXT_RULES = 2  # the version of the rules; data, tokenizers and checkpoints made under 1 go on under 1
+KNOWN_RULES = (1, TEXT_RULES)
 # Letters that espeak-ng's Amharic voice does not know: it reads out their code points instead.
 UNSPOKEN_LETTERS = set("ሇቇቐቑቒቓቔቕቖቘቚቛቜቝኇኯዏዯጏጟፇፘፙፚ")
 
@@ -44,14 +46,19 @@ def read_aloud(text: str, language: str = "am", rules: int = TEXT_RULES, latin: 
     an amount, readers use both for years and one for amounts, and version 1 read so. Raises ToolError for a value that
     is none of these.
     """
-    for name, value, choices in (("text rules", rules, (1, TEXT_RULES)), ("latin", latin, LATIN_CHOICES),
+    for name, value, choices in (("text rules", rules, KNOWN_RULES), ("latin", latin, LATIN_CHOICES),
                                  ("years", years, YEAR_CHOICES)):
         if value not in choices:
             raise ToolError(f"{name} {value!r} are unknown here; take {' or '.join(map(str, choices))}, or a newer "
                             "version of this program")
-    if re.split("[-_]", language.lower())[0] not in ("am", "amh"):
+    if not is_amharic(language):
         return pass_through(text)
     return Reading(_amharic_text_1.normalise(text)) if rules == 1 else read_amharic(text, latin, years)
+
+
+def is_amharic(language: str) -> bool:
+    """Of a tag such as am, am-ET or amh."""
+    return re.split("[-_]", language.lower())[0] in ("am", "amh")
 
 
 def normalise(text: str, rules: int = TEXT_RULES) -> str:
@@ -76,9 +83,13 @@ def fold_homophones(text: str) -> str:
     return text.translate(ONE_SPELLING).translate(FIRST_ORDERS)
 
 
-def letters_of(text: str) -> str:
-    """What of a text can be heard: letters, one spelling per sound, no spaces, no punctuation."""
-    return fold_homophones("".join(c for c in normalise(text) if c not in PUNCTUATION and c != " "))
+def letters_of(text: str, language: str = "am", rules: int = TEXT_RULES) -> str:
+    """What of a text can be heard: letters, one spelling per sound, no spaces, no punctuation; of other languages than
+    Amharic small letters, their marks and numerals."""
+    said = read_aloud(text, language, rules).text
+    if is_amharic(language):
+        return fold_homophones("".join(c for c in said if c not in PUNCTUATION and c != " "))
+    return "".join(c for c in said.casefold() if unicodedata.category(c)[0] in "LMN")
 
 
 def is_speakable(text: str) -> bool:
@@ -249,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     reader.add_argument("--explain", action="store_true", help="show under each line what was changed and what is not "
                         "said, and the sums at the end")
     reader.add_argument("--language", default="am", help="of the text; only Amharic is turned into words (am)")
-    reader.add_argument("--rules", type=int, choices=[1, TEXT_RULES], default=TEXT_RULES,
+    reader.add_argument("--rules", type=int, choices=KNOWN_RULES, default=TEXT_RULES,
                         help=f"version of the Amharic rules; 1 for what was made under it ({TEXT_RULES})")
     reader.add_argument("--latin", choices=LATIN_CHOICES, default="keep",
                         help="Latin words: keep them, spell them letter by letter, or refuse the text (keep)")

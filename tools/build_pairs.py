@@ -29,9 +29,10 @@ from pathlib import Path
 from typing import Any
 
 from tools._common import Progress, ToolError, info, make_parser, read_jsonl, run_program, warn, write_jsonl, writing_to
-from tools.amharic_text import letters_of
+from tools.amharic_text import TEXT_RULES, letters_of
 from tools.made_with import of_manifest, read_yaml, recorded, require_same
 from tools.preprocess import locked
+from tools.text_rules import language_of, rules_of
 
 FIRST_COMMAND = "python -m tools.build_pairs --data-dir build/arrays"
 REMEDY = "tools.preprocess writes it"
@@ -71,11 +72,11 @@ def pair_row(prompt: dict[str, Any], target: dict[str, Any], shipped: set[str] |
     }
 
 
-def with_keys(utterances: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows, each with its sentence in a form to compare."""
+def with_keys(utterances: Sequence[dict[str, Any]], rules: int = TEXT_RULES) -> list[dict[str, Any]]:
+    """The rows, each with its sentence in a form to compare; `rules` are those of their texts."""
     progress, rows = Progress("sentences", len(utterances)), []
     for done, row in enumerate(utterances, 1):
-        rows.append(row if "key" in row else row | {"key": letters_of(row["text"])})
+        rows.append(row if "key" in row else row | {"key": letters_of(row["text"], language_of(row), rules)})
         progress.update(done)
     return rows
 
@@ -322,7 +323,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not path.is_file():  # a lock would make the folder
         raise ToolError(f"{path}: no such file. {REMEDY}")
     with reserved(args.data_dir):
-        utterances = with_keys(read_jsonl(path, UTTERANCE_KEYS, REMEDY))
+        rules = rules_of(of_manifest(path), str(path.with_name("config.yaml")))
+        utterances = with_keys(read_jsonl(path, UTTERANCE_KEYS, REMEDY), rules)
         check_utterances(utterances, path)
         check_shards(args.data_dir, utterances)
         pairs = {split: build_pairs(utterances, split, args.pairs_per_target, args.seed, limits=limits)

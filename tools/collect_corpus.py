@@ -1,11 +1,12 @@
 """Own transcripts become text to train a tokenizer on, with a report of what is in them.
 
 Reads one or more recordings.jsonl (or folders that hold one) and writes every different transcript once, as it is
-spoken (`python -m tools.amharic_text normalise`): a line each, or rows of id and text where --output ends in .jsonl.
-Rows of split val and rows without text are left out.
+spoken (`python -m tools.amharic_text normalise`): a line each, or rows of id, text and language where --output ends in
+.jsonl. Rows of split val and rows without text are left out.
 
 The report shows how many texts came from where, how long they are, how often each character occurs, and which are
-unknown: to the Amharic alphabet and its punctuation, or to a tokenizer that you name, with the first row of each.
+unknown: to the Amharic alphabet and its punctuation, or to a tokenizer that you name, with the first row of each. It
+counts the texts with Latin words and those that lose signs that cannot be said: tools.preprocess leaves these out.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from tools._common import (
     write_text,
     writing_to,
 )
-from tools.amharic_text import PUNCTUATION, normalise
+from tools.amharic_text import PUNCTUATION, TEXT_RULES, Reading, read_aloud
+from tools.text_rules import Tally, language_of, lost_signs, rules_for_new
 from tools.train_tokenizer import amharic_letters, load_tokenizer
 
 FIRST_COMMAND = "python -m tools.collect_corpus build/recordings/recordings.jsonl --output build/corpus.txt"
@@ -52,19 +54,24 @@ class Corpus:
     validation: int = 0
     silent: list[str] = field(default_factory=list)
     """Rows whose text has nothing that is spoken."""
+    languages: dict[str, str] = field(default_factory=dict)
+    """Text -> its language."""
+    losing: list[str] = field(default_factory=list)
+    """Rows whose text loses signs."""
+    tally: Tally = field(default_factory=Tally)
 
     @property
     def repeated(self) -> int:
         return self.rows - self.empty - self.validation - len(self.silent) - len(self.texts)
 
 
-def spoken(row: dict[str, Any]) -> str:
+def spoken(row: dict[str, Any], rules: int) -> Reading:
     """The transcript as the tokenizer gets it; only Amharic is turned into words."""
-    return normalise(row["text"]) if row.get("language", "am") == "am" else " ".join(row["text"].split())
+    return read_aloud(row["text"], language_of(row), rules)
 
 
-def collect(sources: Sequence[tuple[Path, Sequence[dict[str, Any]]]]) -> Corpus:
-    """All rows of all files, each different text once."""
+def collect(sources: Sequence[tuple[Path, Sequence[dict[str, Any]]]], rules: int) -> Corpus:
+    """All rows of all files, each different text once, read by these text rules."""
     corpus = Corpus()
     progress = Progress("reading texts", sum(len(rows) for _, rows in sources))
     for path, rows in sources:
@@ -76,12 +83,20 @@ def collect(sources: Sequence[tuple[Path, Sequence[dict[str, Any]]]]) -> Corpus:
             elif not row["text"].strip():
                 corpus.empty += 1
             else:
-                text, place = spoken(row), f"{path}, row {number}"
-                if text:
-                    corpus.texts.setdefault(text, place)
-                else:
-                    corpus.silent.append(place)
+                take(corpus, spoken(row, rules), language_of(row), f"{path}, row {number}")
     return corpus
+
+
+def take(corpus: Corpus, reading: Reading, language: str, place: str) -> None:
+    """One more text."""
+    corpus.tally.add(reading)
+    if lost_signs(reading):
+        corpus.losing.append(place)
+    if reading.text:
+        corpus.texts.setdefault(reading.text, place)
+        corpus.languages.setdefault(reading.text, language)
+    else:
+        corpus.silent.append(place)
 
 
 def count_characters(texts: Iterable[str]) -> Counter[str]:
@@ -131,6 +146,11 @@ def say_report(corpus: Corpus, tokenizer: Path | None) -> None:
     info(f"{len(corpus.texts)} different texts of {corpus.rows} rows" + (f"; left out: {said}" if said else ""))
     if corpus.silent:
         warn(f"nothing is spoken in {len(corpus.silent)} texts, such as that of {corpus.silent[0]}")
+    for line in corpus.tally.lines():
+        warn(line)
+    if corpus.losing:
+        warn(f"tools.preprocess leaves out the rows that lose signs, such as {', '.join(corpus.losing[:3])}: write the "
+             "words that are said for them, or remove them")
     words = sum(len(text.split()) for text in corpus.texts)
     info(f"{words} words, {counts.total()} characters without spaces, {len(counts)} different ones")
     info(f"characters in a text: {lengths[0]} to {lengths[-1]}, half have up to {statistics.median_low(lengths)}, 95 "
@@ -169,12 +189,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("recordings", type=Path, nargs="+", metavar="RECORDINGS",
                         help="recordings.jsonl, or the folder that holds it")
     parser.add_argument("--output", type=Path, required=True, help="the text to write, such as corpus.txt")
-    parser.add_argument("--tokenizer", type=Path, help="whose unknown characters to show (those of no tokenizer)")
+    parser.add_argument("--tokenizer", type=Path, help="whose unknown characters to show, and by whose text "
+                                                              "rules to read (none)")
     args: argparse.Namespace = parser.parse_args(argv)
     sources = read_sources(args.recordings)
     if args.output.resolve() in [file.resolve() for file, _ in sources]:
         raise ToolError(f"--output {args.output}: is a file of recordings. Give another name, such as corpus.txt")
-    corpus = collect(sources)
+    corpus = collect(sources, rules_for_new(args.tokenizer) if args.tokenizer else TEXT_RULES)
     if not corpus.texts:
         raise ToolError(f"{args.recordings[0]}: holds no text to learn from: of {corpus.rows} rows {corpus.empty} have "
                         f"none, {corpus.validation} are of validation. Type the texts in, or give --transcriber to "
@@ -182,10 +203,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     say_report(corpus, args.tokenizer)
     with writing_to(args.output.parent):
         if args.output.suffix == ".jsonl":
-            write_jsonl(args.output, ({"id": str(number), "text": text} for number, text in enumerate(corpus.texts, 1)))
+            write_jsonl(args.output, ({"id": str(number), "text": text, "language": language}
+                                      for number, (text, language) in enumerate(corpus.languages.items(), 1)))
         else:
             write_text(args.output, "".join(f"{text}\n" for text in corpus.texts))
-    info(f"-> {args.output}; next: tools.train_tokenizer --texts {args.output} --output "
+    languages = sorted(set(corpus.languages.values()))
+    if args.output.suffix != ".jsonl" and len(languages) > 1:
+        warn(f"{args.output} does not say which texts are {' and which '.join(languages)}, and tools.train_tokenizer "
+             "will read all as one language: better give --output an ending .jsonl")
+    flag = f" --language {languages[0]}" if args.output.suffix != ".jsonl" and languages != ["am"] else ""
+    info(f"-> {args.output}; next: tools.train_tokenizer --texts {args.output}{flag} --output "
          f"{args.output.with_name('tokenizer.model')}")
 
 

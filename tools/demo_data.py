@@ -30,6 +30,7 @@ from tools._common import (
 from tools.amharic_text import TEXT_RULES
 from tools.build_pairs import UTTERANCE_KEYS, build_pairs
 from tools.speech_codec import codec_record
+from tools.text_rules import record_path
 from tools.train_tokenizer import load_tokenizer
 
 FIRST_COMMAND = ("python -m tools.demo_data --quick --sequences 200 --decoder-steps 50 "
@@ -120,7 +121,9 @@ def ship(args: argparse.Namespace) -> None:
         info(f"{len(rows)} pairs -> {output / f'{split}_pairs.jsonl'}")
     copies = [(arrays / f"{name}.npy", output) for name in ("codes", "text_ids", "condition", "emo_vec")]
     copies += [(args.work_dir / "speech_codec.pt", output), (args.work_dir / "held_out_words.txt", output)]
-    for source, folder in [*copies, (args.work_dir / TOKENIZER_NAME, args.tokenizer_dir)]:
+    tokenizer = args.work_dir / TOKENIZER_NAME
+    copies += [(tokenizer, args.tokenizer_dir), (record_path(tokenizer), args.tokenizer_dir)]
+    for source, folder in copies:
         with atomic_path(folder / source.name) as temporary:
             shutil.copyfile(source, temporary)
     config = data_config(output / "speech_codec.pt", args.tokenizer_dir / TOKENIZER_NAME, utterances)
@@ -136,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output-dir", type=Path, default=Path("processed_data"),
                         help="gets the arrays, pairs, codec and config.yaml that ship (processed_data)")
     parser.add_argument("--tokenizer-dir", type=Path, default=Path("tokenizers"),
-                        help=f"gets {TOKENIZER_NAME} (tokenizers)")
+                        help=f"gets {TOKENIZER_NAME} and its record (tokenizers)")
     parser.add_argument("--sequences", type=int, default=11_500,
                         help="random word sequences beside phrases and names (11500)")
     parser.add_argument("--decoder-steps", type=int, default=3000, help="training steps of the codec's decoder (3000)")

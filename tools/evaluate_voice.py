@@ -25,6 +25,7 @@ import hashlib
 import itertools
 import json
 import math
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -46,7 +47,7 @@ from tools._common import (
     write_text,
     writing_to,
 )
-from tools.amharic_text import PUNCTUATION, letters_of
+from tools.amharic_text import TEXT_RULES, letters_of
 from tools.generation import (
     SHORTEST_PROMPT,
     Synthesizer,
@@ -60,6 +61,7 @@ from tools.recordings import read_recordings
 from tools.sound_files import load_recording
 from tools.speech_codec import SpeechCodec, codec_record, cosine_basis
 from tools.synthesize import speak_into
+from tools.text_rules import language_of, rules_of
 from trainers.train_gpt_v2 import use_glibc_heap
 
 FIRST_COMMAND = ("python -m tools.evaluate_voice --checkpoint demo_output/training/best.pth "
@@ -80,6 +82,7 @@ class VoiceData:
         self.folder, self.recordings = folder, {}
         self.codec, self.codec_digest = SpeechCodec.load(codec_path), sha256_of(codec_path)
         self.made_with, self.config = of_manifest(folder / "train_pairs.jsonl"), folder / "config.yaml"
+        self.rules = rules_of(self.made_with, str(self.config))
         require_same(str(self.config), self.made_with, f"--codec {codec_path}", codec_record(codec_path, self.codec),
                      remedy="Give the codec of the data set as --codec")
         keys = ["target_id", "target_text", "target_codes_path", "target_code_len", "prompt_id", "speaker"]
@@ -152,14 +155,19 @@ class VoiceData:
         return mels
 
 
-def choose_rows(val: Sequence[dict[str, Any]], train: Sequence[dict[str, Any]], count: int
+def said_in(row: dict[str, Any], rules: int) -> str:
+    """The letters of a row's text that can be heard; `rules` are the text rules of its data set."""
+    return letters_of(row["target_text"], language_of(row), rules)
+
+
+def choose_rows(val: Sequence[dict[str, Any]], train: Sequence[dict[str, Any]], count: int, rules: int = TEXT_RULES
                 ) -> tuple[list[dict[str, Any]], int]:
     """`count` validation rows of different texts, evenly spaced, and how many of them have only unseen words.
 
     Texts without a letter that can be heard are left out.
     """
     known = {word for row in train for word in words_of(row)}
-    different = list({row["target_text"]: row for row in val if letters_of(row["target_text"])}.values())
+    different = list({row["target_text"]: row for row in val if said_in(row, rules)}.values())
     new = [row for row in different if not known.intersection(words_of(row))]
     rest = [row for row in different if known.intersection(words_of(row))]
     chosen = spread(new, count) + spread(rest, max(0, count - len(new)))
@@ -167,7 +175,8 @@ def choose_rows(val: Sequence[dict[str, Any]], train: Sequence[dict[str, Any]], 
 
 
 def words_of(row: dict[str, Any]) -> set[str]:
-    return set("".join(" " if c in PUNCTUATION else c for c in row["target_text"]).split())
+    """Without punctuation, which every language has of its own."""
+    return set("".join(" " if unicodedata.category(c)[0] == "P" else c for c in row["target_text"]).split())
 
 
 def spread(rows: Sequence[Any], count: int) -> list[Any]:
@@ -178,7 +187,7 @@ def spread(rows: Sequence[Any], count: int) -> list[Any]:
 def obtain_recogniser(path: Path, data: VoiceData) -> Recogniser:
     """The recogniser of the data's training rows and codec: read, trained to its end, or trained. Raises: ToolError."""
     rows = data.training_rows()
-    texts = [letters_of(row["target_text"]) for row in rows]
+    texts = [said_in(row, data.rules) for row in rows]
     made_with = hashlib.sha256(f"{data.codec_digest} {[(row['target_id'], row['target_code_len']) for row in rows]} "
                                f"{texts}".encode()).hexdigest()
     state = read_recogniser(path, made_with) or {
@@ -230,13 +239,14 @@ def dtw_distance(probe: np.ndarray, reference: np.ndarray) -> float:
     return float(last[-1]) / (n + m)
 
 
-def candidates_of(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def candidates_of(row: dict[str, Any], rows: Sequence[dict[str, Any]], rules: int = TEXT_RULES
+                  ) -> list[dict[str, Any]]:
     """The row itself and the CANDIDATES - 1 rows of its voice and other texts that are nearest to it in length."""
-    said = letters_of(row["target_text"])
+    said = said_in(row, rules)
     same_voice = {other["target_id"]: other for other in rows if other["speaker"] == row["speaker"]}  # not its pairs
     nearest = sorted(same_voice.values(), key=lambda other: (
         abs(other["target_code_len"] - row["target_code_len"]), other["target_id"]))
-    others = (other for other in nearest if letters_of(other["target_text"]) != said)
+    others = (other for other in nearest if said_in(other, rules) != said)
     return [row, *itertools.islice(others, CANDIDATES - 1)]
 
 
@@ -255,8 +265,8 @@ def synthesised_mels(synthesizer: Synthesizer, data: VoiceData, rows: Sequence[d
                      ) -> list[Tensor]:
     """Log-mels [frames, n_mels] of what the checkpoint says; no frames where it stopped at once."""
     prompts = {path: synthesizer.prompt(path) for path in {data.prompt(row) for row in rows}}
-    lines = {f"{number:04d}": synthesizer.line(row["target_text"], prompts[data.prompt(row)], row["target_id"])
-             for number, row in enumerate(rows, 1)}
+    lines = {f"{number:04d}": synthesizer.line(row["target_text"], prompts[data.prompt(row)], row["target_id"],
+                                               language_of(row)) for number, row in enumerate(rows, 1)}
     spoken = speak_into(args.output_dir, synthesizer, lines, sampling_of(args))
     return [data.codec.log_mel(sound_of(args.output_dir / f"{line['name']}.wav")) if line["codes"]
             else torch.zeros(0, data.codec.config.n_mels) for line in spoken]
@@ -265,7 +275,7 @@ def synthesised_mels(synthesizer: Synthesizer, data: VoiceData, rows: Sequence[d
 def rank_of(mel: Tensor, row: dict[str, Any], data: VoiceData, round_trips: dict[str, np.ndarray]
             ) -> tuple[int, int, float]:
     """The true text's rank, out of how many, and its MCD in dB. Silence is the last of all."""
-    names = [other["target_id"] for other in candidates_of(row, data.val)]
+    names = [other["target_id"] for other in candidates_of(row, data.val, data.rules)]
     if not len(mel):
         return len(names), len(names), math.nan
     probe = cepstra(mel)
@@ -276,7 +286,7 @@ def rank_of(mel: Tensor, row: dict[str, Any], data: VoiceData, round_trips: dict
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Everything that is measured, as plain values. Raises: ToolError."""
     data = VoiceData(args.data_dir, args.codec, args.recordings)
-    rows, unseen = choose_rows(list(filter(has_long_prompt, data.val)), data.train, args.texts)
+    rows, unseen = choose_rows(list(filter(has_long_prompt, data.val)), data.train, args.texts, data.rules)
     if not rows:
         raise ToolError(f"{args.data_dir}: no validation row has a text that can be heard and a prompt of at least "
                         f"{SHORTEST_PROMPT} s. Run tools.build_pairs with --min-prompt-seconds {SHORTEST_PROMPT}")
@@ -285,7 +295,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
                  OF_SOUND)  # its texts are written anew, by the checkpoint's tokenizer
     synthesis = synthesised_mels(synthesizer, data, rows, args)
     recogniser = obtain_recogniser(args.recogniser, data)
-    needed = {other["target_id"]: other for row in rows for other in candidates_of(row, data.val)}
+    needed = {other["target_id"]: other for row in rows for other in candidates_of(row, data.val, data.rules)}
     round_trips = dict(zip(needed, data.round_trips(list(needed.values())), strict=True))
     of_cepstra = {name: cepstra(mel) for name, mel in round_trips.items()}
     rate, results = data.codec.config.sample_rate, []
@@ -294,7 +304,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         true = data.recording(row, "target")
         rank, of, mcd = rank_of(mel, row, data, of_cepstra)
         results.append({
-            "id": row["target_id"], "text": row["target_text"], "said": letters_of(row["target_text"]),
+            "id": row["target_id"], "text": row["target_text"], "said": said_in(row, data.rules),
             "true": recogniser.hear(data.codec.log_mel(load_recording(true, rate))) if true else None,
             "round_trip": recogniser.hear(round_trips[row["target_id"]]), "synthesis": recogniser.hear(mel),
             "rank": rank, "candidates": of, "mcd": None if math.isnan(mcd) else round(mcd, 3)})

@@ -9,9 +9,10 @@ Reads a recordings.jsonl; writes beside it
   filter_cache.jsonl  what has been measured; deleting it costs time only
 
 The defaults keep good recordings, also of a telephone; every limit is a flag. Whether text and sound belong together is
-told by the letters in a second of speech: those far from the usual of their speaker are left out. Copies of a sound are
-found although they are quieter or were coded again. The sounds themselves are never changed. Run it again after a kill,
-or when rows came: it measures only what is new.
+told by the letters in a second of speech: those far from the usual of their speaker are left out. So are texts with
+signs that cannot be said; decoration, such as emoji and stars, is passed over and counted. Copies of a sound are found
+although they are quieter or were coded again. The sounds themselves are never changed. Run it again after a kill, or
+when rows came: it measures only what is new.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from tools._common import Progress, ToolError, info, make_parser, run_program, warn, write_jsonl, write_text, writing_to
-from tools.amharic_text import letters_of, normalise
+from tools.amharic_text import TEXT_RULES, Reading, is_amharic, letters_of, read_aloud
 from tools.clip_files import Cache, size_of, stamp_of, write_clip
 from tools.clip_measures import Measures, alike, measure_files, read_sound
 from tools.features import start_worker
@@ -43,6 +44,7 @@ from tools.preprocess import ETHIOPIC, locked, say_skipped, skipped_row
 from tools.recordings import read_recordings
 from tools.sound_decoder import Sound, flac_bytes
 from tools.sound_files import Unusable, path_within
+from tools.text_rules import Tally, language_of, lost_signs
 from trainers.train_gpt_v2 import available_cores
 
 FIRST_COMMAND = "python -m tools.filter_dataset build/recordings/recordings.jsonl"
@@ -72,9 +74,14 @@ class Item:
         return str(self.row.get("speaker", ""))
 
     @functools.cached_property
+    def reading(self) -> Reading:
+        """Its text as tools.preprocess will read it, but for a tokenizer of other text rules."""
+        return read_aloud(self.row["text"], language_of(self.row), TEXT_RULES)
+
+    @functools.cached_property
     def letters(self) -> str:
         """What of its text can be heard."""
-        return letters_of(normalise(self.row["text"]))
+        return letters_of(self.reading.text, language_of(self.row), TEXT_RULES)
 
     @property
     def rate(self) -> float:
@@ -98,8 +105,12 @@ def judge_text(item: Item, args: argparse.Namespace) -> None:
         return
     letters = [letter for letter in text if unicodedata.category(letter).startswith("L")]
     share = sum(bool(ETHIOPIC.match(letter)) for letter in letters) / max(1, len(letters))
-    if item.row.get("language", "am") == "am" and share < args.least_ethiopic:
+    if is_amharic(language_of(item.row)) and share < args.least_ethiopic:
         item.reject("not Ethiopic", f"{share:.0%} of the letters are Ethiopic")
+    lost = lost_signs(item.reading)
+    if lost:
+        item.reject("signs that cannot be said", f"{lost} cannot be said. Write the words that are said for it, or "
+                                                 "remove it")
 
 
 def judge_sound(item: Item, args: argparse.Namespace) -> None:
@@ -306,6 +317,14 @@ def worst_clips(items: Sequence[Item], audio_dir: Path) -> list[Player]:
     return clips
 
 
+def tally_of(items: Sequence[Item]) -> Tally:
+    """Signs and words of all texts."""
+    tally = Tally()
+    for item in items:
+        tally.add(item.reading)
+    return tally
+
+
 def write_report(path: Path, items: Sequence[Item], audio_dir: Path) -> None:
     sides = [[item for item in items if item.measures and bool(item.reasons) == rejected] for rejected in (False, True)]
 
@@ -324,9 +343,11 @@ def write_report(path: Path, items: Sequence[Item], audio_dir: Path) -> None:
     speakers = [(name or "(none)", round(good, 3), round(bad, 3))
                 for name, (good, bad) in sorted(hours.items(), key=lambda pair: -pair[1][0])]
     reasons = Counter(item.reasons[0][0] for item in items if item.reasons)
+    found = [(line,) for line in tally_of(items).lines()]
     kept = sum(not item.reasons for item in items)
     content = page(f"{kept} of {len(items)} recordings kept", [
         ("Why recordings are left out", table(["Reason", "Rows"], reasons.most_common()) if reasons else ""),
+        ("Signs and words of the texts", table(["Found"], found) if found else ""),
         ("Histograms (blue: kept, red: left out)", figures),
         ("Hours per speaker", table(["Speaker", "Kept", "Left out"], speakers)),
         ("The worst clips", players(worst_clips(items, audio_dir)))])
@@ -412,6 +433,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     info(f"{len(kept)} of {len(items)} recordings kept, {seconds / 3600:.2f} hours; {trimmed} trimmed")
     for line in say_skipped(rejected):
         warn(f"  {line}")
+    for line in tally_of(items).lines():
+        warn(line)
     info(f"-> {folder / 'filtered.jsonl'}, {folder / 'filter_report.html'}; next: tools.preprocess --recordings "
          f"{folder / 'filtered.jsonl'}")
 

@@ -22,11 +22,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tools._common import ToolError, sha256_of, warn
-from tools.amharic_text import TEXT_RULES, normalise
+from tools.amharic_text import read_aloud, shown
 from tools.made_with import of_checkpoint, require_same
 from tools.preprocess import text_ids_of
 from tools.sound_files import load_recording
 from tools.speech_codec import SpeechCodec, codec_record
+from tools.text_rules import rules_of
 from tools.train_tokenizer import load_tokenizer
 from trainers.train_gpt_v2 import (
     LEADING_ROWS,
@@ -297,21 +298,21 @@ class Synthesizer:
     model: UnifiedVoiceGPT
     tokenizer: sentencepiece.SentencePieceProcessor
     codec: SpeechCodec
+    rules: int
+    """Version of the text rules that the checkpoint's texts were read by."""
 
     def __init__(self, checkpoint_path: Path, codec_path: Path, tokenizer_path: Path | None) -> None:
         """Raises: ToolError when a file is missing or damaged, or one does not fit the others."""
         self.model, self.checkpoint = load_model(checkpoint_path)
+        record = of_checkpoint(self.checkpoint)
+        self.rules = rules_of(record, str(checkpoint_path))
         path = tokenizer_path or Path(self.checkpoint["tokenizer"]["path"])
         self.tokenizer = load_tokenizer(path)
-        record = of_checkpoint(self.checkpoint)
         require_same(str(checkpoint_path), record, f"--tokenizer {path}", {"tokenizer_sha256": sha256_of(path)},
                      remedy="Give the tokenizer that the checkpoint was trained with as --tokenizer")
         self.codec = SpeechCodec.load(codec_path)
         require_same(str(checkpoint_path), record, f"--codec {codec_path}", codec_record(codec_path, self.codec),
                      remedy="Give the codec that its training data was made with as --codec")
-        if record.get("text_rules", TEXT_RULES) != TEXT_RULES:
-            warn(f"{checkpoint_path} learned texts by rules {record['text_rules']}, this program spells them by rules "
-                 f"{TEXT_RULES}: numbers and abbreviations may sound otherwise")
         codes = self.codec.config.num_codes
         if codes != self.model.config.code_count:
             raise ToolError(f"--codec {codec_path}: has {codes} codes, the checkpoint {self.model.config.code_count}. "
@@ -328,14 +329,16 @@ class Synthesizer:
         condition, emo_vec = self.codec.condition(waveform, self.model.config.model_dim)
         return Prompt(condition, emo_vec, self.codec.mel_statistics(waveform))
 
-    def line(self, text: str, prompt: Prompt, place: str) -> Line:
-        """`place` is for the message. Raises: ToolError for a text that the model cannot read."""
-        text = normalise(text)
-        text_ids = text_ids_of(text, self.tokenizer, place)
+    def line(self, text: str, prompt: Prompt, place: str, language: str = "am") -> Line:
+        """`place` is for the message, `language` the text's. Raises: ToolError for one that the model cannot read."""
+        reading = read_aloud(text, language, self.rules)
+        text_ids = text_ids_of(reading.text, self.tokenizer, place)
         longest = self.model.config.max_text_tokens
         if len(text_ids) > longest:
             raise ToolError(f"{place}: {len(text_ids)} tokens, the model takes {longest}. Split it")
-        return Line(text, text_ids, prompt)
+        if reading.unsaid:
+            warn(f"{place}: not said: {' '.join(map(shown, reading.unsaid))}")
+        return Line(reading.text, text_ids, prompt)
 
     def speak(self, lines: Sequence[Line], sampling: Sampling) -> Iterator[tuple[Spoken, Tensor]]:
         """Codes and waveform [samples] of every line, lines_at_once() together. Raises: ToolError."""

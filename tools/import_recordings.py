@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from tools._common import Progress, ToolError, info, make_parser, run_program, warn, write_jsonl, writing_to
+from tools.amharic_text import is_amharic
 from tools.clip_files import Cache, Work, run_jobs, stamp_of
 from tools.preprocess import ETHIOPIC, say_skipped
 from tools.recording_layouts import LAYOUTS, Found, detect, folder_of
@@ -216,7 +217,7 @@ def say_summary(rows: Sequence[dict[str, Any]], skipped: Sequence[dict[str, Any]
         for line in say_skipped(skipped):
             warn(f"  {line}")
     foreign = [row["id"] for row in rows
-               if row["text"] and row["language"] == "am" and not ETHIOPIC.search(row["text"])]
+               if row["text"] and is_amharic(row["language"]) and not ETHIOPIC.search(row["text"])]
     if foreign:
         warn(f"{len(foreign)} texts have no Ethiopic letter, such as that of {foreign[0]!r}; preprocess leaves them "
              "out. For another language give --language")

@@ -8,7 +8,7 @@ A data set says it in the `dataset:` section of the config.yaml beside its manif
   num_codes         real codes are 0 to num_codes - 1
   codes_per_second
   tokenizer_sha256  of the SentencePiece model
-  text_rules        tools.amharic_text.TEXT_RULES of the transcripts
+  text_rules        by which the transcripts were read (tools.text_rules); not recorded under version 1
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ OF_SOUND = ("features", "codec_sha256", "num_codes", "codes_per_second")
 """All that matters where texts are written anew."""
 EMBEDDED = "embedded"
 INDEXTTS2_CODES = 8192
+MEND_YAML = "Mend it, or run tools.preprocess again"
 REMEDY = ("Give files that belong together: the codec, the tokenizer and the data that these weights were trained "
           "with, or preprocess the recordings again for them")
 
@@ -51,13 +52,12 @@ def record(features: str, codec_sha256: str, num_codes: int, codes_per_second: f
             "text_rules": text_rules}
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, remedy: str = MEND_YAML) -> dict[str, Any]:
     """{} where there is none, or no mapping in it. Raises: ToolError for a file that cannot be read."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ToolError(f"{path}: cannot be read ({' '.join(str(error).split())}). Mend it, or run tools.preprocess "
-                        "again") from error
+        raise ToolError(f"{path}: cannot be read ({' '.join(str(error).split())}). {remedy}") from error
     return content if isinstance(content, dict) else {}
 
 

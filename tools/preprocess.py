@@ -27,9 +27,12 @@ into the same --output-dir, then once with --num-shards N --merge.
 Skipped, counted and listed: recordings that are missing, unreadable, cut off, empty, under 0.1 s, practically
 silent (under -60 dBFS), not a sound (samples beyond 100 or not finite), not of 8 to 96 kHz in steps of 25 Hz, without a
 sound file's ending, outside the audio folder (.., links), over 600 s, or longer than the model takes; transcripts that
-are empty, too long, not Ethiopic, or have letters that the tokenizer lacks; training rows with a sentence of
-validation. Refused: lines that are not JSON or lack a field, ids that occur twice, data without a training or a
-validation row.
+are empty, too long, not Ethiopic, or have letters that the tokenizer lacks or signs that cannot be said (decoration,
+such as emoji and stars, is passed over and counted); training rows with a sentence of validation. Refused: lines that
+are not JSON or lack a field, ids that occur twice, data without a training or a validation row.
+
+Texts are read by the text rules of the tokenizer's record (the file with the ending .yaml beside it), without one by
+today's; the data records which.
 """
 
 from __future__ import annotations
@@ -68,7 +71,7 @@ from tools._common import (
     write_text,
     writing_to,
 )
-from tools.amharic_text import TEXT_RULES, letters_of, normalise
+from tools.amharic_text import Reading, is_amharic, letters_of, read_aloud
 from tools.features import (
     FORMAT,
     Clip,
@@ -82,6 +85,7 @@ from tools.features import (
 from tools.made_with import INDEXTTS2_CODES, record
 from tools.recordings import is_sound_name, read_recordings, why_left_out
 from tools.sound_files import Unusable
+from tools.text_rules import Tally, language_of, lost_signs, rules_for_new
 from tools.train_tokenizer import load_tokenizer
 from trainers.train_gpt_v2 import ModelConfig, UserError, lock_output_dir, model_config_from, use_glibc_heap
 
@@ -202,16 +206,20 @@ class Plan:
     made_with: dict[str, Any]
 
 
-def text_ids_or_why_not(row: dict[str, Any], text: str, place: str, model: ModelConfig,
+def text_ids_or_why_not(row: dict[str, Any], reading: Reading, place: str, model: ModelConfig,
                         tokenizer: sentencepiece.SentencePieceProcessor) -> list[int]:
     """Raises: Unusable."""
+    text, lost = reading.text, lost_signs(reading)
     fault = why_left_out(row)
     if fault and fault.kind == "other_split":
         raise Unusable("other split", f"{place}: {fault}")
     if fault or not text:
         raise Unusable("empty transcript", f"{place}: the transcript is empty. Write what is said")
-    if row.get("language", "am") == "am" and not ETHIOPIC.search(text):
+    if is_amharic(language_of(row)) and not ETHIOPIC.search(text):
         raise Unusable("not Ethiopic", f"{place}: no Ethiopic letter in {row['text']!r}. Write Amharic in its letters")
+    if lost:
+        raise Unusable("signs that cannot be said", f"{place}: {lost} in {row['text']!r}. Write the words that are "
+                                                    "said for it, or remove it")
     try:
         ids = text_ids_of(text, tokenizer, place)
     except ToolError as error:
@@ -226,23 +234,26 @@ def skipped_row(number: int, row_id: str, reason: str, detail: str) -> dict[str,
     return {"row": number, "id": row_id, "reason": reason, "detail": detail}
 
 
-def plan_items(rows: Sequence[dict[str, Any]], recordings: Path, model: ModelConfig,
+def plan_items(rows: Sequence[dict[str, Any]], recordings: Path, model: ModelConfig, rules: int,
                tokenizer: sentencepiece.SentencePieceProcessor, args: argparse.Namespace
                ) -> tuple[list[Item], list[dict[str, Any]]]:
     """All transcripts before any sound: a fault among them shows within seconds, not after hours of audio."""
-    items, skipped = [], []
+    items, skipped, tally = [], [], Tally()
     progress = Progress("transcripts", len(rows))
     for number, row in enumerate(rows, 1):
-        text = normalise(row["text"])
+        reading = read_aloud(row["text"], language_of(row), rules)
+        tally.add(reading)
         try:
-            ids = text_ids_or_why_not(row, text, f"{recordings}, row {number} ({row['id']})", model, tokenizer)
-            items.append(Item(number, row, text, ids, ""))
+            ids = text_ids_or_why_not(row, reading, f"{recordings}, row {number} ({row['id']})", model, tokenizer)
+            items.append(Item(number, row, reading.text, ids, ""))
         except Unusable as fault:
             skipped.append(skipped_row(number, row["id"], fault.reason, fault.detail))
         progress.update(number)
+    for line in tally.lines():
+        warn(line)
     if not items:
         raise ToolError(f"{recordings}: no row can be used. {say_skipped(skipped)[0]}")
-    keys = [letters_of(item.text) for item in items]
+    keys = [letters_of(item.text, language_of(item.row), rules) for item in items]
     splits = split_rows([item.row for item in items], keys, args.val_speakers, args.val_share, args.seed)
     for item, split in zip(items, splits, strict=True):
         item.split = split
@@ -314,10 +325,11 @@ def make_plan(args: argparse.Namespace) -> Plan:
     source = FeatureSource.of(args.codec, width if isinstance(width, int) else 0)
     gpt, model = complete_gpt_section(section, load_features(source), tokenizer.get_piece_size(),
                                       f"--config {args.config}" if args.config else f"--model-dim {args.model_dim}")
-    items, skipped = plan_items(rows, args.recordings, model, tokenizer, args)
+    rules = rules_for_new(args.tokenizer)
+    items, skipped = plan_items(rows, args.recordings, model, rules, tokenizer, args)
     made_with = {
         "format": FORMAT, "--recordings": sha256_of(args.recordings), "--codec": source.sha256,
-        "--tokenizer": sha256_of(args.tokenizer), "text rules": TEXT_RULES, "--num-shards": args.num_shards,
+        "--tokenizer": sha256_of(args.tokenizer), "text rules": rules, "--num-shards": args.num_shards,
         "--seed": args.seed,
         "--config or --model-dim": [model.model_dim, model.max_text_tokens, model.max_mel_tokens],
         "--prompts-per-speaker": args.prompts_per_speaker, "--val-share": args.val_share,
@@ -383,7 +395,7 @@ def work_out(plan: Plan, items: Sequence[Item], folder: Path, jobs: int) -> Part
             part.skipped.append(skipped_row(item.number, row["id"], *faults[item.number]))
             continue
         part.utterances.append({
-            "id": row["id"], "speaker": row.get("speaker", ""), "language": row.get("language", "am"),
+            "id": row["id"], "speaker": row.get("speaker", ""), "language": language_of(row),
             "split": item.split, "text": item.text, "audio": row["audio"], "duration": round(seconds, 3),
             "text_ids_start": ids_start, "text_len": len(ids), "codes_start": codes_start, "code_len": len(codes),
         })

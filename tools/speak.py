@@ -36,8 +36,9 @@ from tools._common import (
     write_jsonl,
     writing_to,
 )
-from tools.amharic_text import normalise
+from tools.amharic_text import KNOWN_RULES, TEXT_RULES, normalise_for
 from tools.sound_files import trim_silence
+from tools.text_rules import language_of
 
 FIRST_COMMAND = ("python -m tools.amharic_text build --output-dir build && "
                  "python -m tools.speak --texts build/texts.jsonl --output-dir build/recordings --limit 100")
@@ -51,15 +52,15 @@ def speaker_of(voice: str) -> str:
     return re.sub(r"[+/\\]", "_", voice)
 
 
-def speak(text: str, voice: str, words_per_minute: int, path: Path) -> None:
-    """One text to one WAV file. Raises: ToolError when there is no sound, OSError when there is no room for it.
+def speak(text: str, spoken: str, voice: str, words_per_minute: int, path: Path) -> None:
+    """One text to one WAV file. `spoken` is what it says, `text` is for messages. Raises: ToolError when there is no
+    sound, OSError when there is no room for it.
 
     Text goes through standard input, so that nothing in it can be taken for an option; sound comes back through
     standard output, because espeak-ng does not mind a full disk.
     """
-    spoken = normalise(text).translate(SPOKEN_MARKS)
     command = ["espeak-ng", "-v", voice, "-s", str(words_per_minute), "-b", "1", "--stdin", "--stdout"]
-    result = subprocess.run(command, input=spoken.encode(), capture_output=True)
+    result = subprocess.run(command, input=spoken.translate(SPOKEN_MARKS).encode(), capture_output=True)
     if result.returncode:
         reason = result.stderr.decode(errors="replace").strip() or f"it ended with status {result.returncode}"
         raise ToolError(f"espeak-ng cannot speak {text!r} with voice {voice}: {reason}. `espeak-ng --voices=am` "
@@ -93,15 +94,20 @@ class RowCheck:
         return text_fault(row)
 
 
-def plan_recordings(texts: Sequence[dict[str, Any]], voices: Sequence[str], every_voice: bool) -> list[dict[str, str]]:
-    """Rows of recordings.jsonl plus the voice to speak each with. Without `every_voice` the voices take turns."""
+def plan_recordings(texts: Sequence[dict[str, Any]], voices: Sequence[str], every_voice: bool,
+                    rules: int = TEXT_RULES) -> list[dict[str, str]]:
+    """Rows of recordings.jsonl plus the voice to speak each with, and what it says by the text `rules`. Without
+    `every_voice` the voices take turns."""
     rows = []
     for index, text in enumerate(texts):
+        language = language_of(text)
+        spoken = normalise_for(language, text["text"], rules)
         for voice in voices if every_voice else [voices[index % len(voices)]]:
             speaker = speaker_of(voice)
             name = f"{text['id']}_{speaker}"
-            rows.append({"id": name, "speaker": speaker, "text": text["text"], "language": "am",
-                         "split": text.get("split", "train"), "audio": f"wavs/{name}.wav", "voice": voice})
+            rows.append({"id": name, "speaker": speaker, "text": text["text"], "language": language,
+                         "split": text.get("split", "train"), "audio": f"wavs/{name}.wav", "voice": voice,
+                         "spoken": spoken})
     return rows
 
 
@@ -109,7 +115,7 @@ def made_with(row: dict[str, str], words_per_minute: int, path: Path) -> str:
     """What a recording was made from and which bytes came of it, as one word; "" without a recording."""
     if not path.is_file():
         return ""
-    recipe = json.dumps([row["audio"], row["text"], row["voice"], words_per_minute])
+    recipe = json.dumps([row["audio"], row["spoken"], row["voice"], words_per_minute])
     return f"{hashlib.sha256(recipe.encode()).hexdigest()}:{sha256_of(path)}"
 
 
@@ -117,7 +123,7 @@ def speak_all(rows: Sequence[dict[str, str]], folder: Path, words_per_minute: in
     """Writes the rows' WAV files, but those that a run before has finished already."""
     def speak_row(row: dict[str, str]) -> str:
         path = folder / row["audio"]
-        speak(row["text"], row["voice"], words_per_minute, path)
+        speak(row["text"], row["spoken"], row["voice"], words_per_minute, path)
         return made_with(row, words_per_minute, path)
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -148,6 +154,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                         help="every voice speaks every text (they take turns)")
     parser.add_argument("--limit", type=int, default=0, help="only the first N texts (0 = all)")
     parser.add_argument("--workers", type=int, default=4, help="texts spoken at the same time (4)")
+    parser.add_argument("--rules", type=int, choices=KNOWN_RULES, default=TEXT_RULES, help="version of the Amharic "
+                        f"text rules; that of the tokenizer or checkpoint that the recordings are for ({TEXT_RULES})")
     args = parser.parse_args(argv)
     for flag, value, least in (("--limit", args.limit, 0), ("--workers", args.workers, 1)):
         if value < least:
@@ -159,11 +167,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ToolError("espeak-ng is not installed. Install it: apt install espeak-ng (brew install espeak-ng)")
     texts = read_jsonl(args.texts, ["id", "text"], "`python -m tools.amharic_text build` writes such a file",
                        RowCheck())
-    rows = plan_recordings(texts[: args.limit or None], args.voices, args.every_voice)
+    rows = plan_recordings(texts[: args.limit or None], args.voices, args.every_voice, args.rules)
     with writing_to(args.output_dir):
         speak_all(rows, args.output_dir, args.words_per_minute, args.workers)
         for row in rows:
-            del row["voice"]
+            del row["voice"], row["spoken"]
         write_jsonl(args.output_dir / "recordings.jsonl", rows)
         (args.output_dir / FINISHED).unlink()
     info(f"{len(rows)} recordings -> {args.output_dir / 'recordings.jsonl'}")

@@ -61,9 +61,10 @@ def write_sound(synthesizer: Synthesizer, waveform: Tensor, path: Path) -> Path:
     return picture
 
 
-def synthesize(synthesizer: Synthesizer, text: str, prompt: Path, output: Path, sampling: Sampling) -> None:
+def synthesize(synthesizer: Synthesizer, text: str, prompt: Path, output: Path, sampling: Sampling,
+               language: str = "am") -> None:
     """One text into one file. Raises: ToolError."""
-    line = synthesizer.line(text, synthesizer.prompt(prompt), "--text")
+    line = synthesizer.line(text, synthesizer.prompt(prompt), "--text", language)
     started = time.perf_counter()
     spoken, waveform = next(synthesizer.speak([line], sampling))
     seconds = time.perf_counter() - started
@@ -75,10 +76,10 @@ def synthesize(synthesizer: Synthesizer, text: str, prompt: Path, output: Path, 
          f"{speed(len(waveform) / synthesizer.codec.config.sample_rate, seconds)} -> {output}, {picture}")
 
 
-def given_lines(synthesizer: Synthesizer, text_file: Path, prompt: Path) -> dict[str, Line]:
+def given_lines(synthesizer: Synthesizer, text_file: Path, prompt: Path, language: str = "am") -> dict[str, Line]:
     """The lines of a text file by their numbers. Raises: ToolError."""
     voice = synthesizer.prompt(prompt)
-    return {f"{number:04d}": synthesizer.line(text, voice, f"{text_file}, line {number}")
+    return {f"{number:04d}": synthesizer.line(text, voice, f"{text_file}, line {number}", language)
             for number, text in enumerate(read_lines(text_file), 1) if text.strip()}
 
 
@@ -145,9 +146,10 @@ def speak_into(folder: Path, synthesizer: Synthesizer, lines: dict[str, Line], s
     return [rows[name] for name in lines]
 
 
-def synthesize_file(synthesizer: Synthesizer, text_file: Path, prompt: Path, folder: Path, sampling: Sampling) -> None:
+def synthesize_file(synthesizer: Synthesizer, text_file: Path, prompt: Path, folder: Path, sampling: Sampling,
+                    language: str = "am") -> None:
     """Every line of a text file into a folder, named after its line number. Raises: ToolError."""
-    rows = speak_into(folder, synthesizer, given_lines(synthesizer, text_file, prompt), sampling)
+    rows = speak_into(folder, synthesizer, given_lines(synthesizer, text_file, prompt, language), sampling)
     cut_off = [row["name"] for row in rows if not row["stopped"]]
     if cut_off:
         warn(f"cut off, since the model did not stop before the greatest length: {', '.join(cut_off)}")
@@ -186,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__, FIRST_COMMAND)
     parser.add_argument("--checkpoint", type=Path, help="best.pth, latest.pth or a model_step file")
     parser.add_argument("--prompt", type=Path, help="a recording of the voice to speak in")
-    parser.add_argument("--text", help="Amharic text to speak")
+    parser.add_argument("--text", help="the text to speak")
     parser.add_argument("--output", type=Path, help="WAV file; the picture goes beside it as .png")
     parser.add_argument("--text-file", type=Path, help="UTF-8, one text per line")
     parser.add_argument("--output-dir", type=Path, help="gets the lines' files")
@@ -195,6 +197,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--codec", type=Path, default=Path("processed_data/speech_codec.pt"),
                         help="the one that the training data was made with (processed_data/speech_codec.pt)")
     parser.add_argument("--tokenizer", type=Path, help="the checkpoint's, unless it was moved")
+    parser.add_argument("--language", default="am", help="of --text and --text-file; only Amharic is turned into "
+                        "words, by the text rules that the checkpoint was trained under (am)")
     add_sampling_arguments(parser)
     args = parser.parse_args(argv)
     problem, sampling = flag_problem(args), sampling_of(args)
@@ -204,15 +208,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ToolError(f"--output {args.output}: must end in .wav")
     if args.watch:
         def lines_of(synthesizer: Synthesizer) -> list[Line] | None:
-            return list(given_lines(synthesizer, args.text_file, args.prompt).values()) if args.text_file else None
+            return list(given_lines(synthesizer, args.text_file, args.prompt, args.language).values()
+                        ) if args.text_file else None
 
         watch(args.watch, lambda checkpoint: Synthesizer(checkpoint, args.codec, args.tokenizer), lines_of, sampling)
         return
     synthesizer = Synthesizer(args.checkpoint, args.codec, args.tokenizer)
     if args.text_file:
-        synthesize_file(synthesizer, args.text_file, args.prompt, args.output_dir, sampling)
+        synthesize_file(synthesizer, args.text_file, args.prompt, args.output_dir, sampling, args.language)
     else:
-        synthesize(synthesizer, args.text, args.prompt, args.output, sampling)
+        synthesize(synthesizer, args.text, args.prompt, args.output, sampling, args.language)
 
 
 if __name__ == "__main__":

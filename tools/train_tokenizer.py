@@ -3,11 +3,15 @@
 `--model-type char` (the demo) makes one piece of every Ethiopic letter; bpe or unigram make --vocab-size pieces.
 Ids 0, 1, 2 are <s>, </s>, <unk>, as in the released IndexTTS2 tokenizer, where 0 and 1 start and stop the text. All
 letters of the Amharic alphabet and the punctuation get a piece even if no transcript has them.
+
+Beside --output a file with the ending .yaml records the model's sha256, the version of the text rules that its texts
+were read by, and their languages: data made with this tokenizer is read by the same rules.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
 import unicodedata
 from collections.abc import Sequence
@@ -16,8 +20,9 @@ from typing import Any
 
 import sentencepiece
 
-from tools._common import ToolError, atomic_path, info, make_parser, read_jsonl, run_program, text_fault
-from tools.amharic_text import PUNCTUATION, normalise
+from tools._common import ToolError, atomic_path, info, make_parser, read_jsonl, run_program, text_fault, warn
+from tools.amharic_text import PUNCTUATION, TEXT_RULES, read_aloud
+from tools.text_rules import Tally, language_of, read_record, record_path, tokenizer_record
 
 FIRST_COMMAND = "python -m tools.train_tokenizer --texts build/texts.jsonl --output build/tokenizer.model"
 
@@ -72,22 +77,51 @@ def read_texts(path: Path) -> list[dict[str, Any]]:
     return [{"text": line} for line in lines if line.strip()]
 
 
+def check_output(path: Path) -> None:
+    """Raises: ToolError where the record would take the place of another file."""
+    record = record_path(path)
+    if record == path:
+        raise ToolError(f"--output {path}: the ending .yaml is for the tokenizer's record. Give another, such as "
+                        f"{path.with_suffix('.model')}")
+    if record.exists() and not read_record(path):
+        raise ToolError(f"--output {path}: its record would replace {record}, which is none. Give another name")
+
+
+def texts_to_learn(rows: Sequence[dict[str, Any]], default: str) -> tuple[list[str], set[str]]:
+    """The training rows' texts as they are spoken, and their languages (`default` where a row names none)."""
+    texts, languages, tally = [], set(), Tally()
+    for row in rows:
+        if row.get("split", "train") == "train":
+            language = language_of({"language": default} | row)
+            reading = read_aloud(row["text"], language, TEXT_RULES)
+            texts.append(reading.text)
+            languages.add(language)
+            tally.add(reading)
+    for line in tally.lines():
+        warn(line)
+    return texts, languages
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__, FIRST_COMMAND)
     parser.add_argument("--texts", type=Path, required=True,
                         help="JSON lines with text, of which split val is left out; or .txt, a text a line")
     parser.add_argument("--output", type=Path, required=True, help="the SentencePiece model to write")
+    parser.add_argument("--language", default="am", help="of texts whose rows name none (am)")
     parser.add_argument("--model-type", choices=["char", "bpe", "unigram"], default="char",
                         help="char: a piece is a letter; bpe and unigram: a piece is some letters long (char)")
     parser.add_argument("--vocab-size", type=int, default=2000, help="pieces of bpe and unigram models (2000)")
     args: argparse.Namespace = parser.parse_args(argv)
+    check_output(args.output)
     rows = read_texts(args.texts)
-    texts = [normalise(row["text"]) for row in rows if row.get("split", "train") == "train"]
+    texts, languages = texts_to_learn(rows, args.language)
     if not any(texts):
         raise ToolError(f"{args.texts}: holds no text to learn from; of {len(rows)} rows {len(texts)} are for training "
                         '(split "train", or no split). Add some')
-    with atomic_path(args.output) as temporary:
-        temporary.write_bytes(train_tokenizer(texts, args.model_type, args.vocab_size))
+    model = train_tokenizer(texts, args.model_type, args.vocab_size)
+    with atomic_path(args.output) as temporary, atomic_path(record_path(args.output)) as record:
+        temporary.write_bytes(model)
+        record.write_text(tokenizer_record(hashlib.sha256(model).hexdigest(), TEXT_RULES, languages), encoding="utf-8")
     info(f"{load_tokenizer(args.output).get_piece_size()} pieces from {len(texts)} texts -> {args.output}")
 
 

@@ -24,6 +24,7 @@ from tools.generation import (
 )
 from tools.mel_picture import mel_image
 from tools.run_files import LATEST, read_last_exit
+from tools.text_rules import language_of
 from trainers.train_gpt_v2 import ignore_os_errors
 
 WATCHED_SENTENCES = 4
@@ -41,19 +42,20 @@ def signature(path: Path) -> tuple[int, int, int] | None:
 
 def validation_lines(synthesizer: Synthesizer) -> list[Line]:
     """WATCHED_SENTENCES of the run's validation rows, evenly spaced, in the voices of their prompts' recordings."""
-    lines: list[tuple[str, Path]] = []
+    lines: list[tuple[str, Path, str]] = []
     for manifest in synthesizer.checkpoint["manifests"]["val"]:
         path = Path(manifest["path"])
         rows = read_jsonl(path, ["target_text"], "Start in the folder in which the training was started")
-        found = [(row["target_text"], path.parent / row.get("prompt_audio_path", "")) for row in rows
+        found = [(row["target_text"], path.parent / row.get("prompt_audio_path", ""), language_of(row)) for row in rows
                  if has_long_prompt(row)]
-        lines += [(text, prompt) for text, prompt in found if prompt.is_file()]
+        lines += [line for line in found if line[1].is_file()]
     if not lines:
         raise ToolError(f"{path}: no row names a prompt recording that exists and has {SHORTEST_PROMPT} s of sound. "
                         "Give --text-file and --prompt")
     count = min(WATCHED_SENTENCES, len(lines))
     chosen = [lines[i * len(lines) // count] for i in range(count)]
-    return [synthesizer.line(text, synthesizer.prompt(prompt), str(prompt)) for text, prompt in chosen]
+    return [synthesizer.line(text, synthesizer.prompt(prompt), str(prompt), language)
+            for text, prompt, language in chosen]
 
 
 def speak_checkpoint(synthesizer: Synthesizer, lines: Sequence[Line], folder: Path, sampling: Sampling) -> None:

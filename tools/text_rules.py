@@ -1,0 +1,117 @@
+"""Which version of the text rules a text is read by, for every program; and what of a text no voice says.
+
+  made anew   a tokenizer's texts, data: TEXT_RULES; but with a tokenizer that was trained under others, those
+  in use      of a data set or checkpoint: the version that it records; none was recorded under version 1
+
+A tokenizer's record is the file of its name with the ending .yaml beside it: sha256 (of the model), text_rules,
+languages. No torch in here.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tools._common import ToolError, sha256_of
+from tools.amharic_text import KNOWN_RULES, TEXT_RULES, Reading, shown
+from tools.made_with import read_yaml
+
+REMEDY = "Mend it, or train the tokenizer again"
+KINDS = {
+    "lost": "lose signs that cannot be said",
+    "passed over": "have decoration, which is passed over",
+    "other script": "have words of other scripts, which stay as they are",
+    "Latin": "have Latin words, which stay as they are",
+}
+LETTER_LOST = "\ufffd"  # stands for what a conversion could not read: no decoration
+NAMED = 10  # signs or words in a line of a report
+
+
+def language_of(row: Mapping[str, Any]) -> str:
+    """Of the text of a recording or a pair; Amharic where the row names none."""
+    return str(row.get("target_language") or row.get("language") or "am")
+
+
+def known_rules(rules: object, source: str) -> int:
+    """Raises: ToolError for a version that is none of this program's."""
+    if type(rules) is not int or rules not in KNOWN_RULES:
+        raise ToolError(f"{source}: made under text rules {rules}, and this program knows "
+                        f"{' and '.join(map(str, KNOWN_RULES))}. Take a newer version of this program")
+    return rules
+
+
+def rules_of(record: Mapping[str, Any], source: str) -> int:
+    """Those of a data set or checkpoint, whose `record` made_with gives. Raises: ToolError naming the source."""
+    return known_rules(record.get("text_rules", 1), source)
+
+
+def record_path(tokenizer: Path) -> Path:
+    return tokenizer.with_suffix(".yaml")
+
+
+def tokenizer_record(digest: str, rules: int, languages: Iterable[str]) -> str:
+    """The record's text; `digest` is the model's SHA-256."""
+    return yaml.safe_dump({"sha256": digest, "text_rules": rules, "languages": sorted(set(languages))},
+                          sort_keys=False)
+
+
+def read_record(tokenizer: Path) -> dict[str, Any]:
+    """{} where there is none, or another YAML file of this name. Raises: ToolError for one that cannot be read."""
+    content = read_yaml(record_path(tokenizer), REMEDY)
+    return content if {"sha256", "text_rules"} <= content.keys() else {}
+
+
+def rules_for_new(tokenizer: Path) -> int:
+    """Those for data made anew with a tokenizer. Raises: ToolError for a record that is another tokenizer's."""
+    record, path = read_record(tokenizer), record_path(tokenizer)
+    if not record:
+        return TEXT_RULES
+    if record["sha256"] != sha256_of(tokenizer):
+        raise ToolError(f"{path}: is the record of another tokenizer than {tokenizer}. Put back the one that belongs "
+                        f"to it, or remove it to read texts by rules {TEXT_RULES}")
+    return known_rules(record["text_rules"], str(path))
+
+
+def findings(reading: Reading) -> dict[str, tuple[str, ...]]:
+    """Signs and words of a text by KINDS.
+
+    Lost are signs that a reader may well have said. Decoration (emoji, stars, hearts, ticks: symbols that are neither
+    of mathematics nor of money) is passed over by readers, as quotation marks and brackets are, which are no finding at
+    all. Words of other scripts are still in the text: whether they can be learned the tokenizer says.
+    """
+    found: dict[str, list[str]] = {kind: [] for kind in KINDS}
+    for piece in reading.unsaid:
+        category = unicodedata.category(piece[0])
+        decoration = category in ("So", "Sk") and piece != LETTER_LOST
+        found["other script" if category[0] in "LN" else "passed over" if decoration else "lost"].append(piece)
+    return {kind: tuple(pieces) for kind, pieces in found.items()} | {"Latin": reading.latin}
+
+
+def lost_signs(reading: Reading) -> str:
+    """Those for which a row is not trained on, as a message shows them; "" for a text that says all."""
+    return " ".join(map(shown, dict.fromkeys(findings(reading)["lost"])))
+
+
+@dataclass
+class Tally:
+    """In how many texts signs and words of each of KINDS are."""
+
+    texts: Counter[str] = field(default_factory=Counter)
+    pieces: dict[str, Counter[str]] = field(default_factory=lambda: {kind: Counter() for kind in KINDS})
+
+    def add(self, reading: Reading) -> None:
+        for kind, pieces in findings(reading).items():
+            self.texts[kind] += bool(pieces)
+            self.pieces[kind].update(set(pieces))
+
+    def lines(self) -> list[str]:
+        """A line for each kind that occurs, with the most frequent signs or words."""
+        return [f"{self.texts[kind]} texts {what}: " + ", ".join(
+            f"{shown(piece)} ({count})" for piece, count in self.pieces[kind].most_common(NAMED))
+            + (" ..." if len(self.pieces[kind]) > NAMED else "") for kind, what in KINDS.items() if self.texts[kind]]
