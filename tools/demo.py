@@ -82,7 +82,8 @@ def train_with_a_kill(output: Path, precision: Sequence[str], steps: int) -> tup
 
     The killed process had gone beyond its newest checkpoint, so the resumed one computes some steps again.
     """
-    save_at, kill_at = steps // 2, steps // 2 + 40
+    save_at = steps // 20 * 10  # a step whose line is printed, and some lines before the kill
+    kill_at = save_at + max(10, min(40, steps // 40 * 10))
     command = trainer_command("--output-dir", output, *MODEL_FLAGS, *precision, "--max-steps", steps, "--log-interval",
                               10, "--val-interval", 100, "--save-interval", save_at, "--resume", "auto")
     info(" ".join(["python", *command[1:]]))
