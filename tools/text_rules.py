@@ -108,7 +108,7 @@ class Tally:
     def add(self, reading: Reading) -> None:
         for kind, pieces in findings(reading).items():
             self.texts[kind] += bool(pieces)
-            self.pieces[kind].update(set(pieces))
+            self.pieces[kind].update(dict.fromkeys(pieces, 1))  # in the order of the text
 
     def lines(self) -> list[str]:
         """A line for each kind that occurs, with the most frequent signs or words."""
