@@ -171,7 +171,8 @@ def test_data_follows_the_rules_of_its_tokenizer_and_records_them(tmp_path: Path
     folder, data = tmp_path / "in", tmp_path / "data"
     rows = make_recordings(folder, 6)
     write_rows(folder, [*rows, clip_row(folder, 6) | {"text": YEARS}])
-    run(folder, data, "--tokenizer", tokenizer_in(tmp_path, text_rules=rules))
+    printed = run(folder, data, "--tokenizer", tokenizer_in(tmp_path, text_rules=rules))
+    assert ("text rules 1 do not tell which signs they lose" in printed) == (rules == 1)
     assert read_jsonl(data / "utterances.jsonl")[6]["text"] == read_aloud(YEARS, rules=rules).text
     assert of_manifest(data / "train_pairs.jsonl")["text_rules"] == rules
     build_pairs.main(["--data-dir", str(data)])

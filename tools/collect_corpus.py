@@ -72,7 +72,7 @@ def spoken(row: dict[str, Any], rules: int) -> Reading:
 
 def collect(sources: Sequence[tuple[Path, Sequence[dict[str, Any]]]], rules: int) -> Corpus:
     """All rows of all files, each different text once, read by these text rules."""
-    corpus = Corpus()
+    corpus = Corpus(tally=Tally(rules))
     progress = Progress("reading texts", sum(len(rows) for _, rows in sources))
     for path, rows in sources:
         for number, row in enumerate(rows, 1):

@@ -238,7 +238,7 @@ def plan_items(rows: Sequence[dict[str, Any]], recordings: Path, model: ModelCon
                tokenizer: sentencepiece.SentencePieceProcessor, args: argparse.Namespace
                ) -> tuple[list[Item], list[dict[str, Any]]]:
     """All transcripts before any sound: a fault among them shows within seconds, not after hours of audio."""
-    items, skipped, tally = [], [], Tally()
+    items, skipped, tally = [], [], Tally(rules)
     progress = Progress("transcripts", len(rows))
     for number, row in enumerate(rows, 1):
         reading = read_aloud(row["text"], language_of(row), rules)

@@ -100,18 +100,20 @@ def lost_signs(reading: Reading) -> str:
 
 @dataclass
 class Tally:
-    """In how many texts signs and words of each of KINDS are."""
+    """In how many texts signs and words of each of KINDS are; `rules` read them."""
 
+    rules: int = TEXT_RULES
     texts: Counter[str] = field(default_factory=Counter)
     pieces: dict[str, Counter[str]] = field(default_factory=lambda: {kind: Counter() for kind in KINDS})
 
     def add(self, reading: Reading) -> None:
         for kind, pieces in findings(reading).items():
             self.texts[kind] += bool(pieces)
-            self.pieces[kind].update(set(pieces))
+            self.pieces[kind].update(dict.fromkeys(pieces, 1))  # in the order of the text
 
     def lines(self) -> list[str]:
         """A line for each kind that occurs, with the most frequent signs or words."""
-        return [f"{self.texts[kind]} texts {what}: " + ", ".join(
+        untold = [f"text rules {self.rules} do not tell which signs they lose: rows that have any are trained on"]
+        return (untold if self.rules == 1 else []) + [f"{self.texts[kind]} texts {what}: " + ", ".join(
             f"{shown(piece)} ({count})" for piece, count in self.pieces[kind].most_common(NAMED))
             + (" ..." if len(self.pieces[kind]) > NAMED else "") for kind, what in KINDS.items() if self.texts[kind]]
