@@ -48,7 +48,7 @@ class Line:
 
 # In the order in which they are measured: what matters most comes before time may run out.
 LINES = {
-    "machine": Line("Machine", "model", 30),
+    "machine": Line("Machine", "model", 90),  # and the first import of torch
     "matrix": Line("Matrix products", "model", 30),
     "attention": Line("Varlen attention", "model", 90),
     "precisions": Line("bf16, fp16, fp32", "model", 60),
@@ -151,13 +151,17 @@ def write_table(output: Path, results: dict[str, Result], heading: str) -> None:
 # Workers
 
 
+def worker_command(names: Sequence[str], arguments: Sequence[str]) -> list[str]:
+    return [sys.executable, "-m", "benchmarks.gpu_lines", ",".join(names), *arguments]
+
+
 class Worker:
     """A process that measures lines; what it prints is passed on, and its @start and @line messages are taken out."""
 
     def __init__(self, names: Sequence[str], arguments: Sequence[str]):
-        command = [sys.executable, "-m", "benchmarks.gpu_lines", ",".join(names), *arguments]
         # A session of its own, so that the trainers that it starts can be ended with it.
-        self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        self.process = subprocess.Popen(worker_command(names, arguments), cwd=ROOT,
+                                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                         errors="replace", start_new_session=True, bufsize=1)
         self.messages: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=self.listen, daemon=True).start()
@@ -202,7 +206,8 @@ def measure_group(names: Sequence[str], arguments: Sequence[str], deadline: floa
             for name in waiting:
                 on_result(name, not_measured("no time left; --minutes gives more, --lines chooses"))
             return
-        worker, started = Worker(waiting, [*arguments, f"{deadline - time.monotonic():.0f}"]), time.monotonic()
+        started, measured = time.monotonic(), 0
+        worker = Worker(waiting, [*arguments, f"{deadline - started:.0f}"])
         try:
             while waiting:
                 name = waiting[0]
@@ -216,15 +221,12 @@ def measure_group(names: Sequence[str], arguments: Sequence[str], deadline: floa
                 found = json.loads(message.removeprefix("@line "))
                 on_result(found.pop("name"), Result(**found))
                 del waiting[0]
-                started = time.monotonic()
+                started, measured = time.monotonic(), measured + 1
             else:
-                continue
-            process = worker.process
-            died = process.wait()
-            if died and waiting:  # it leaves with 0 after a fault of the device that it has reported
-                on_result(waiting.pop(0), not_measured(f"its process ended with status {died}", passed=False))
-            elif waiting == list(names):
-                raise RuntimeError("a worker left without measuring anything")
+                return
+            # It leaves with 0 after a fault of the device that it has reported.
+            if (status := worker.process.wait()) or not measured:
+                on_result(waiting.pop(0), not_measured(f"its process ended with status {status}", passed=False))
         except TimeoutError:
             over = "no time left" if time.monotonic() >= deadline else f"not done in {LINES[name].seconds:.0f} s"
             on_result(waiting.pop(0), not_measured(over))
@@ -272,8 +274,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter,
                                      epilog="first command:\n  python -m benchmarks.gpu --tiny")
     parser.add_argument("--output", default="build/gpu", metavar="DIR", help="where the table goes (build/gpu)")
-    parser.add_argument("--scratch", default="", metavar="DIR", help="for checkpoints while it runs (the roomier of the "
-                        "system's temporary folder and --output); they need 15 GB, and are removed")
+    parser.add_argument("--scratch", default="", metavar="DIR", help="for checkpoints while it runs, up to 15 GB "
+                        "(the roomier of the system's temporary folder and --output)")
     parser.add_argument("--lines", default="", metavar="A,B", help="only these lines: " + ", ".join(LINES))
     parser.add_argument("--minutes", type=float, default=8.0, help="for all lines together (8)")
     parser.add_argument("--tiny", action="store_true", help="a tiny model and tiny data; runs without a GPU")
@@ -296,7 +298,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"[{time.monotonic() - began:4.0f} s] {LINES[name].title}: {result.text}", flush=True)
 
     began = time.monotonic()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that workers and scratch files go
+    for signum in (signal.SIGTERM, signal.SIGINT):  # so that workers and scratch files go
+        signal.signal(signum, lambda signum, _: sys.exit(128 + signum))
     with tempfile.TemporaryDirectory(prefix="gpu_benchmark_", dir=scratch_in) as scratch:
         arguments = ["tiny" if args.tiny else "real", scratch, str(output)]
         for group in dict.fromkeys(LINES[name].group for name in names):
@@ -304,6 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                           began + 60 * args.minutes, on_result)
     results = {key: results[key] for key in LINES if key in results}
     results.update({name: Result("not built") for name in NOT_BUILT})
+    heading += f", {time.monotonic() - began:.0f} s"
     write_table(output, results, heading)
     print(f"\n{(output / 'TABLE.txt').read_text(encoding='utf-8')}\n{output}", flush=True)
     return 1 if any(result.passed is False for result in results.values()) else 0

@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import gc
 import importlib.metadata
-import importlib.util
 import inspect
 import json
 import math
@@ -31,15 +30,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 from benchmarks import gpu_trainer
+from benchmarks import usual_way as usual
 from benchmarks.gpu_trainer import Sizes, drive
 from trainers import train_gpt_v2 as trainer
 
 GIB = 2**30
+SAVE_STEP = 6  # of the runs that are killed
 DETERMINISM = {"as the trainer sets it": (True, True), "strict": (True, False), "off": (False, False)}
 
 
@@ -88,7 +87,8 @@ class Bench:
 
     def drop_run(self) -> None:
         """Frees the memory of the run; the next line that needs one prepares another."""
-        self.__dict__.pop("run", None)
+        if "run" in self.__dict__:
+            self.__dict__.pop("run").restart_reading()
         free_memory()
 
     def time_left(self) -> float:
@@ -268,7 +268,8 @@ def machine(bench: Bench) -> Outcome:
              f"{figures['cores']} cores, {memory:.0f} GiB; {figures['disk']}, {free:.0f} GB free"]
     if torch.cuda.is_available():
         card = torch.cuda.get_device_properties(0)
-        driver = printed_by("nvidia-smi", "--query-gpu=driver_version,power.limit,clocks.max.sm", "--format=csv,noheader")
+        driver = printed_by("nvidia-smi", "--query-gpu=driver_version,power.limit,clocks.max.sm",
+                            "--format=csv,noheader")
         figures.update(card=card.name, gpus=torch.cuda.device_count(), card_gib=round(card.total_memory / GIB, 1),
                        capability=f"{card.major}.{card.minor}", multiprocessors=card.multi_processor_count,
                        driver=driver.splitlines()[0] if driver else "unknown", cuda=torch.version.cuda,
@@ -327,6 +328,11 @@ def attended(attention: trainer.Attention, qkv: Tensor, batch: trainer.PackedBat
     return out.detach().float(), leaf.grad.float()
 
 
+def attention_step(*arguments: Any) -> tuple[float, float]:
+    attended(*arguments)
+    return 0.0, 0.0
+
+
 def relative_error(found: Tensor, reference: Tensor) -> float:
     return float((found - reference).norm() / reference.norm())
 
@@ -349,8 +355,7 @@ def attention(bench: Bench) -> Outcome:
         try:
             results[name] = attended(path, half, batch, weights)
             errors[name] = [relative_error(*pair) for pair in zip(results[name], reference, strict=True)]
-            seconds[name] = time_steps(lambda path=path: (attended(path, half, batch, weights), (0.0, 0.0))[1],
-                                       device, 5).seconds
+            seconds[name] = time_steps(functools.partial(attention_step, path, half, batch, weights), device, 5).seconds
         except (RuntimeError, TypeError, ImportError) as error:
             errors[name] = trainer.first_line(error)
     figures = {"errors": errors, "seconds": seconds, "rows": len(exact), "chosen": trainer.choose_attention(
@@ -365,8 +370,8 @@ def attention(bench: Bench) -> Outcome:
     texts = [f"{name} {errors[name][0]:.1e} forward, {errors[name][1]:.1e} backward, {1e3 * seconds[name]:.2f} ms"
              for name in results]
     return Outcome(f"{len(exact)} rows: relative errors against float32, and both ways of one layer: "
-                   f"{'; '.join(texts)}; worst difference of the two {worst[0]:.1e}, {worst[1]:.1e}; the trainer takes: "
-                   f"{figures['chosen']}", figures, good)
+                   f"{'; '.join(texts)}; worst difference of the two {worst[0]:.1e}, {worst[1]:.1e}; the trainer "
+                   f"takes: {figures['chosen']}", figures, good)
 
 
 def varlen_expected(run: trainer.Run) -> bool:
@@ -415,7 +420,8 @@ def precisions(bench: Bench) -> Outcome:
 def same_bits(bench: Bench) -> Outcome:
     """Whether the gradients of a batch are the same bits every time, and which operations warn that they are not."""
     run = bench.run
-    batch, figures, texts = sample_batch(run, bench.sizes.batch_sizes[0]), {}, []  # type: ignore[var-annotated]
+    batch, texts = sample_batch(run, bench.sizes.batch_sizes[0]), []
+    figures: dict[str, Any] = {}
     with heard_warnings() as heard:
         gradients(run, batch)
         run.model.train()
@@ -464,7 +470,9 @@ def deterministic_cost(bench: Bench) -> Outcome:
 
 def checkpointing(bench: Bench) -> Outcome:
     run, batch_size = bench.run, bench.sizes.batch_sizes[0]
-    batch, figures, found = sample_batch(run, batch_size), {}, {}  # type: ignore[var-annotated]
+    batch = sample_batch(run, batch_size)
+    figures: dict[str, Any] = {}
+    found: dict[str, list[Tensor]] = {}
     ways = {"without": False, "with": True}
     for name, run.model.grad_checkpointing in ways.items():  # before any step changes the weights
         found[name] = gradients(run, batch)
@@ -509,14 +517,18 @@ def synchronisations(bench: Bench) -> Outcome:
 # How fast
 
 
-def describe(timings: dict[int, dict[str, float] | None]) -> str:
+Timings = dict[int, dict[str, float] | None]  # by batch size; None: out of memory
+
+
+def describe(timings: Timings) -> str:
     return "; ".join(f"batch {size}: " + ("out of memory" if of is None else
                      f"{of['tokens_per_second']:,.0f} tokens/s, MFU {of['mfu']:.3f}, {of['step_seconds']:.4f} s, peak "
                      f"{of['peak_gib']:.1f} GiB") for size, of in timings.items())
 
 
 def eager(bench: Bench) -> Outcome:
-    run, timings = bench.run, {}
+    run = bench.run
+    timings: Timings = {}
     peak = trainer.peak_flops(run.precision)
     for size in bench.sizes.batch_sizes:
         timing = steps_or_none(run, size, bench.sizes.steps)
@@ -527,7 +539,10 @@ def eager(bench: Bench) -> Outcome:
 
 
 def compiled(bench: Bench) -> Outcome:
-    run, timings = bench.make_run(compile=True), {}
+    if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+        raise CannotMeasure("torch.compile needs a C compiler, and there is none")
+    run = bench.make_run(compile=True)
+    timings: Timings = {}
     peak, first = trainer.peak_flops(run.precision), {}
     for size in bench.sizes.batch_sizes:
         if bench.time_left() < 60 and timings:
@@ -557,10 +572,11 @@ def loader(bench: Bench) -> Outcome:
     set_batch_size(run, size)
     steps = trainer.steps_from(run.state.position, len(run.train_data), run.config)
     reader = trainer.ReadAhead(steps, trainer.make_reader(run, run.train_data), run.threads)
-    read = -1
-    while read < 0 or (time.perf_counter() - started < 2 and read < 100_000):
-        rows = sum(len(future.result().rows) for future in reader.next_step())
-        started, read = (time.perf_counter(), 0) if read < 0 else (started, read + rows)
+    for future in reader.next_step():  # the threads start
+        future.result()
+    started, read = time.perf_counter(), 0
+    while time.perf_counter() - started < 2 and read < 20 * len(run.train_data):
+        read += sum(len(future.result().rows) for future in reader.next_step())
     rate = read / (time.perf_counter() - started)
     reader.close()
     eats = bench.samples_per_second
@@ -589,7 +605,8 @@ def profile(bench: Bench) -> Outcome:
     costs = {}
     for event in found.key_averages():
         is_kernel = str(getattr(event, "device_type", "")).endswith("CUDA")
-        if is_kernel == (device.type == "cuda"):
+        is_span = getattr(event, "is_user_annotation", False) or event.key.startswith("Optimizer.step#")
+        if is_kernel == (device.type == "cuda") and not is_span:  # a span's kernels are counted themselves
             own = getattr(event, "self_device_time_total", None) if is_kernel else event.self_cpu_time_total
             costs[event.key] = (float(own or 0), event.count)
     total = max(1e-9, sum(cost for cost, _ in costs.values()))
@@ -604,96 +621,6 @@ def profile(bench: Bench) -> Outcome:
                    {"busy": busy, "kernels": {name: cost / total for name, (cost, _) in ranked[:60]}})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The usual way: padded batches, recomputed blocks
-
-
-class PlainBlocks(nn.Module):
-    """A pre-norm stack of equal shape out of PyTorch's own layers."""
-
-    def __init__(self, config: trainer.ModelConfig):
-        super().__init__()
-        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(
-            config.model_dim, config.heads, 4 * config.model_dim, 0.1, functools.partial(F.gelu, approximate="tanh"),
-            batch_first=True, norm_first=True) for _ in range(config.layers))
-        self.norm = nn.LayerNorm(config.model_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], device=x.device)
-        for layer in self.layers:
-            x = recompute_in_backward(layer, x, mask, is_causal=True, use_reentrant=False)  # type: ignore[assignment]
-        return self.norm(x)
-
-
-class TransformersBlocks(nn.Module):
-    """transformers' GPT2Model with gradient checkpointing, as IndexTTS2 builds it."""
-
-    def __init__(self, config: trainer.ModelConfig):
-        super().__init__()
-        from transformers import GPT2Config, GPT2Model
-
-        length = config.max_text_tokens + config.max_mel_tokens + 64
-        self.gpt = GPT2Model(GPT2Config(
-            vocab_size=1, n_positions=length, n_embd=config.model_dim, n_layer=config.layers, n_head=config.heads,
-            use_cache=False))
-        self.gpt.gradient_checkpointing_enable()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.gpt(inputs_embeds=x, use_cache=False).last_hidden_state
-
-
-class PaddedGPT(nn.Module):
-    """IndexTTS2's GPT over a right-padded batch; losses at scored positions, logits at all."""
-
-    def __init__(self, config: trainer.ModelConfig, blocks: nn.Module):
-        super().__init__()
-        dim = config.model_dim
-        self.config, self.blocks = config, blocks
-        self.text, self.mel = nn.Embedding(config.number_text_tokens + 1, dim), nn.Embedding(config.number_mel_codes, dim)
-        self.text_at, self.mel_at = nn.Embedding(config.max_text_tokens + 2, dim), nn.Embedding(
-            config.max_mel_tokens + 3, dim)
-        self.speed, self.norm = nn.Embedding(2, dim), nn.LayerNorm(dim)
-        self.text_head = nn.Linear(dim, config.number_text_tokens + 1)
-        self.mel_head = nn.Linear(dim, config.number_mel_codes)
-
-    def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        text, mel, count = batch["text"], batch["mel"], len(batch["text"])
-        places = torch.arange(max(text.shape[1], mel.shape[1]), device=text.device)
-        x = torch.cat([batch["condition"], self.speed.weight.expand(count, -1, -1),
-                       self.text(text) + self.text_at(places[: text.shape[1]]),
-                       self.mel(mel) + self.mel_at(places[: mel.shape[1]])], dim=1)
-        x = self.norm(self.blocks(x)[:, trainer.LEADING_ROWS :])
-        text_logits, mel_logits = self.text_head(x[:, : text.shape[1]]), self.mel_head(x[:, text.shape[1] :])
-        return (0.2 * F.cross_entropy(text_logits.flatten(0, 1).float(), batch["text_targets"].flatten())
-                + 0.8 * F.cross_entropy(mel_logits.flatten(0, 1).float(), batch["mel_targets"].flatten()))
-
-
-def padded(parts: Sequence[Any], start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """Inputs filled up with the stop token, and targets, -100 where nothing is scored. [B, longest + 2] each."""
-    longest = max(map(len, parts)) + 2
-    inputs, targets = torch.full((len(parts), longest), stop), torch.full((len(parts), longest), -100)
-    for i, part in enumerate(parts):
-        inputs[i, 0], inputs[i, 1 : len(part) + 1] = start, torch.from_numpy(part)
-        targets[i, : len(part) + 1] = inputs[i, 1 : len(part) + 2]
-    return inputs, targets
-
-
-def padded_batch(samples: Sequence[Any], config: trainer.ModelConfig) -> dict[str, Tensor]:
-    text, text_targets = padded([s.text_ids for s in samples], config.start_text_token, config.stop_text_token)
-    mel, mel_targets = padded([s.codes for s in samples], config.start_mel_token, config.stop_mel_token)
-    condition = torch.stack([torch.from_numpy(s.condition + s.emo_vec) for s in samples])
-    return {"text": text, "text_targets": text_targets, "mel": mel, "mel_targets": mel_targets, "condition": condition}
-
-
-def usual_blocks(config: trainer.ModelConfig) -> tuple[nn.Module, str]:
-    if importlib.util.find_spec("transformers") is None:
-        return PlainBlocks(config), "PyTorch's TransformerEncoderLayer (no transformers here)"
-    try:
-        return TransformersBlocks(config), f"transformers {version_of('transformers')}'s GPT2Model"
-    except (ImportError, RuntimeError, TypeError, ValueError, AttributeError) as error:
-        return PlainBlocks(config), f"PyTorch's TransformerEncoderLayer (transformers: {trainer.first_line(error)})"
-
-
 def usual_way(bench: Bench) -> Outcome:
     """The step as IndexTTS2's forks take it: padded, GPT-2 blocks recomputed, AdamW, gradients clipped."""
     run = bench.run
@@ -701,16 +628,18 @@ def usual_way(bench: Bench) -> Outcome:
     bench.drop_run()
     del run
     free_memory()
-    blocks, name = usual_blocks(config)
-    model = PaddedGPT(config, blocks).to(precision.device).train()
+    blocks, name = usual.usual_blocks(config)
+    model = usual.PaddedGPT(config, blocks).to(precision.device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    order, timings = trainer.epoch_sample_order(len(data), 1234, 0), {}
+    order = trainer.epoch_sample_order(len(data), 1234, 0)
+    timings: Timings = {}
     for size in bench.sizes.batch_sizes:
         batches = []
         for chosen in trainer.split_micro_batches(order, size)[: bench.sizes.steps]:
             samples: list[Any] = [data[i] for i in chosen]
             packed = trainer.collate_packed(samples, config)
-            batches.append((padded_batch(samples, config), sum(packed.lengths), trainer.step_flops(config, [packed])))
+            batches.append((usual.padded_batch(samples, config), sum(packed.lengths),
+                            trainer.step_flops(config, [packed])))
         taken = iter(range(10**9))
 
         def step(batches: list[Any] = batches, taken: Iterator[int] = taken) -> tuple[float, float]:
@@ -724,7 +653,8 @@ def usual_way(bench: Bench) -> Outcome:
             return tokens, flops
 
         try:
-            timings[size] = time_steps(step, precision.device, bench.sizes.steps, 2).figures(peak)
+            with determinism("off"):  # as the forks have it
+                timings[size] = time_steps(step, precision.device, bench.sizes.steps, 2).figures(peak)
         except torch.OutOfMemoryError:
             timings[size] = None
         free_memory()
@@ -757,8 +687,8 @@ def require_disk(bench: Bench, layers: int, files: int) -> None:
         gpt["number_text_tokens"] + gpt["number_mel_codes"])
     needed, free = 12 * weights * files * 1.1, shutil.disk_usage(bench.scratch).free
     if free < needed:
-        raise CannotMeasure(f"{free / 1e9:.0f} GB free in {bench.scratch}, {needed / 1e9:.0f} GB needed; --scratch names "
-                            "another folder")
+        raise CannotMeasure(f"{free / 1e9:.0f} GB free in {bench.scratch}, {needed / 1e9:.0f} GB needed; --scratch "
+                            "names another folder")
 
 
 def fewer_layers(bench: Bench, layers: int) -> Path:
@@ -776,11 +706,10 @@ def killed_and_resumed(bench: Bench, amp: str, layers: int, timed: bool) -> tupl
     Returns: figures, and what differs.
     """
     config = fewer_layers(bench, layers) if layers != bench.sizes.gpt["layers"] else None
-    save_step, killed, whole = (6, "killed", "whole")
-    last = save_step + 2
+    killed, whole, last = "killed", "whole", SAVE_STEP + 2
     flags = functools.partial(process_flags, bench, amp=amp, config=config)
-    print(f"{amp}, {layers} layers: a run that is killed once step {save_step} is saved", flush=True)
-    stopped = drive("kill", save_step, flags(killed, save_interval=save_step))
+    print(f"{amp}, {layers} layers: a run that is killed once step {SAVE_STEP} is saved", flush=True)
+    stopped = drive("kill", SAVE_STEP, flags(killed, save_interval=SAVE_STEP))
     reference = None if timed else drive("until", last, flags(whole))
     save = stopped.report(status=-9)
     if save["error"]:
@@ -789,7 +718,7 @@ def killed_and_resumed(bench: Bench, amp: str, layers: int, timed: bool) -> tupl
     resumed = drive("until", last, flags(killed, resume="auto"))
     reference = reference or drive("until", last, flags(whole))
     after, undisturbed = resumed.report(), reference.report()
-    if f"Step: {save_step}\n" not in after["output"]:
+    if f"Step: {SAVE_STEP}\n" not in after["output"]:
         raise RuntimeError("the resumed run did not go on from the saved step")
     differing = [part for part, digest in undisturbed["digests"].items() if after["digests"][part] != digest]
     losses = [train_lines(bench.scratch / name) for name in (killed, whole)]
@@ -815,8 +744,10 @@ def resume_bf16(bench: Bench) -> Outcome:
 
 
 def describe_resume(figures: dict[str, Any], differing: list[str]) -> str:
-    verdict = f"differs in {', '.join(differing)}" if differing else "the same bits (weights, optimizer, scaler, losses)"
-    return (f"{figures['layers']} layers, SIGKILL in step {figures['step'] + 1}, resumed from step 6: {verdict}; "
+    verdict = f"differs in {', '.join(differing)}" if differing else (
+        "the same bits (weights, optimizer, scaler, losses)")
+    return (f"{figures['layers']} layers, SIGKILL in step {figures['step'] + 1}, resumed from step {SAVE_STEP}: "
+            f"{verdict}; "
             f"{figures['seconds_to_resume']:.1f} s from the command to the first step (a fresh start "
             f"{figures['seconds_to_start']:.1f} s)")
 
@@ -830,8 +761,8 @@ def describe_save(figures: dict[str, Any]) -> str:
     between = min(1000 * alone, 1800.0) if alone else 1800.0
     figures.update(seconds_lost=lost, cost_of_run=lost / between)
     slower = f"{beside / alone - 1:+.1%} for {figures['steps_beside']} steps" if beside and alone else "not seen"
-    return (f"\nsave of {figures['bytes'] / 1e9:.2f} GB: training waits {figures['seconds_blocked']:.2f} s, written and "
-            f"verified in {figures['seconds_written']:.1f} s; steps beside it {slower} (alone "
+    return (f"\nsave of {figures['bytes'] / 1e9:.2f} GB: training waits {figures['seconds_blocked']:.2f} s, written "
+            f"and verified in {figures['seconds_written']:.1f} s; steps beside it {slower} (alone "
             f"{alone or math.nan:.3f} s, global batch {figures['global_batch']}); {lost / between:.2%} of a run that "
             f"saves every {between:.0f} s")
 
