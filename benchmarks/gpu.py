@@ -63,8 +63,8 @@ LINES = {
     "resume_bf16": Line("Killed and resumed, bf16; saves", "processes", 200),
     "out_of_memory": Line("Out of memory", "processes", 90),
     "several_processes": Line("Several processes, NCCL", "processes", 90),
-    "compiled": Line("Speed, compiled", "compiled", 150),
-    "resume_fp16": Line("Killed and resumed, fp16", "more processes", 200),
+    "resume_fp16": Line("Killed and resumed, fp16", "processes", 200),
+    "compiled": Line("Speed, compiled", "compiled", 400),  # it reports as it goes, and takes what time is left
 }
 NOT_BUILT = {"features": "Features per hour of speech", "memory_plan": "Peak memory against the plan"}
 
@@ -79,8 +79,10 @@ class Result:
     seconds: float = 0.0
 
 
-def not_measured(reason: str, passed: bool | None = None) -> Result:
-    return Result(f"could not be measured: {reason}", passed=passed)
+def not_measured(reason: str, so_far: Result | None = None, passed: bool | None = None) -> Result:
+    if so_far is None or not so_far.text:
+        return Result(f"could not be measured: {reason}", passed=passed)
+    return Result(f"{so_far.text}\nthe rest could not be measured: {reason}", so_far.figures, passed)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -183,7 +185,7 @@ class Worker:
                     told = time.monotonic()
                     print(f"[Progress] {what}: {told - started:.0f} s", flush=True)
                 continue
-            if line is None or line.startswith(("@start ", "@line ")):
+            if line is None or line.startswith(("@start ", "@so_far ", "@line ")):
                 return line
             if line.strip():
                 print(f"    {line}", flush=True)
@@ -206,7 +208,7 @@ def measure_group(names: Sequence[str], arguments: Sequence[str], deadline: floa
             for name in waiting:
                 on_result(name, not_measured("no time left; --minutes gives more, --lines chooses"))
             return
-        started, measured = time.monotonic(), 0
+        started, measured, so_far = time.monotonic(), 0, Result("")
         worker = Worker(waiting, [*arguments, f"{deadline - started:.0f}"])
         try:
             while waiting:
@@ -216,7 +218,10 @@ def measure_group(names: Sequence[str], arguments: Sequence[str], deadline: floa
                 if message is None:
                     break
                 if message.startswith("@start "):
-                    started = time.monotonic()
+                    started, so_far = time.monotonic(), Result("")
+                    continue
+                if message.startswith("@so_far "):
+                    so_far = Result(**json.loads(message.removeprefix("@so_far ")))
                     continue
                 found = json.loads(message.removeprefix("@line "))
                 on_result(found.pop("name"), Result(**found))
@@ -226,10 +231,10 @@ def measure_group(names: Sequence[str], arguments: Sequence[str], deadline: floa
                 return
             # It leaves with 0 after a fault of the device that it has reported.
             if (status := worker.process.wait()) or not measured:
-                on_result(waiting.pop(0), not_measured(f"its process ended with status {status}", passed=False))
+                on_result(waiting.pop(0), not_measured(f"its process ended with status {status}", so_far, passed=False))
         except TimeoutError:
             over = "no time left" if time.monotonic() >= deadline else f"not done in {LINES[name].seconds:.0f} s"
-            on_result(waiting.pop(0), not_measured(over))
+            on_result(waiting.pop(0), not_measured(over, so_far))
         finally:
             worker.end()
 

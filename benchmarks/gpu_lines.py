@@ -38,7 +38,7 @@ from benchmarks.gpu_trainer import Sizes, drive
 from trainers import train_gpt_v2 as trainer
 
 GIB = 2**30
-SAVE_STEP = 6  # of the runs that are killed
+SAVE_STEP = 8  # of the runs that are killed
 DETERMINISM = {"as the trainer sets it": (True, True), "strict": (True, False), "off": (False, False)}
 
 
@@ -65,6 +65,7 @@ class Bench:
     seconds_left: float = math.inf  # of the whole program, when the worker started
     started: float = field(default_factory=time.monotonic)
     samples_per_second: float = 0.0  # that the fastest step eats
+    so_far: Outcome | None = None  # of the line that is measured now
 
     @functools.cached_property
     def data(self) -> Path:
@@ -84,6 +85,11 @@ class Bench:
         flags = gpu_trainer.settings(self.data, self.scratch / "unused", "auto")
         return trainer.prepare({**flags, "batch_size": self.sizes.batch_sizes[0], "grad_accumulation": 1, **typed},
                                None, self.scratch / "unused", process)
+
+    def tell(self, outcome: Outcome) -> None:
+        """What a line has found before its end; it stands in the table if the rest fails or takes too long."""
+        self.so_far = outcome
+        print("\n@so_far " + json.dumps(dataclasses.asdict(outcome)), flush=True)
 
     def drop_run(self) -> None:
         """Frees the memory of the run; the next line that needs one prepares another."""
@@ -543,24 +549,27 @@ def compiled(bench: Bench) -> Outcome:
         raise CannotMeasure("torch.compile needs a C compiler, and there is none")
     run = bench.make_run(compile=True)
     timings: Timings = {}
-    peak, first = trainer.peak_flops(run.precision), {}
-    for size in bench.sizes.batch_sizes:
-        if bench.time_left() < 60 and timings:
-            break
+    peak, first = trainer.peak_flops(run.precision), {}  # type: ignore[var-annotated]
+    for size in reversed(bench.sizes.batch_sizes):  # the largest first: it is the one that matters, and time may end
         started = time.perf_counter()
         if steps_or_none(run, size, 1, warm_up=0) is None:
             timings[size] = None
             continue
         first[size] = time.perf_counter() - started
-        print(f"compiled, batch {size}: the first step took {first[size]:.1f} s", flush=True)
+        bench.tell(compiled_outcome(run, timings, first))
         timing = steps_or_none(run, size, bench.sizes.steps)
         timings[size] = timing.figures(peak) if timing else None
-    graphs = torch._dynamo.utils.counters["stats"].get("unique_graphs", 0)
-    breaks = sum(torch._dynamo.utils.counters["graph_break"].values())
-    seconds = ", ".join(f"{value:.1f}" for value in first.values())
-    return Outcome(f"{dtype_name(run.precision.dtype)}: {describe(timings)}; first steps {seconds} s, {graphs} graphs "
-                   f"compiled, {breaks} breaks", {"batch": timings, "first_step_seconds": first, "graphs": graphs,
-                                                  "breaks": breaks})
+        bench.tell(compiled_outcome(run, timings, first))
+    return compiled_outcome(run, timings, first)
+
+
+def compiled_outcome(run: trainer.Run, timings: Timings, first: dict[int, float]) -> Outcome:
+    counters = torch._dynamo.utils.counters
+    graphs, breaks = counters["stats"].get("unique_graphs", 0), sum(counters["graph_break"].values())
+    seconds = ", ".join(f"{value:.1f} s at batch {size}" for size, value in first.items())
+    return Outcome(f"{dtype_name(run.precision.dtype)}: {describe(timings) or 'no speed yet'}; first steps {seconds}; "
+                   f"{graphs} graphs compiled, {breaks} breaks",
+                   {"batch": dict(timings), "first_step_seconds": dict(first), "graphs": graphs, "breaks": breaks})
 
 
 def loader(bench: Bench) -> Outcome:
@@ -714,6 +723,9 @@ def killed_and_resumed(bench: Bench, amp: str, layers: int, timed: bool) -> tupl
     save = stopped.report(status=-9)
     if save["error"]:
         raise RuntimeError(f"the save failed: {save['error']}")
+    del save["output"]
+    if timed:
+        bench.tell(Outcome(describe_save(save).strip(), save))
     print(f"{amp}: killed after step {save['step']}; resuming, beside a run that nobody stops", flush=True)
     resumed = drive("until", last, flags(killed, resume="auto"))
     reference = reference or drive("until", last, flags(whole))
@@ -727,7 +739,6 @@ def killed_and_resumed(bench: Bench, amp: str, layers: int, timed: bool) -> tupl
         differing.append(f"losses from step {step}")
     for name in (killed, whole):
         shutil.rmtree(bench.scratch / name)
-    del save["output"]
     return {**save, "seconds_to_resume": after["first_step_at"] - resumed.started, "layers": layers,
             "seconds_to_start": undisturbed["first_step_at"] - reference.started, "differs": differing,
             "skipped": undisturbed["skipped"]}, differing
@@ -740,7 +751,7 @@ def resume_bf16(bench: Bench) -> Outcome:
         raise CannotMeasure("no bf16 before compute capability 8.0")
     require_disk(bench, layers, 2)
     figures, differing = killed_and_resumed(bench, amp, layers, timed=True)
-    return Outcome(describe_resume(figures, differing) + describe_save(figures), figures, not differing)
+    return Outcome(f"{describe_resume(figures, differing)}\n{describe_save(figures)}", figures, not differing)
 
 
 def describe_resume(figures: dict[str, Any], differing: list[str]) -> str:
@@ -761,7 +772,7 @@ def describe_save(figures: dict[str, Any]) -> str:
     between = min(1000 * alone, 1800.0) if alone else 1800.0
     figures.update(seconds_lost=lost, cost_of_run=lost / between)
     slower = f"{beside / alone - 1:+.1%} for {figures['steps_beside']} steps" if beside and alone else "not seen"
-    return (f"\nsave of {figures['bytes'] / 1e9:.2f} GB: training waits {figures['seconds_blocked']:.2f} s, written "
+    return (f"save of {figures['bytes'] / 1e9:.2f} GB: training waits {figures['seconds_blocked']:.2f} s, written "
             f"and verified in {figures['seconds_written']:.1f} s; steps beside it {slower} (alone "
             f"{alone or math.nan:.3f} s, global batch {figures['global_batch']}); {lost / between:.2%} of a run that "
             f"saves every {between:.0f} s")
@@ -770,7 +781,7 @@ def describe_save(figures: dict[str, Any]) -> str:
 def resume_fp16(bench: Bench) -> Outcome:
     """The same with the gradient scaler; on fewer layers where time is short."""
     layers = bench.sizes.gpt["layers"]
-    if bench.time_left() < 150:
+    if bench.time_left() < 240:
         layers = max(1, layers // 4)
     require_disk(bench, layers, 2)
     figures, differing = killed_and_resumed(bench, "fp16", layers, timed=False)
@@ -835,7 +846,10 @@ def measure(name: str, bench: Bench) -> tuple[Outcome, bool]:
         traceback.print_exc(file=sys.stdout)
         kind = type(error).__name__
         reason = f"could not be measured: {kind}: {trainer.first_line(error)}"
-        return Outcome(reason, passed=False), not DEVICE_FAULT.search(f"{kind} {error}")
+        found = Outcome(reason, passed=False)
+        if bench.so_far:
+            found = Outcome(f"{reason}; until then: {bench.so_far.text}", bench.so_far.figures, passed=False)
+        return found, not DEVICE_FAULT.search(f"{kind} {error}")
 
 
 def work(names: Sequence[str], sizes: Sizes, scratch: Path, output: Path, seconds_left: float) -> None:
@@ -843,6 +857,7 @@ def work(names: Sequence[str], sizes: Sizes, scratch: Path, output: Path, second
     bench = Bench(sizes, scratch, output, seconds_left)
     for name in names:
         print(f"@start {name}", flush=True)
+        bench.so_far = None
         started = time.perf_counter()
         outcome, can_go_on = measure(name, bench)
         print("\n@line " + json.dumps({"name": name, "seconds": time.perf_counter() - started,

@@ -82,6 +82,9 @@ def test_an_exception_of_one_line_is_its_text(monkeypatch: pytest.MonkeyPatch, t
     outcome, can_go_on = fails(ValueError("what went wrong"))
     assert outcome.text == "could not be measured: ValueError: what went wrong"
     assert outcome.passed is False and can_go_on
+    bench.so_far = gpu_lines.Outcome("the first half", {"a": 1})
+    outcome, _ = fails(ValueError("what went wrong"))
+    assert outcome.text.endswith("what went wrong; until then: the first half") and outcome.figures == {"a": 1}
     outcome, can_go_on = fails(gpu_lines.CannotMeasure("no such card"))
     assert outcome.text == "could not be measured: no such card" and outcome.passed is None and can_go_on
     outcome, can_go_on = fails(RuntimeError("CUDA error: an illegal memory access was encountered"))
@@ -111,6 +114,16 @@ def test_a_line_that_kills_or_hangs_its_process_costs_no_other(accident: str, te
     script = f"for name in names:\n start(name)\n if name == 'two': {accident}\n line(name)"
     results = measure_with(script, monkeypatch)
     assert {name: result.text for name, result in results.items()} == {"one": "done", "two": text, "three": "done"}
+
+
+def test_what_a_line_found_before_it_was_given_up_stands_in_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = ("for name in names:\n start(name)\n"
+              " if name == 'two':\n"
+              "  print('@so_far ' + json.dumps({'text': 'half', 'figures': {'a': 1}}), flush=True); time.sleep(60)\n"
+              " line(name)")
+    results = measure_with(script, monkeypatch)
+    assert results["two"].text == "half\nthe rest could not be measured: not done in 1 s"
+    assert results["two"].figures == {"a": 1} and results["three"].text == "done"
 
 
 def test_lines_for_which_no_time_is_left_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
