@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,7 +35,7 @@ from torch import Tensor, nn
 
 from benchmarks import gpu_trainer
 from benchmarks import usual_way as usual
-from benchmarks.gpu_trainer import Sizes, drive
+from benchmarks.gpu_trainer import Sizes
 from trainers import train_gpt_v2 as trainer
 
 GIB = 2**30
@@ -66,6 +67,7 @@ class Bench:
     started: float = field(default_factory=time.monotonic)
     samples_per_second: float = 0.0  # that the fastest step eats
     so_far: Outcome | None = None  # of the line that is measured now
+    started_trainers: list[gpu_trainer.Driven] = field(default_factory=list)  # by that line
 
     @functools.cached_property
     def data(self) -> Path:
@@ -90,6 +92,26 @@ class Bench:
         """What a line has found before its end; it stands in the table if the rest fails or takes too long."""
         self.so_far = outcome
         print("\n@so_far " + json.dumps(dataclasses.asdict(outcome)), flush=True)
+
+    def drive(self, mode: str, at: int, flags: Sequence[str], launcher: Sequence[str] = ()) -> gpu_trainer.Driven:
+        """Starts a trainer, which ends with the line at the latest."""
+        self.started_trainers.append(gpu_trainer.drive(mode, at, flags, launcher))
+        return self.started_trainers[-1]
+
+    @contextmanager
+    def folders(self, *names: str) -> Iterator[None]:
+        """Output directories of trainers: none is there before or afterwards, for they are large."""
+        def remove() -> None:
+            for driven in self.started_trainers:
+                driven.end()
+            for name in names:
+                shutil.rmtree(self.scratch / name, ignore_errors=True)
+
+        remove()
+        try:
+            yield
+        finally:
+            remove()
 
     def drop_run(self) -> None:
         """Frees the memory of the run; the next line that needs one prepares another."""
@@ -715,30 +737,28 @@ def killed_and_resumed(bench: Bench, amp: str, layers: int, timed: bool) -> tupl
     Returns: figures, and what differs.
     """
     config = fewer_layers(bench, layers) if layers != bench.sizes.gpt["layers"] else None
-    killed, whole, last = "killed", "whole", SAVE_STEP + 2
     flags = functools.partial(process_flags, bench, amp=amp, config=config)
-    print(f"{amp}, {layers} layers: a run that is killed once step {SAVE_STEP} is saved", flush=True)
-    stopped = drive("kill", SAVE_STEP, flags(killed, save_interval=SAVE_STEP))
-    reference = None if timed else drive("until", last, flags(whole))
+    last, say = SAVE_STEP + 2, functools.partial(print, flush=True)
+    say(f"{amp}, {layers} layers: a run that is killed once step {SAVE_STEP} is saved")
+    stopped = bench.drive("kill", SAVE_STEP, flags("killed", save_interval=SAVE_STEP))
+    reference = None if timed else bench.drive("until", last, flags("whole"))
     save = stopped.report(status=-9)
     if save["error"]:
         raise RuntimeError(f"the save failed: {save['error']}")
     del save["output"]
     if timed:
         bench.tell(Outcome(describe_save(save).strip(), save))
-    print(f"{amp}: killed after step {save['step']}; resuming, beside a run that nobody stops", flush=True)
-    resumed = drive("until", last, flags(killed, resume="auto"))
-    reference = reference or drive("until", last, flags(whole))
+    say(f"{amp}: killed after step {save['step']}; resuming, beside a run that nobody stops")
+    resumed = bench.drive("until", last, flags("killed", resume="auto"))
+    reference = reference or bench.drive("until", last, flags("whole"))
     after, undisturbed = resumed.report(), reference.report()
     if f"Step: {SAVE_STEP}\n" not in after["output"]:
         raise RuntimeError("the resumed run did not go on from the saved step")
     differing = [part for part, digest in undisturbed["digests"].items() if after["digests"][part] != digest]
-    losses = [train_lines(bench.scratch / name) for name in (killed, whole)]
+    losses = [train_lines(bench.scratch / name) for name in ("killed", "whole")]
     if losses[0] != losses[1]:
         step = next((a["step"] for a, b in zip(*losses, strict=False) if a != b), "?")
         differing.append(f"losses from step {step}")
-    for name in (killed, whole):
-        shutil.rmtree(bench.scratch / name)
     return {**save, "seconds_to_resume": after["first_step_at"] - resumed.started, "layers": layers,
             "seconds_to_start": undisturbed["first_step_at"] - reference.started, "differs": differing,
             "skipped": undisturbed["skipped"]}, differing
@@ -750,7 +770,8 @@ def resume_bf16(bench: Bench) -> Outcome:
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
         raise CannotMeasure("no bf16 before compute capability 8.0")
     require_disk(bench, layers, 2)
-    figures, differing = killed_and_resumed(bench, amp, layers, timed=True)
+    with bench.folders("killed", "whole"):
+        figures, differing = killed_and_resumed(bench, amp, layers, timed=True)
     return Outcome(f"{describe_resume(figures, differing)}\n{describe_save(figures)}", figures, not differing)
 
 
@@ -759,8 +780,8 @@ def describe_resume(figures: dict[str, Any], differing: list[str]) -> str:
         "the same bits (weights, optimizer, scaler, losses)")
     return (f"{figures['layers']} layers, SIGKILL in step {figures['step'] + 1}, resumed from step {SAVE_STEP}: "
             f"{verdict}; "
-            f"{figures['seconds_to_resume']:.1f} s from the command to the first step (a fresh start "
-            f"{figures['seconds_to_start']:.1f} s)")
+            f"{figures['seconds_to_resume']:.1f} s from the command to the first step, the file in the page cache (a "
+            f"fresh start {figures['seconds_to_start']:.1f} s, beside it)")
 
 
 def describe_save(figures: dict[str, Any]) -> str:
@@ -784,15 +805,16 @@ def resume_fp16(bench: Bench) -> Outcome:
     if bench.time_left() < 240:
         layers = max(1, layers // 4)
     require_disk(bench, layers, 2)
-    figures, differing = killed_and_resumed(bench, "fp16", layers, timed=False)
+    with bench.folders("killed", "whole"):
+        figures, differing = killed_and_resumed(bench, "fp16", layers, timed=False)
     return Outcome(describe_resume(figures, differing), figures, not differing)
 
 
 def out_of_memory(bench: Bench) -> Outcome:
     """The trainer beside a ballast that leaves room for half a micro-batch."""
-    report = drive("oom", 6, process_flags(bench, "oom", "auto")).report()
-    lines = train_lines(bench.scratch / "oom")
-    shutil.rmtree(bench.scratch / "oom")
+    with bench.folders("oom"):
+        report = bench.drive("oom", 6, process_flags(bench, "oom", "auto")).report()
+        lines = train_lines(bench.scratch / "oom")
     before, after = report["batch_size"]
     said = "Out of GPU memory: micro-batches of" in report["output"]
     finite = len(lines) == 6 and all(math.isfinite(line["mel_loss"]) for line in lines)
@@ -815,10 +837,10 @@ def several_processes(bench: Bench) -> Outcome:
 
 def ranks_agree(bench: Bench, count: int) -> Outcome:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    status, reports, output = drive("until", 5, process_flags(bench, "ranks", "auto"), launcher).reports()
+    with bench.folders("ranks"):
+        status, reports, output = bench.drive("until", 5, process_flags(bench, "ranks", "auto"), launcher).reports()
     if status or len(reports) != count:
         raise RuntimeError(f"torchrun ended with {status}: " + " / ".join(output.splitlines()[-3:])[-600:])
-    shutil.rmtree(bench.scratch / "ranks")
     equal = all(report["digests"]["weights"] == reports[0]["digests"]["weights"] for report in reports)
     seconds = statistics.median(reports[0]["step_seconds"])
     return Outcome(f"{count} processes: weights {'equal' if equal else 'differ'} after 5 steps, {seconds:.3f} s a step",
@@ -842,7 +864,6 @@ def measure(name: str, bench: Bench) -> tuple[Outcome, bool]:
     except CannotMeasure as missing:
         return Outcome(f"could not be measured: {missing}"), True
     except Exception as error:  # of code that meets its first GPU: the other lines must not suffer
-        import traceback
         traceback.print_exc(file=sys.stdout)
         kind = type(error).__name__
         reason = f"could not be measured: {kind}: {trainer.first_line(error)}"

@@ -232,6 +232,11 @@ class Driven:
     process: subprocess.Popen[str]
     started: float
 
+    def end(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
     def reports(self) -> tuple[int, list[dict[str, Any]], str]:
         """Waits. Returns the exit status, the driver's reports, and all that was printed."""
         output, _ = self.process.communicate()

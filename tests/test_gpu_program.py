@@ -154,7 +154,10 @@ def resumed_badly(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> gpu_lines.
             return {"first_step_at": 1.0, "skipped": 0, "output": f"Step: {gpu_lines.SAVE_STEP}\n",
                     "digests": {"weights": "a", "optimizer": "c" if self.is_resumed else "b"}}
 
-    monkeypatch.setattr(gpu_lines, "drive", lambda mode, at, flags: Made(mode, flags))
+        def end(self) -> None:
+            pass
+
+    monkeypatch.setattr(gpu_trainer, "drive", lambda mode, at, flags, launcher: Made(mode, flags))
     return gpu_lines.Bench(gpu_trainer.TINY, tmp_path, tmp_path)
 
 
