@@ -43,7 +43,7 @@ class TransformersBlocks(nn.Module):
         length = config.max_text_tokens + config.max_mel_tokens + 64
         self.gpt = GPT2Model(GPT2Config(
             vocab_size=1, n_positions=length, n_embd=config.model_dim, n_layer=config.layers, n_head=config.heads,
-            use_cache=False))
+            bos_token_id=None, eos_token_id=None, use_cache=False))
         self.gpt.gradient_checkpointing_enable()
 
     def forward(self, x: Tensor) -> Tensor:

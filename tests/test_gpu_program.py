@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,16 @@ def test_the_killed_run_is_resumed_and_its_save_is_measured(tiny_table: tuple[Pa
 def test_out_of_memory_splits_the_micro_batch_and_goes_on(tiny_table: tuple[Path, str]) -> None:
     line = json.loads((tiny_table[0] / "table.json").read_text())["lines"]["out_of_memory"]
     assert line["figures"]["batch_size"] == [4, 2] and "simulated" in line["text"]
+
+
+def test_the_ballast_leaves_room_for_half_a_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"synchronize": None, "reset_peak_memory_stats": None, "empty_cache": None,
+                        "memory_allocated": 1000, "max_memory_allocated": 3000, "mem_get_info": (5000, 9000)}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    driver = gpu_trainer.Driver("oom", 6)
+    run: Any = SimpleNamespace(precision=gpu_lines.trainer.Precision(torch.device("cpu")))
+    driver.fill_memory(run)
+    assert driver.ballast.numel() == 5000 - 0.6 * 2000
 
 
 def test_every_line_has_a_function_of_its_own() -> None:
