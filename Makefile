@@ -1,10 +1,11 @@
-# Everything runs in a virtual environment that the first target makes; nothing else is installed by hand.
+# Everything but `make gpu` runs in a virtual environment that the first target makes; nothing is installed by hand.
 PYTHON ?= python3
+OUT ?= build/gpu
 VENV := .venv
 RUN := $(VENV)/bin/python
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: demo test style bench soak demo-data
+.PHONY: demo test style bench gpu soak demo-data
 
 $(VENV)/.installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +27,9 @@ bench: $(VENV)/.installed  ## measure speed and sound quality
 	$(RUN) -m pip install --quiet --disable-pip-version-check pesq==0.0.4 pystoi==0.4.1
 	$(RUN) -m benchmarks.train_step
 	$(RUN) -m benchmarks.codec_quality
+
+gpu:  ## what the trainer does on this machine's GPU, with PYTHON's own torch; writes TABLE.txt to OUT (build/gpu)
+	$(PYTHON) -m benchmarks.gpu --output "$(OUT)"
 
 soak: $(VENV)/.installed  ## hundreds of kills, damaged files and signals, then every combination of stops and settings
 	OMP_NUM_THREADS=1 $(RUN) tests/soak.py
