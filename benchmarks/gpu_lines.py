@@ -40,7 +40,8 @@ from trainers import train_gpt_v2 as trainer
 
 GIB = 2**30
 SAVE_STEP = 8  # of the runs that are killed
-DETERMINISM = {"as the trainer sets it": (True, True), "strict": (True, False), "off": (False, False)}
+# The trainer takes the first, and the second where a kernel has no deterministic form.
+DETERMINISM = {"as the trainer sets it": (True, False), "warning only": (True, True), "off": (False, False)}
 
 
 class CannotMeasure(Exception):
@@ -197,7 +198,7 @@ def set_precision(run: trainer.Run, amp: str) -> str:
     """Returns the attention path that the trainer takes for it."""
     device = run.precision.device
     run.precision = trainer.choose_precision(amp, device)
-    run.scaler = torch.amp.GradScaler(device.type, enabled=run.precision.needs_scaler)
+    run.scaler = torch.amp.GradScaler(device.type, enabled=run.precision.dtype == torch.float16)
     run.model.attention = trainer.padded_attention
     return trainer.choose_attention(run.model, run.precision)
 

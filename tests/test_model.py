@@ -370,3 +370,22 @@ def test_a_gpu_that_torch_cannot_use_is_an_error_not_a_cpu_run(monkeypatch, tmp_
         trainer.setup_device()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     assert trainer.setup_device().type == "cpu"
+
+
+def test_algorithms_are_deterministic_strictly_unless_a_kernel_has_no_such_form(monkeypatch):
+    model, precision = random_model(), trainer.Precision(torch.device("cpu"))
+    try:
+        assert trainer.use_deterministic_algorithms(model, precision) == "deterministic"
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        assert all(p.grad is None for p in model.parameters())
+
+        def refuse(*_: Any) -> Any:
+            raise RuntimeError("attention_backward does not have a deterministic implementation, but you set ...")
+
+        monkeypatch.setattr(trainer, "token_losses", refuse)
+        said = trainer.use_deterministic_algorithms(model, precision)
+        assert said.startswith("deterministic where it can be (attention_backward does not") and "last bits" in said
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)

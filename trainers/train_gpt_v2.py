@@ -1681,7 +1681,7 @@ def use_glibc_heap() -> None:
 
 
 def setup_device() -> torch.device:
-    """Picks CUDA or the CPU and turns on TF32 and deterministic algorithms.
+    """Picks CUDA or the CPU and turns on TF32.
 
     Raises: UserError when the driver shows a GPU that torch cannot use; nobody trains on the CPU by accident.
     """
@@ -1703,8 +1703,6 @@ def setup_device() -> torch.device:
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.allow_tf32 = True
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     return device
 
 
@@ -1741,6 +1739,23 @@ def choose_attention(model: UnifiedVoiceGPT, precision: Precision) -> str:
         return f"padded causal SDPA (varlen attention failed its check: {first_line(error)})"
     model.attention = varlen_attention
     return "varlen"
+
+
+def use_deterministic_algorithms(model: UnifiedVoiceGPT, precision: Precision) -> str:
+    """Strictly, if a step's kernels all have such a form; else PyTorch only warns, and flash attention's backward pass,
+    which looks at that, gives other bits in each run. Returns what was chosen."""
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True)
+    try:
+        with precision.autocast():
+            text, mel, _ = token_losses(model, idle_batch(model.config).to(precision.device))
+        (text.sum() + mel.sum()).backward()
+        return "deterministic"
+    except RuntimeError as error:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        return f"deterministic where it can be ({first_line(error)}): a resumed run may differ in the last bits"
+    finally:
+        model.zero_grad(set_to_none=True)
 
 
 def make_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
@@ -2980,6 +2995,8 @@ def prepare(typed: Mapping[str, Any], point: ResumePoint | None, output_dir: Pat
     precision = choose_precision(config.amp, device)
     model.to(device)
     attention = choose_attention(model, precision)
+    if device.type == "cuda":
+        say(f"[Info] Algorithms: {use_deterministic_algorithms(model, precision)}")
     say(f"[Info] Model: {model_config.layers} layers x {model_config.model_dim}, "
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, attention: {attention}")
     if checkpoint is None:
