@@ -1183,3 +1183,8 @@ def test_uploads_of_a_killed_server_are_removed_and_those_of_a_running_one_are_n
     for server in (other, running):
         server.communicate()
     assert not kept.exists() and not own.exists()
+
+
+def test_a_loss_that_was_no_number_is_shown_as_that():
+    assert readers.loss_of(None) == "-" and readers.loss_of(None, "") == ""
+    assert readers.loss_of({"loss": None}) == "nan" and readers.loss_of({"loss": 1.23456}) == "1.2346"

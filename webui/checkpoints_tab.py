@@ -14,7 +14,7 @@ from webui.command_lines import Form, Problem
 from webui.job_panel import create_job_panel, create_plot, curves, legend, reason_of
 from webui.jobs import Job, deletable, delete_checkpoint
 from webui.page_base import QUIET, Page, beside, megabytes, refusal, tell
-from webui.readers import curve, sample_points
+from webui.readers import curve, loss_of, sample_points
 from webui.texts import say
 from webui.workspace import Refused
 
@@ -87,7 +87,7 @@ def checkpoint_row(run: str, entry: dict[str, Any], language: str) -> list[str]:
     size = f"{megabytes(entry['bytes'])} MB" if entry.get("bytes") is not None else ""
     if not entry["verified"]:
         return [run, " = ".join(entry["names"]), "", "", "", "", size, f"✗ {reason_of(entry)}"]
-    losses = [f"{value['loss']:.4f}" if value else "" for value in (entry["last_val"], entry["best"])]
+    losses = [loss_of(value, "") for value in (entry["last_val"], entry["best"])]
     return [run, " = ".join(entry["names"]), str(entry["step"]), str(entry["epoch"]), *losses, size,
             f"✓ {say('state.verified', language)}"]
 

@@ -120,6 +120,13 @@ def newest_of(paths: Iterable[Path]) -> Path | None:
     return max(written)[1] if written else None
 
 
+def loss_of(validation: dict[str, Any] | None, without: str = "-") -> str:
+    """A validation loss in a line of text; one that was no number is null in the reports of inspect_checkpoint."""
+    if not validation:
+        return without
+    return "nan" if validation["loss"] is None else f"{validation['loss']:.4f}"
+
+
 def curve(points: Sequence[Point], kind: str, name: str, limit: int = 500) -> list[tuple[int, float]]:
     """(step, value) of one metric, finite values only, sampled to at most `limit`."""
     values = [(point["step"], point.get(name)) for point in points if point["kind"] == kind]

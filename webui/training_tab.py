@@ -15,7 +15,7 @@ from webui.command_lines import PRESETS, Form, Problem, command_for, typed
 from webui.job_panel import create_job_panel, create_plot, curves, legend, newest, reason_of
 from webui.jobs import Job, holder_of, start_job, stop_job
 from webui.page_base import QUIET, Page, plain, refusal, tell
-from webui.readers import Inspection, curve, tensorboard_url
+from webui.readers import Inspection, curve, loss_of, tensorboard_url
 from webui.texts import say
 from webui.workspace import Refused, load_settings, save_settings
 
@@ -134,13 +134,9 @@ def connect_resume(page: Page, form: TrainingForm, pick: Any, told: Any) -> None
     pick.input(choose, [pick], [*form.inputs.values()], **QUIET)
 
 
-def loss_of(entry: dict[str, Any]) -> str:
-    return f"{entry['last_val']['loss']:.4f}" if entry["last_val"] else "-"
-
-
 def pick_label(entry: dict[str, Any], language: str) -> str:
     return say("training.pick_option", language, name=" = ".join(entry["names"]), step=entry["step"],
-               epoch=entry["epoch"], loss=loss_of(entry))
+               epoch=entry["epoch"], loss=loss_of(entry["last_val"]))
 
 
 def resume_text(page: Page, folder: Path, found: Inspection, resume: bool, resume_path: str, language: str) -> str:
@@ -168,7 +164,7 @@ def resume_text(page: Page, folder: Path, found: Inspection, resume: bool, resum
         tell(language, "resume.skipped", path=other["names"][0], reason=reason_of(other))
         for other in found.checkpoints if not other["verified"]]
     lines.append(tell(language, "resume.will", path=page.workspace.show(path), step=entry["step"],
-                      epoch=entry["epoch"], loss=loss_of(entry)))
+                      epoch=entry["epoch"], loss=loss_of(entry["last_val"])))
     newest_step = max((other["step"] for other in found.checkpoints if other["verified"]), default=0)
     if path.parent == folder and entry["step"] < newest_step:
         lines.append(say("resume.goes_back", language, step=newest_step))
