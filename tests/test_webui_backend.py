@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -26,13 +27,14 @@ from typing import Any
 import pytest
 from conftest import ROOT, TOKENIZER, call_trainer, data_args, make_dataset, trainer
 
-from tools import run_files
+from tools import import_recordings, recording_layouts, run_files, sound_names, transcript_tables
 from tools._common import Progress as ToolProgress
 from tools._common import ToolError
 from tools.recordings import read_recordings
-from webui import command_lines, job_panel, jobs, readers
+from webui import command_lines, job_panel, jobs, pipeline, readers
 from webui.recordings_check import read_dataset
 from webui.texts import TEXTS
+from webui.uploads import AUDIO, SHEETS, TRANSCRIPTS, take_upload
 from webui.workspace import (
     MESSAGES,
     Refused,
@@ -42,7 +44,6 @@ from webui.workspace import (
     load_or_make_secret,
     load_settings,
     save_settings,
-    take_upload,
 )
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="jobs are found through /proc")
@@ -582,14 +583,16 @@ def filled(kind: str, workspace: Workspace) -> dict[str, Any]:
     """A form with every field filled in, and its files in the workspace."""
     (workspace.root / "folder").mkdir(exist_ok=True)
     (workspace.root / "file").touch()
+    (workspace.root / "a program").touch(mode=0o755)
     values = {"int": 100.0, "float": 0.5, "switch": True, "words": "am am+f2", "text": "--\u1230\u120b\u121d$(ls)",
-              "file": "file", "directory": "folder", "new_directory": "new",
-              "manifests": "file::am\n\n./file\n", "new_file": "new/output"}
+              "line": "-\u1230\u120b\u121d $(ls)", "file": "file", "directory": "folder", "path": "folder",
+              "program": "a program", "new_directory": "new", "manifests": "file::am\n\n./file\n",
+              "new_file": "new/output"}
     form = {}
     for field in command_lines.PROGRAMS[kind].fields:
         value = field.choices[-1] if field.type == "choice" else values[field.type]
         form[field.name] = f"{value}{field.suffixes[0]}" if field.suffixes else value
-    return form
+    return form | ({"longest": 30.5} if kind in command_lines.LENGTHS else {})
 
 
 @pytest.mark.parametrize("kind", sorted(set(command_lines.PROGRAMS) - {"training", "tensorboard"}))
@@ -599,8 +602,9 @@ def test_every_program_accepts_the_command_line_of_its_form(kind: str, workspace
     assert command_lines.problems(kind, form, workspace) == {}
     parsed = parsed_by_the_program(command_lines.command_for(kind, form, workspace), monkeypatch)
     root = workspace.root
-    expected = {"int": 100, "float": 0.5, "switch": True, "words": ["am", "am+f2"], "text": form.get("text"),
-                "file": root / "file", "directory": root / "folder", "new_directory": root / "new"}
+    expected = {"int": 100, "switch": True, "words": ["am", "am+f2"], "text": form.get("text"),
+                "file": root / "file", "directory": root / "folder", "path": root / "folder",
+                "program": f"'{root}/a program'", "new_directory": root / "new"}
     for field in command_lines.PROGRAMS[kind].fields:
         value = expected.get(field.type, form[field.name])
         value = root / value if field.type == "new_file" else value
@@ -773,6 +777,47 @@ def test_settings_uploads_and_deletions_stay_inside_too(walled: Workspace, tmp_p
     assert left == [".webui", "folder", "link_file", "link_in", "link_loop", "link_out"]
 
 
+def test_only_an_executable_file_of_the_workspace_transcribes(workspace: Workspace):
+    for name, mode in (("listen.sh", 0o755), ("notes.txt", 0o644)):
+        (workspace.root / name).touch(mode=mode)
+    (workspace.root / "recordings").mkdir()
+    form = {"source": "recordings", "output_dir": "new"}
+    found = {text: command_lines.problems("import", {**form, "transcriber": text}, workspace).get("transcriber")
+             for text in ("listen.sh", "notes.txt", "recordings", "/bin/sh", "sh -c id", "listen.sh --fast")}
+    assert {text: problem and problem[0] for text, problem in found.items()} == {
+        "listen.sh": None, "notes.txt": "not_executable", "recordings": "not_a_file", "/bin/sh": "path_outside",
+        "sh -c id": "no_such_file", "listen.sh --fast": "no_such_file"}
+
+
+@pytest.mark.parametrize("short,long,field", [
+    ("", "", None), ("", "6", None), ("", "5.9", "longest"), ("5", "", None), ("5.1", "", "shortest"),
+    ("4", "11", "longest"), ("0.5", "1.5", None)])
+def test_lengths_that_import_refuses_together_are_said_beside_the_field(workspace: Workspace, short: str, long: str,
+                                                                        field: str | None):
+    (workspace.root / "recordings").mkdir()
+    form = {"source": "recordings", "output_dir": "new", "shortest": short, "longest": long}
+    found = command_lines.problems("import", form, workspace)
+    assert {name: key for name, (key, _) in found.items()} == ({field: "lengths_too_near"} if field else {})
+    args = [f"--{name}={value}" for name, value in (("shortest", short), ("longest", long)) if value]
+    with contextlib.nullcontext() if field is None else pytest.raises(ToolError, match="--shortest"):
+        import_recordings.parse(["recordings", "--output-dir", "new", *args])
+
+
+def test_recordings_of_another_source_are_not_replaced_by_an_import(workspace: Workspace):
+    for folder in ("a", "b", "made", "made_2"):
+        (workspace.root / folder).mkdir()
+    form = {"source": "a", "output_dir": "made"}
+    assert pipeline.in_the_way("import", form, workspace, []) == {}
+    (workspace.root / "made" / "recordings.jsonl").touch()
+    wrong = {"output_dir": ("holds_recordings", {"path": "made", "free": "made_3"})}
+    assert pipeline.in_the_way("import", form, workspace, []) == wrong  # written by hand, or in a terminal
+    job = jobs.start_job(workspace, "import", "import made", [*python("print(1)"), str(workspace.root / "a")],
+                         workspace.root / "made")
+    made = [ended(workspace, job)]
+    assert pipeline.in_the_way("import", form, workspace, made) == {}
+    assert pipeline.in_the_way("import", {**form, "source": "b"}, workspace, made) == wrong
+
+
 def test_an_output_file_of_another_kind_is_never_overwritten(workspace: Workspace):
     (workspace.root / "train_gpt_v2.py").touch()
     found = command_lines.problems("tokenizer", {"texts": "train_gpt_v2.py", "output": "train_gpt_v2.py"}, workspace)
@@ -785,7 +830,10 @@ WAV = b"RIFF\x24\0\0\0WAVEfmt "
 @pytest.mark.parametrize("start,sound", [
     (WAV, True), (b"RF64\xff\xff\xff\xffWAVEds64", True), (b"fLaC\0\0\0\x22", True), (b"OggS\0\2", True),
     (b"ID3\4\0", True), (b"\xff\xfb\x90\x64", True), (b"\xff\xf3\x40", True), (b"\xff\xe3\x40", True),
-    (b"RIFF\x24\0\0\0AVI LIST", False), (b"\xff\xd8\xff\xe0", False), (b"<html>", False), (b"PK\3\4", False),
+    (b"RIFF\x24\0\0\0AVI LIST", True), (b"\0\0\0\x20ftypM4A ", True), (b"\0\0\0\x14ftyp3gp4", True),
+    (b"\x1aE\xdf\xa3\x9f", True), (b"#!AMR\n", True), (b"0&\xb2u\x8ef\xcf\x11\xa6", True),
+    (b"FORM\0\0\0\x2eAIFF", True), (b"RIFF\x24\0\0\0WEBPVP8 ", False), (b"\x7fELF\2\1", False), (b"#!/bin/sh\n", False),
+    (b"\x89PNG\r\n", False), (b"\xff\xd8\xff\xe0", False), (b"<html>", False), (b"PK\3\4", False),
     (b"\xff", False), (b"", False)])
 def test_an_upload_is_judged_by_its_content_not_by_its_name(workspace: Workspace, tmp_path: Path, start: bytes,
                                                             sound: bool):
@@ -797,6 +845,28 @@ def test_an_upload_is_judged_by_its_content_not_by_its_name(workspace: Workspace
         assert refusal(take_upload, workspace, upload, "new", [".wav"], 1) == (
             "upload_not_sound", {"path": "voice.wav"})
         assert not (workspace.root / "new").exists()
+
+
+@pytest.mark.parametrize("name,content,taken", [
+    ("m.csv", "id|ሰላም\r\n".encode(), True), ("m.csv", "id\tሰላም".encode("utf-16"), True),
+    ("m.xlsx", b"PK\3\4\x14", True), ("a.srt", b"1\n00:00", True), ("a.lab", b"", True),
+    ("m.csv", b"PK\3\4\x14", False), ("m.xlsx", b"a,b\n", False), ("a.txt", b"\x7fELF\2\1\1\0", False),
+    ("a.json", WAV, False)])
+def test_texts_and_tables_are_judged_by_their_content_too(workspace: Workspace, tmp_path: Path, name: str,
+                                                          content: bytes, taken: bool):
+    (tmp_path / name).write_bytes(content)
+    if taken:
+        assert take_upload(workspace, tmp_path / name, "new", TRANSCRIPTS, 1).read_bytes() == content
+    else:
+        assert refusal(take_upload, workspace, tmp_path / name, "new", TRANSCRIPTS, 1) == (
+            "upload_not_text", {"path": name})
+
+
+def test_uploads_take_what_import_reads():
+    assert set(AUDIO) == sound_names.SOUNDS and len(set(AUDIO)) == len(AUDIO)
+    read = transcript_tables.TABLES | {*recording_layouts.CUES, *recording_layouts.SIDECARS}
+    assert set(TRANSCRIPTS) == {Path(f"a{suffix}").suffix for suffix in read}
+    assert set(SHEETS) == transcript_tables.SHEETS and set(command_lines.LAYOUTS) == set(recording_layouts.LAYOUTS)
 
 
 @pytest.fixture

@@ -544,12 +544,43 @@ def test_recordings_are_uploaded_listed_and_limited_to_sound_files(visitor: Visi
     visitor.sees("#recordings-count", "No recordings")
     visitor.page.locator("#recordings-upload input[type=file]").set_input_files(tmp_path / "ሰላም.wav")
     visitor.sees(".notice", "Files uploaded to uploads: 1")
-    visitor.sees("#recordings-count", "Recordings: 1")
+    visitor.sees("#recordings-count", "Recordings and texts: 1")
     assert (workspace / "uploads" / "ሰላም.wav").read_bytes() == (tmp_path / "ሰላም.wav").read_bytes()
     (tmp_path / "page.html").write_text("<script>alert(1)</script>")
     visitor.page.locator("#recordings-upload input[type=file]").set_input_files(tmp_path / "page.html")
     visitor.sees("body", "Invalid file type|can be uploaded")
     assert [path.name for path in (workspace / "uploads").iterdir()] == ["ሰላም.wav"]
+
+
+@pytest.fixture
+def tidy(workspace: Path) -> Iterator[None]:
+    """What a test makes is gone for the next: finished jobs hand on what they wrote."""
+    jobs_before, files_before = set(workspace.glob(".webui/jobs/*")), set(workspace.iterdir())
+    yield
+    for path in (set(workspace.glob(".webui/jobs/*")) - jobs_before) | (set(workspace.iterdir()) - files_before):
+        shutil.rmtree(path)
+
+
+def test_a_folder_is_imported_what_it_is_is_said_and_it_is_handed_on(visitor: Visitor, workspace: Path, tidy: None):
+    (workspace / "download" / "wavs").mkdir(parents=True)
+    for index in range(2):
+        shutil.copy(workspace / "recordings" / f"r{index}.wav", workspace / "download" / "wavs")
+    (workspace / "download" / "metadata.csv").write_text("r0|ሰላም|ሰላም\nr1|ቤት|ቤት\nr2|ውሃ|ውሃ\n")
+    visitor.open("Recordings")
+    assert visitor.reads("import-source", "^recordings$")
+    visitor.fill("import", source="download", output_dir="imported", speaker="አልማዝ በቀለ")
+    visitor.command("import", "import_recordings", "download", "imported", "--speaker=አልማዝ በቀለ")
+    visitor.click("import-start")
+    told = visitor.sees("#import-summary", "Found: ljspeech: .*Recordings: 2, .*Left out: 1.*no such recording: 1")
+    assert "speakers: 1; without text: 0" in told and "imported/recordings.jsonl" in told
+    assert "ljspeech: metadata.csv" in visitor.reads("import-log", "2 recordings of 1 speaker")
+    visitor.fill("import", source="recordings")
+    visitor.sees("#import-output_dir.problem", "holds recordings that were not imported from this source.*imported_2")
+    for tab, element in (("Tokenizer", "tokenizer-texts"), ("Preprocess", "preprocess-recordings")):
+        visitor.open(tab)
+        visitor.reads(element, "^imported/recordings.jsonl$")
+    visitor.open("Listen")
+    visitor.reads("synthesize-prompt", "^imported/audio/wavs/r0.wav$")
 
 
 def test_a_dataset_is_checked_line_by_line(visitor: Visitor, workspace: Path):
@@ -600,7 +631,7 @@ def test_a_program_that_does_not_react_to_stop_can_be_killed_from_the_page(visit
     shutil.rmtree(job.folder)
 
 
-PATH_TYPES = ("file", "directory", "manifests", "new_file", "new_directory")
+PATH_TYPES = (*command_lines.PATHS, "manifests")
 OUTSIDE = "../../outside.wav"
 
 
@@ -739,8 +770,8 @@ def test_every_text_is_there_in_both_languages_with_the_same_values():
 
 @pytest.mark.parametrize("kind", [kind for kind in command_lines.PROGRAMS if kind in pipeline.STEP_OF])
 def test_a_form_is_read_back_from_its_command_line(kind: str, tmp_path: Path):
-    examples = {"text": "-ሰላም = ዓለም", "words": "am am+f2", "int": "3", "float": "0.5", "switch": True,
-                "manifests": "a/b.jsonl\nc.jsonl::am"}
+    examples = {"text": "-ሰላም = ዓለም", "line": "-ሰላም = ዓለም", "program": "in/a program", "words": "am am+f2",
+                "int": "3", "float": "0.5", "switch": True, "manifests": "a/b.jsonl\nc.jsonl::am"}
     form = {field.name: field.choices[0] if field.choices else examples.get(field.type, f"in/{field.name}")
             for field in command_lines.PROGRAMS[kind].fields}
     if kind == "training":

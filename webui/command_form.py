@@ -155,10 +155,11 @@ class FormSection:
     # What is wrong, and Start
 
     def problems(self, form: Form) -> dict[str, Problem]:
-        """Of each field by itself, and where there are none, of files that do not belong together."""
+        """Of each field by itself, and where there are none, of files that are there or do not belong together."""
         workspace = self.page.workspace
-        return problems(self.kind, form, workspace) or belonging_problems(self.kind, form, workspace,
-                                                                          self.page.checkpoints)
+        return (problems(self.kind, form, workspace)
+                or pipeline.in_the_way(self.kind, form, workspace, self.page.jobs())
+                or belonging_problems(self.kind, form, workspace, self.page.checkpoints))
 
     def check_when_read(self, name: str) -> None:
         """A new check when the checkpoint in this field has been read in the background."""

@@ -12,13 +12,15 @@ import gradio as gr
 from tools.amharic_text import normalise
 from webui import pipeline
 from webui.command_form import create_form
-from webui.job_panel import create_job_panel
+from webui.data_summaries import import_summary
+from webui.job_panel import create_job_panel, newest
 from webui.jobs import Job
 from webui.page_base import QUIET, Page, beside, megabytes, refusal, tell
 from webui.readers import files_in
 from webui.recordings_check import EXAMPLE, SHOWN_FAULTS, read_dataset
 from webui.texts import say
-from webui.workspace import Refused, take_upload
+from webui.uploads import AUDIO, TRANSCRIPTS, take_upload
+from webui.workspace import Refused
 
 MAX_UPLOAD_MB = 200
 SHOWN_FILES = 200
@@ -31,13 +33,22 @@ def create_recordings_tab(page: Page) -> None:
             with gr.Column():
                 folder = page.add(gr.Textbox, "recordings.folder", value=pipeline.RECORDINGS, max_lines=1,
                                   elem_id="recordings-folder")
-                upload = page.add(gr.File, "recordings.upload", file_count="multiple", file_types=[*pipeline.AUDIO],
-                                  height=140, elem_id="recordings-upload")
+                upload = page.add(gr.File, "recordings.upload", file_count="multiple",
+                                  file_types=[*AUDIO, *TRANSCRIPTS], height=140, elem_id="recordings-upload")
                 notice = page.notice()
-                page.prose("recordings.by_hand", elem_classes=["missing"])
             with gr.Column():
                 count = gr.Markdown(elem_id="recordings-count")
                 table = page.add(gr.Dataframe, "recordings.table", interactive=False, max_height=330)
+        with page.accordion("recordings.import", open=True):
+            page.prose("recordings.import_intro")
+            with gr.Row():
+                with gr.Column():
+                    create_form(page, "import", "recordings", [["source", "output_dir"], ["speaker", "layout"]],
+                                [["speaker_from", "language"], ["transcriber", "audio_dir"],
+                                 ["shortest", "longest", "jobs"]])
+                with gr.Column(elem_classes=["live"]):
+                    found = gr.Markdown(elem_id="import-summary", render=False)
+                    create_job_panel(page, "recordings", ["import"], above_log=found.render, name="import")
         with page.accordion("recordings.speak"), gr.Row():
             with gr.Column():
                 create_form(page, "speak", "recordings", [["texts", "output_dir"], ["voices", "limit"]],
@@ -47,7 +58,7 @@ def create_recordings_tab(page: Page) -> None:
 
     def look(jobs: Sequence[Job], language: str, typed: str) -> list[Any]:
         path, problem = page.locate(language, typed)
-        files = files_in(path, pipeline.AUDIO) if path else {}
+        files = files_in(path, (*AUDIO, *TRANSCRIPTS)) if path else {}
         rows = [[name, f"{megabytes(size)} MB"] for name, size in itertools.islice(files.items(), SHOWN_FILES)]
         text = say("recordings.count", language, count=len(files), megabytes=megabytes(sum(files.values())))
         headers = [say("column.file", language), say("column.size", language)]
@@ -56,7 +67,12 @@ def create_recordings_tab(page: Page) -> None:
     def take(uploaded: list[str], typed: str, language: str) -> tuple[None, str]:
         return None, take_uploads(page, [Path(name) for name in uploaded], typed, language)
 
+    def summarise(jobs: Sequence[Job], language: str) -> list[str]:
+        job = newest(jobs, ["import"])
+        return [import_summary(job, page.workspace, language) if job else ""]
+
     page.watch("recordings", [folder], [folder, count, table], look)
+    page.watch("recordings", [], [found], summarise)
     page.refresh_after.append(upload.upload(take, [upload, folder, page.language], [upload, notice], **QUIET))
 
 
@@ -65,7 +81,7 @@ def take_uploads(page: Page, uploaded: Sequence[Path], folder: str, language: st
     there, wrong = [], []
     for path in uploaded:
         try:
-            take_upload(page.workspace, path, folder, pipeline.AUDIO, MAX_UPLOAD_MB)
+            take_upload(page.workspace, path, folder, (*AUDIO, *TRANSCRIPTS), MAX_UPLOAD_MB)
         except Refused as refused:
             if refused.key == "file_in_the_way":
                 there.append(path.name)

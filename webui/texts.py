@@ -47,6 +47,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "step_only": ("step {done}", "እርምጃ {done}"),
 
     # Kinds of jobs
+    "kind.import": ("Import", "ማስገባት"),
     "kind.speak": ("Synthetic voice", "ሰው ሠራሽ ድምፅ"),
     "kind.corpus": ("Corpus", "የጽሑፍ ስብስብ"),
     "kind.tokenizer": ("Tokenizer", "ቶክናይዘር"),
@@ -72,18 +73,55 @@ TEXTS: dict[str, tuple[str, str]] = {
 
     # 1 Recordings
     "recordings.intro": (
-        "Bring your recordings here: one sentence and one speaker in each file, little noise.",
-        "የድምፅ ቅጂዎችዎን ወደዚህ ያምጡ፦ በእያንዳንዱ ፋይል አንድ ዓረፍተ ነገርና አንድ ተናጋሪ፣ ጫጫታ የሌለበት ቢሆን ይመረጣል።"),
-    "recordings.by_hand": (
-        "**There is no program yet that records, cuts or cleans.** By hand: record with any program, cut into single "
-        "sentences (1 to 15 seconds) as WAV or FLAC, and upload the files here.",
-        "**የሚቀርጽ፣ የሚቆርጥ ወይም የሚያጸዳ ፕሮግራም እስካሁን የለም።** በእጅ፦ በማንኛውም ፕሮግራም ይቅረጹ፣ በነጠላ ዓረፍተ ነገሮች (ከ1 እስከ 15 ሰከንድ) "
-        "በ WAV ወይም በ FLAC ይቁረጡ፣ ከዚያም ፋይሎቹን እዚህ ይስቀሉ።"),
+        "Bring your recordings here as they are: a data set that you downloaded, a phone's recordings, long lectures "
+        "with subtitles, a table of transcripts.",
+        "የድምፅ ቅጂዎችዎን እንዳሉ ወደዚህ ያምጡ፦ የወረደ የውሂብ ስብስብ፣ በስልክ የተቀረጹ፣ የግርጌ ጽሑፍ ያላቸው ረጅም ንግግሮች፣ ወይም የጽሑፎች ሰንጠረዥ።"),
     "recordings.folder": ("Folder of the recordings", "የቅጂዎቹ አቃፊ"),
-    "recordings.upload": ("Upload recordings (wav, flac, ogg, mp3; up to 200 MB each)",
-                          "ቅጂዎችን ይስቀሉ (wav, flac, ogg, mp3፤ እያንዳንዱ እስከ 200 MB)"),
-    "recordings.table": ("Recordings in this folder", "በዚህ አቃፊ ያሉ ቅጂዎች"),
-    "recordings.count": ("Recordings: {count}, {megabytes} MB", "የድምፅ ቅጂዎች፦ {count}፣ {megabytes} MB"),
+    "recordings.upload": ("Upload sounds of any common format and their texts, tables or subtitles (up to 200 MB each)",
+                          "በማንኛውም የተለመደ ዓይነት ያሉ ድምፆችን፣ ከጽሑፎቻቸው፣ ከሰንጠረዦች ወይም ከግርጌ ጽሑፎች ጋር ይስቀሉ (እያንዳንዱ እስከ 200 MB)"),
+    "recordings.import": ("Import: make a dataset of them", "ማስገባት፦ ከእነሱ የውሂብ ስብስብ ይሥሩ"),
+    "recordings.import_intro": (
+        "Finds out what is there (LJSpeech, Common Voice, NeMo, F5-TTS, GPT-SoVITS, CSV or XLSX tables, sounds with "
+        "texts or subtitles beside them, or sounds alone), cuts long recordings at pauses, and writes "
+        "`recordings.jsonl`. Your files are not changed. Start again with the same folders when more recordings came, "
+        "or when you have typed missing texts into `recordings.jsonl`: what is done is kept.",
+        "ያለውን ነገር ራሱ ይለያል (LJSpeech፣ Common Voice፣ NeMo፣ F5-TTS፣ GPT-SoVITS፣ የ CSV ወይም XLSX ሰንጠረዦች፣ ጽሑፍ ወይም የግርጌ ጽሑፍ "
+        "ከአጠገባቸው ያሉ ድምፆች፣ ወይም ድምፆች ብቻ)፣ ረጅም ቅጂዎችን በእረፍት ቦታ ይቆርጣል፣ ከዚያም `recordings.jsonl` ይጽፋል። ፋይሎችዎ አይለወጡም። ተጨማሪ "
+        "ቅጂዎች ሲመጡ ወይም የጎደሉ ጽሑፎችን በ `recordings.jsonl` ሲጽፉ በእነዚያው አቃፊዎች እንደገና ይጀምሩ፦ የተሠራው ይቆያል።"),
+    "import.source": ("Recordings: a folder, a table or a sound", "ቅጂዎች፦ አቃፊ፣ ሰንጠረዥ ወይም የድምፅ ፋይል"),
+    "import.source.placeholder": same("recordings"),
+    "import.output_dir": ("Output folder", "የውጤት አቃፊ"),
+    "import.output_dir.info": ("A new one for each source.", "ለእያንዳንዱ ምንጭ አዲስ አቃፊ።"),
+    "import.speaker": ("Speaker, where none is named", "ተናጋሪ፣ ካልተጠቀሰ"),
+    "import.speaker.placeholder": ("none: all are one voice", "የለም፦ ሁሉም አንድ ድምፅ ናቸው"),
+    "import.layout": ("Layout", "አደረጃጀት"),
+    "import.layout.info": ("Found out; choose it only if it was mistaken.", "በራሱ ይታወቃል፤ ከተሳሳተ ብቻ ይምረጡ።"),
+    "import.speaker_from": ("Speakers are told by", "ተናጋሪዎች የሚለዩት በ"),
+    "import.speaker_from.info": ("column: as the texts say; folder: where a sound lies.",
+                                 "column፦ ጽሑፎቹ እንደሚሉት፤ folder፦ ድምፁ ባለበት አቃፊ።"),
+    "import.language": ("Language, where none is named", "ቋንቋ፣ ካልተጠቀሰ"),
+    "import.language.placeholder": same("am"),
+    "import.transcriber": ("Transcriber: a program in the workspace", "ድምፅን ወደ ጽሑፍ የሚቀይር ፕሮግራም (በሥራ ቦታው ውስጥ)"),
+    "import.transcriber.info": ("Gets the path of a clip without text, and prints what is said in it.",
+                                "ጽሑፍ የሌለውን ቅጂ መንገድ ይቀበላል፣ የተነገረውን ይጽፋል።"),
+    "import.transcriber.placeholder": ("none: missing texts are typed", "የለም፦ የጎደሉ ጽሑፎች በእጅ ይጻፋሉ"),
+    "import.audio_dir": ("Folder of the sounds, if elsewhere", "የድምፆቹ አቃፊ፣ ሌላ ቦታ ከሆነ"),
+    "import.audio_dir.placeholder": ("the folder of the recordings", "የቅጂዎቹ አቃፊ"),
+    "import.shortest": ("Shortest clip of a long recording (seconds)", "ከረጅም ቅጂ የሚቆረጥ አጭሩ ክፍል (ሰከንድ)"),
+    "import.shortest.placeholder": same("2"),
+    "import.longest": ("Cut what is longer than (seconds)", "ከዚህ የሚረዝመው ይቆረጣል (ሰከንድ)"),
+    "import.longest.placeholder": same("15"),
+    "import.jobs": ("Processes", "ሂደቶች"),
+    "import.jobs.placeholder": ("one for each core", "ለእያንዳንዱ ኮር አንድ"),
+    "import.found": ("**Found:** {layout}: {reason}", "**የተገኘው፦** {layout}፦ {reason}"),
+    "import.rows": ("Recordings: {rows}, {hours} hours; speakers: {speakers}; without text: {empty}.",
+                    "ቅጂዎች፦ {rows}፣ {hours} ሰዓት፤ ተናጋሪዎች፦ {speakers}፤ ጽሑፍ የሌላቸው፦ {empty}።"),
+    "import.written": ("Written to {path}; tab 2 goes on with it.", "በ {path} ተጽፏል፤ ትር 2 በእሱ ይቀጥላል።"),
+    "import.skipped": ("Left out: {count}. Which ones and why: {path}", "የተዘለሉ፦ {count}። የትኞቹና ለምን፦ {path}"),
+    "import.untyped": ("Type the missing texts into {path} and start again, or give a transcriber.",
+                       "የጎደሉትን ጽሑፎች በ {path} ይጻፉና እንደገና ይጀምሩ፣ ወይም ወደ ጽሑፍ የሚቀይር ፕሮግራም ይስጡ።"),
+    "recordings.table": ("Files in this folder", "በዚህ አቃፊ ያሉ ፋይሎች"),
+    "recordings.count": ("Recordings and texts: {count}, {megabytes} MB", "ቅጂዎችና ጽሑፎች፦ {count}፣ {megabytes} MB"),
     "recordings.uploaded": ("Files uploaded to {folder}: {count}.", "ወደ {folder} የተሰቀሉ ፋይሎች፦ {count}።"),
     "recordings.there": ("Left as they are, since they were there already: {names}.", "ቀድሞ ስለነበሩ አልተነኩም፦ {names}።"),
     "recordings.none": ("No recordings in this folder yet.", "በዚህ አቃፊ እስካሁን ቅጂ የለም።"),
@@ -132,6 +170,28 @@ TEXTS: dict[str, tuple[str, str]] = {
     "dataset.table": ("First lines", "የመጀመሪያዎቹ መስመሮች"),
     "column.speaker": ("speaker", "ተናጋሪ"),
     "column.text": ("text", "ጽሑፍ"),
+
+    # Why recordings are left out, as tools.import_recordings and tools.filter_dataset say it
+    "reason_count": ("- {reason}: {count}", "- {reason}፦ {count}"),
+    "reason.no such recording": ("no such recording", "እንዲህ ያለ ቅጂ የለም"),
+    "reason.no sound in it": ("no sound in it", "ድምፅ የለበትም"),
+    "reason.no speech": ("no speech", "ንግግር የለም"),
+    "reason.unreadable": ("unreadable", "ሊነበብ አልቻለም"),
+    "reason.unreadable text": ("unreadable text", "ጽሑፉ ሊነበብ አልቻለም"),
+    "reason.unusable sound": ("unusable sound", "ድምፁ የማይሠራ ነው"),
+    "reason.cut off": ("cut off", "የተቋረጠ ፋይል"),
+    "reason.empty file": ("empty file", "ባዶ ፋይል"),
+    "reason.empty recording": ("empty recording", "ባዶ ቅጂ"),
+    "reason.sample rate": ("sample rate", "የማይሠራ የናሙና ፍጥነት (sample rate)"),
+    "reason.outside the audio folder": ("outside the audio folder", "ከድምፆቹ አቃፊ ውጭ"),
+    "reason.recording too long": ("recording too long", "ቅጂው በጣም ረጅም ነው"),
+    "reason.too short to stand alone": ("too short to stand alone", "ብቻውን ለመቆም በጣም አጭር"),
+    "reason.beyond the end": ("beyond the end", "ከቅጂው መጨረሻ በኋላ"),
+    "reason.cue left out": ("cue left out", "የታለፈ የግርጌ ጽሑፍ"),
+    "reason.row that cannot be read": ("row that cannot be read", "ሊነበብ ያልቻለ መስመር"),
+    "reason.two sounds for one text": ("two sounds for one text", "ለአንድ ጽሑፍ ሁለት ድምፆች"),
+    "reason.several texts for one recording": ("several texts for one recording", "ለአንድ ቅጂ ብዙ ጽሑፎች"),
+    "reason.two rows for one recording": ("two rows for one recording", "ለአንድ ቅጂ ሁለት መስመሮች"),
 
     # 3 Corpus
     "corpus.intro": ("Texts to read aloud or to train a tokenizer on. A validation text never occurs in training.",
@@ -450,6 +510,13 @@ TEXTS: dict[str, tuple[str, str]] = {
                    "{value}፦ ስሞች የላቲን ፊደላት፣ ቁጥሮችና + - _ . / ብቻ ይኖራቸዋል።"),
     "text_too_long": ("Too long: at most {maximum} letters. Split the text.", "በጣም ረጅም ነው፦ ቢበዛ {maximum} ፊደላት። ጽሑፉን "
                       "ይከፋፍሉ።"),
+    "not_a_line": ("Line breaks and invisible characters do not belong here.", "የመስመር መቁረጫና የማይታዩ ምልክቶች እዚህ አይገቡም።"),
+    "not_executable": ("{path} is not marked as a program (chmod +x).", "{path} እንደ ፕሮግራም ምልክት አልተደረገበትም (chmod +x)።"),
+    "lengths_too_near": ("The longest ({longest:g}) is too near to the shortest ({shortest:g}): above {minimum:g}.",
+                         "ረጅሙ ({longest:g}) ለአጭሩ ({shortest:g}) በጣም ቅርብ ነው፦ ከ {minimum:g} በላይ።"),
+    "holds_recordings": ("{path} holds recordings that were not imported from this source. Choose another folder, such "
+                         "as {free}.",
+                         "{path} ከዚህ ምንጭ ያልገቡ ቅጂዎች አሉት። ሌላ አቃፊ ይምረጡ፣ ለምሳሌ {free}።"),
     "holds_checkpoints": ("{path} already holds checkpoints ({example}). Tick “Resume from checkpoint” to go on, or "
                           "choose "
                           "another output directory.",
@@ -494,10 +561,12 @@ TEXTS: dict[str, tuple[str, str]] = {
     "not_readable": ("{path} cannot be read. Check its permissions.", "{path} ሊነበብ አልቻለም። ፈቃዶቹን ያረጋግጡ።"),
     "not_json_lines": ("{path} is no text file of JSON lines. The example above shows how it should look.",
                        "{path} የ JSON መስመሮች ያሉት የጽሑፍ ፋይል አይደለም። ከላይ ያለው ምሳሌ አጻጻፉን ያሳያል።"),
-    "upload_not_sound": ("{path}: what is in it is no WAV, FLAC, Ogg or MP3 sound.",
-                         "{path}፦ በውስጡ ያለው የ WAV፣ FLAC፣ Ogg ወይም MP3 ድምፅ አይደለም።"),
-    "upload_too_large": ("{path} is larger than {megabytes} MB. Cut it into sentences.",
-                         "{path} ከ {megabytes} MB ይበልጣል። በዓረፍተ ነገር ይቁረጡት።"),
+    "upload_not_sound": ("{path}: what is in it is no sound.", "{path}፦ በውስጡ ያለው ድምፅ አይደለም።"),
+    "upload_not_text": ("{path}: what is in it is not what its name says, a text or a table.",
+                        "{path}፦ በውስጡ ያለው ስሙ እንደሚለው ጽሑፍ ወይም ሰንጠረዥ አይደለም።"),
+    "upload_too_large": ("{path} is larger than {megabytes} MB. Save it as FLAC or MP3, or copy it into the workspace "
+                         "by other means.",
+                         "{path} ከ {megabytes} MB ይበልጣል። በ FLAC ወይም MP3 ያስቀምጡት፣ ወይም በሌላ መንገድ ወደ ሥራ ቦታው ይቅዱት።"),
 }
 
 
