@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import html
 import json
 import re
 from collections import Counter
@@ -100,6 +101,35 @@ def import_summary(job: Job, workspace: Workspace, language: str) -> str:
         told = tell(language, "import.skipped", count=skipped.count, path=path)
         lines += ["\n".join([told, "", *reason_counts(skipped.reasons, language)])] if skipped.count else []
     return "\n\n".join(lines)
+
+
+def filter_summary(recordings: Path, workspace: Workspace, language: str) -> str:
+    """Markdown: how many of the recordings are kept, and why others are not; "" before they were filtered."""
+    kept_path, rejected_path = recordings.with_name("filtered.jsonl"), recordings.with_name("rejected.jsonl")
+    if not rejected_path.is_file():
+        return ""
+    rejected = count_rows(rejected_path)
+    # Written in this order; where no row was kept, the filtered.jsonl there is of an earlier run.
+    whole = is_newer(kept_path, rejected_path.stat().st_mtime)
+    kept = count_rows(kept_path) if whole else Rows()
+    lines = [tell(language, "filter.rows", kept=kept.count, rejected=rejected.count)]
+    if kept.count:
+        lines.append(tell(language, "filter.written", path=as_text(workspace.show(kept_path))))
+    if rejected.count:
+        told = tell(language, "filter.rejected", path=as_text(workspace.show(rejected_path)))
+        lines.append("\n".join([told, "", *reason_counts(rejected.reasons, language)]))
+    return "\n\n".join(lines)
+
+
+def report_frame(path: Path) -> str:
+    """HTML that shows a report in a frame of its own, in which nothing runs and nothing is loaded from elsewhere.
+
+    Raises: OSError.
+    """
+    report = path.read_text(encoding="utf-8", errors="replace")
+    policy = ("<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; "
+              "media-src data:\">")
+    return f'<iframe sandbox="" class="report" title="{path.name}" srcdoc="{html.escape(policy + report)}"></iframe>'
 
 
 def is_newer(path: Path, moment: float) -> bool:

@@ -12,7 +12,7 @@ import gradio as gr
 from tools.amharic_text import normalise
 from webui import pipeline
 from webui.command_form import create_form
-from webui.data_summaries import import_summary
+from webui.data_summaries import filter_summary, import_summary, report_frame
 from webui.job_panel import create_job_panel, newest
 from webui.jobs import Job
 from webui.page_base import QUIET, Page, beside, megabytes, refusal, tell
@@ -24,6 +24,8 @@ from webui.workspace import Refused
 
 MAX_UPLOAD_MB = 200
 SHOWN_FILES = 200
+MAX_REPORT_MB = 60
+REPORT = "filter_report.html"
 
 
 def create_recordings_tab(page: Page) -> None:
@@ -94,17 +96,65 @@ def take_uploads(page: Page, uploaded: Sequence[Path], folder: str, language: st
     return "\n\n".join([*lines, *dict.fromkeys(wrong)])
 
 
+def create_filter(page: Page) -> None:
+    """What of a dataset is good enough, and the report about it."""
+    with gr.Row():
+        with gr.Column():
+            form = create_form(page, "filter", "dataset", [["recordings"], ["shortest", "longest", "least_snr"]],
+                               [["quietest", "most_clipped", "most_offset"],
+                                ["most_deviation", "least_ethiopic", "most_repeats"],
+                                ["most_silence", "audio_dir", "jobs"]])
+        with gr.Column(elem_classes=["live"]):
+            found = gr.Markdown(elem_id="filter-summary", render=False)
+            create_job_panel(page, "dataset", ["filter"], above_log=found.render, name="filter")
+    with gr.Row():
+        opens = page.button("filter.report", interactive=False, elem_id="filter-report")
+        closes = page.button("filter.close", visible=False, elem_id="filter-close")
+    notice = page.notice()
+    frame = gr.HTML(elem_id="filter-frame", padding=False)
+    box = form.inputs["recordings"]
+
+    def look(jobs: Sequence[Job], language: str, typed: str) -> list[Any]:
+        try:
+            recordings = page.workspace.inside(typed, must_exist=True)
+            summary = filter_summary(recordings, page.workspace, language)
+        except (Refused, OSError):
+            return ["", gr.update(interactive=False)]
+        return [summary, gr.update(interactive=recordings.with_name(REPORT).is_file())]
+
+    def open_report(typed: str, language: str) -> list[Any]:
+        try:
+            recordings = page.workspace.inside(typed, must_exist=True)
+            path = page.workspace.inside(str(recordings.with_name(REPORT)), must_exist=True)
+            if path.stat().st_size > MAX_REPORT_MB * 1e6:
+                return [f"✗ {tell(language, 'filter.too_large', path=page.workspace.show(path))}", "", gr.skip()]
+            return ["", report_frame(path), gr.update(visible=True)]
+        except Refused as refused:
+            return [refusal(refused, language), "", gr.skip()]
+        except OSError:
+            return [f"✗ {tell(language, 'not_readable', path=REPORT)}", "", gr.skip()]
+
+    page.watch("dataset", [box], [found, opens], look)
+    opens.click(open_report, [box, page.language], [notice, frame, closes], **QUIET)
+    closes.click(lambda: ["", gr.update(visible=False)], None, [frame, closes], **QUIET)
+
+
 def create_dataset_tab(page: Page) -> None:
     with page.tab("dataset"):
-        page.prose("dataset.by_hand", elem_classes=["missing"])
-        page.add(gr.Textbox, "dataset.example", value=EXAMPLE.rstrip(), lines=2, interactive=False, buttons=["copy"],
-                 elem_classes=["command"])
+        with page.accordion("dataset.filter", open=True):
+            page.prose("dataset.filter_intro")
+            create_filter(page)
+        page.prose("dataset.check_intro")
         with gr.Row(elem_classes=["line"]):
             path = page.add(gr.Textbox, "dataset.path", max_lines=1, scale=4, elem_id="dataset-path")
             check = page.button("dataset.check", variant="primary", scale=1, elem_id="dataset-check")
         report = page.notice()
         table = page.add(gr.Dataframe, "dataset.table", interactive=False, wrap=True, visible=False,
                          elem_id="dataset-table")
+        with page.accordion("dataset.by_hand"):
+            page.prose("dataset.by_hand_how")
+            page.add(gr.Textbox, "dataset.example", value=EXAMPLE.rstrip(), lines=2, interactive=False,
+                     buttons=["copy"], elem_classes=["command"])
 
     def look(jobs: Sequence[Job], language: str) -> list[Any]:
         """An empty box stands for the data set that the step before has made."""

@@ -16,19 +16,21 @@ from webui.readers import files_in
 from webui.workspace import Refused, Workspace, is_text_name
 
 STEPS = ("recordings", "dataset", "corpus", "tokenizer", "preprocess", "training", "checkpoints", "listen")
-STEP_OF = {"import": "recordings", "speak": "recordings", "corpus": "corpus", "tokenizer": "tokenizer",
-           "codec": "preprocess", "preprocess": "preprocess", "pairs": "preprocess", "training": "training",
-           "export": "checkpoints", "synthesize": "listen", "watch": "listen", "evaluate": "listen"}
+STEP_OF = {"import": "recordings", "speak": "recordings", "filter": "dataset", "corpus": "corpus",
+           "tokenizer": "tokenizer", "codec": "preprocess", "preprocess": "preprocess", "pairs": "preprocess",
+           "training": "training", "export": "checkpoints", "synthesize": "listen", "watch": "listen",
+           "evaluate": "listen"}
 PROMPTS = (".wav", ".flac", ".ogg", ".mp3")  # sounds that a voice is taken from
 RECORDINGS = "recordings"  # where uploads go
 
 # What makes a step done: one of these files (names below) is there.
-MADE_BY = {"recordings": "dataset", "dataset": "dataset", "corpus": "texts", "tokenizer": "tokenizer",
+MADE_BY = {"recordings": "recordings", "dataset": "judged", "corpus": "texts", "tokenizer": "tokenizer",
            "preprocess": "train_manifest", "training": "checkpoint", "checkpoints": "checkpoint", "listen": "sound"}
 # An empty field is filled with the first of these files that is there.
 HANDED_ON = {
     ("import", "source"): ("uploads",),
     ("speak", "texts"): ("texts",),
+    ("filter", "recordings"): ("recordings",),
     ("tokenizer", "texts"): ("texts", "dataset"),
     ("codec", "recordings"): ("dataset",),
     ("preprocess", "recordings"): ("dataset",),
@@ -48,6 +50,7 @@ HANDED_ON = {
     ("evaluate", "data_dir"): ("pairs",),
     ("evaluate", "codec"): ("codec",),
 }
+DATASETS = ("import", "filter", "speak")  # write one; the newest is gone on with
 NEW_FILES = {
     ("import", "output_dir"): "my_recordings",
     ("speak", "output_dir"): "synthetic_recordings",
@@ -71,10 +74,12 @@ def candidates(jobs: Sequence[Job]) -> dict[str, list[str]]:
     def outputs(*kinds: str) -> list[str]:
         return [output for kind, output in made if kind in kinds]
 
+    datasets = {kind: [dataset_of(kind, output) for kind, output in made if kind in kinds] for kind, kinds in (
+        ("recordings", ("import", "speak")), ("judged", ("filter", "speak")), ("dataset", DATASETS))}
     paired = [*outputs("pairs"), "processed_data"]
     trained = [*outputs("training"), "training_output"]
     return {
-        "dataset": [f"{folder}/recordings.jsonl" for folder in [*outputs("import", "speak"), RECORDINGS]],
+        **{kind: [*paths, f"{RECORDINGS}/recordings.jsonl"] for kind, paths in datasets.items()},
         "texts": [f"{folder}/texts.jsonl" for folder in [*outputs("corpus"), "corpus"]],
         "tokenizer": [*outputs("tokenizer"), "tokenizers/amharic_extended_bpe.model"],
         "codec": [*outputs("codec"), "processed_data/speech_codec.pt"],
@@ -84,6 +89,11 @@ def candidates(jobs: Sequence[Job]) -> dict[str, list[str]]:
         "checkpoint": [f"{folder}/{name}" for folder in trained for name in ("best.pth", "latest.pth")],
         "sound": outputs("synthesize"),
     }
+
+
+def dataset_of(kind: str, output: str) -> str:
+    """The recordings.jsonl that a job wrote, or what it left of one."""
+    return str(Path(output).with_name("filtered.jsonl")) if kind == "filter" else f"{output}/recordings.jsonl"
 
 
 def first_there(workspace: Workspace, paths: Iterable[str]) -> Path | None:

@@ -48,6 +48,7 @@ TEXTS: dict[str, tuple[str, str]] = {
 
     # Kinds of jobs
     "kind.import": ("Import", "ማስገባት"),
+    "kind.filter": ("Filter", "ማጣራት"),
     "kind.speak": ("Synthetic voice", "ሰው ሠራሽ ድምፅ"),
     "kind.corpus": ("Corpus", "የጽሑፍ ስብስብ"),
     "kind.tokenizer": ("Tokenizer", "ቶክናይዘር"),
@@ -142,13 +143,58 @@ TEXTS: dict[str, tuple[str, str]] = {
     "speak.workers.placeholder": same("4"),
 
     # 2 Dataset
-    "dataset.by_hand": (
-        "**There is no program yet that transcribes.** By hand: beside your recordings write a file `recordings.jsonl` "
-        "(UTF-8), one line for each recording. `audio` is relative to that file; `speaker` tells voices apart; lines "
-        "with `\"split\": \"val\"` are kept for validation.",
-        "**ድምፅን ወደ ጽሑፍ የሚቀይር ፕሮግራም እስካሁን የለም።** በእጅ፦ ከቅጂዎችዎ አጠገብ `recordings.jsonl` (UTF-8) የተባለ ፋይል ይጻፉ፤ ለእያንዳንዱ "
-        "ቅጂ አንድ መስመር። `audio` ከዚያ ፋይል አንጻር ያለ ስም ነው፤ `speaker` ተናጋሪዎችን ይለያል፤ `\"split\": \"val\"` ያላቸው መስመሮች ለማረጋገጫ "
-        "ይቀመጣሉ።"),
+    "dataset.filter": ("Filter: leave out what would harm the voice", "ማጣራት፦ ድምፁን የሚጎዳውን መተው"),
+    "dataset.filter_intro": (
+        "Measures every recording, compares its text with its sound, trims silent ends, and writes `filtered.jsonl`, "
+        "`rejected.jsonl` and a report beside the dataset; those of an earlier run are replaced. The recordings are "
+        "not changed. Leave the limits empty: the defaults keep good recordings, also of a telephone.",
+        "እያንዳንዱን ቅጂ ይለካል፣ ጽሑፉን ከድምፁ ጋር ያነጻጽራል፣ ጸጥ ያሉ ጫፎችን ይቆርጣል፣ ከዚያም `filtered.jsonl`፣ `rejected.jsonl` እና ዘገባ "
+        "ከውሂብ ስብስቡ አጠገብ ይጽፋል፤ የቀድሞዎቹ ይተካሉ። ቅጂዎቹ አይለወጡም። ገደቦቹን ባዶ ይተዉ፦ ነባሪዎቹ የስልክ ቅጂን ጨምሮ ጥሩ ቅጂዎችን ያስቀራሉ።"),
+    "filter.recordings": ("Dataset (recordings.jsonl)", "የውሂብ ስብስብ (recordings.jsonl)"),
+    "filter.recordings.placeholder": same("my_recordings/recordings.jsonl"),
+    "filter.audio_dir": ("Folder of the sounds, if elsewhere", "የድምፆቹ አቃፊ፣ ሌላ ቦታ ከሆነ"),
+    "filter.audio_dir.placeholder": ("that of the dataset", "የውሂብ ስብስቡ አቃፊ"),
+    "filter.shortest": ("Shortest speech (seconds)", "አጭሩ ንግግር (ሰከንድ)"),
+    "filter.shortest.placeholder": same("0.4"),
+    "filter.longest": ("Longest speech (seconds)", "ረጅሙ ንግግር (ሰከንድ)"),
+    "filter.longest.placeholder": same("30"),
+    "filter.quietest": ("Quietest voice (dBFS)", "ዝቅተኛው የድምፅ ከፍታ (dBFS)"),
+    "filter.quietest.placeholder": same("-50"),
+    "filter.most_clipped": ("Most clipped samples (share, 0 to 1)", "ከፍተኛው የተቆረጡ ናሙናዎች ድርሻ (ከ0 እስከ 1)"),
+    "filter.most_clipped.placeholder": same("0.005"),
+    "filter.least_snr": ("Least from noise to voice (dB)", "ከጫጫታ እስከ ድምፅ ዝቅተኛው ርቀት (dB)"),
+    "filter.least_snr.placeholder": same("12"),
+    "filter.most_offset": ("Largest DC offset (0 to 1)", "ከፍተኛው DC offset (ከ0 እስከ 1)"),
+    "filter.most_offset.placeholder": same("0.05"),
+    "filter.most_deviation": ("Text against sound: most deviations", "ጽሑፍ ከድምፅ ጋር፦ ከፍተኛው ልዩነት"),
+    "filter.most_deviation.info": ("Of letters a second, in robust standard deviations.",
+                                   "የፊደላት ብዛት በሰከንድ፣ በመደበኛ ልዩነት ልክ።"),
+    "filter.most_deviation.placeholder": same("5"),
+    "filter.least_ethiopic": ("Least share of Ethiopic letters (0 to 1)", "ዝቅተኛው የኢትዮጵያ ፊደላት ድርሻ (ከ0 እስከ 1)"),
+    "filter.least_ethiopic.placeholder": same("0.5"),
+    "filter.most_repeats": ("Most repeats of a text by one speaker", "አንድ ተናጋሪ አንድ ጽሑፍ ቢበዛ የሚደግመው"),
+    "filter.most_repeats.placeholder": same("20"),
+    "filter.most_silence": ("Silence at an end that is not trimmed (seconds)", "በጫፍ የማይቆረጥ ጸጥታ (ሰከንድ)"),
+    "filter.most_silence.placeholder": same("0.5"),
+    "filter.jobs": ("Processes", "ሂደቶች"),
+    "filter.jobs.placeholder": ("one for each core", "ለእያንዳንዱ ኮር አንድ"),
+    "filter.rows": ("**Kept: {kept}. Left out: {rejected}.**", "**የተቀበሉ፦ {kept}። የተተዉ፦ {rejected}።**"),
+    "filter.written": ("The kept ones are in {path}; the next tabs go on with it.",
+                       "የተቀበሉት በ {path} ናቸው፤ ቀጣዮቹ ትሮች በእሱ ይቀጥላሉ።"),
+    "filter.rejected": ("Which ones are left out and why: {path}", "የትኞቹ እንደተተዉና ለምን፦ {path}"),
+    "filter.report": ("Open the report (histograms, speakers, the worst clips to listen to)",
+                      "ዘገባውን ክፈት (ሥዕላዊ መግለጫዎች፣ ተናጋሪዎች፣ የሚደመጡ መጥፎ ቅጂዎች)"),
+    "filter.close": ("Close the report", "ዘገባውን ዝጋ"),
+    "filter.too_large": ("{path} is too large to be shown here. Open the file itself.",
+                         "{path} እዚህ ለማሳየት በጣም ትልቅ ነው። ፋይሉን ራሱን ይክፈቱ።"),
+    "dataset.check_intro": ("**Check** looks at every line of a dataset as preprocess does, without listening.",
+                            "**መርምር** ድምፁን ሳያዳምጥ እያንዳንዱን የውሂብ ስብስብ መስመር ቅድመ ዝግጅት እንደሚያየው ያያል።"),
+    "dataset.by_hand": ("A dataset written by hand", "በእጅ የተጻፈ የውሂብ ስብስብ"),
+    "dataset.by_hand_how": (
+        "Tab 1 writes `recordings.jsonl` for you. By hand: UTF-8, one line for each recording. `audio` is relative to "
+        "that file; `speaker` tells voices apart; lines with `\"split\": \"val\"` are kept for validation.",
+        "ትር 1 `recordings.jsonl` ይጽፍልዎታል። በእጅ፦ በ UTF-8፣ ለእያንዳንዱ ቅጂ አንድ መስመር። `audio` ከዚያ ፋይል አንጻር ያለ ስም ነው፤ `speaker` "
+        "ተናጋሪዎችን ይለያል፤ `\"split\": \"val\"` ያላቸው መስመሮች ለማረጋገጫ ይቀመጣሉ።"),
     "dataset.example": ("Example", "ምሳሌ"),
     "dataset.path": ("Dataset to check (recordings.jsonl)", "የሚመረመረው የውሂብ ስብስብ (recordings.jsonl)"),
     "dataset.check": ("Check", "መርምር"),
@@ -191,6 +237,20 @@ TEXTS: dict[str, tuple[str, str]] = {
     "reason.row that cannot be read": ("row that cannot be read", "ሊነበብ ያልቻለ መስመር"),
     "reason.two sounds for one text": ("two sounds for one text", "ለአንድ ጽሑፍ ሁለት ድምፆች"),
     "reason.several texts for one recording": ("several texts for one recording", "ለአንድ ቅጂ ብዙ ጽሑፎች"),
+    "reason.empty transcript": ("empty transcript", "ባዶ ጽሑፍ"),
+    "reason.not Ethiopic": ("not Ethiopic", "በኢትዮጵያ ፊደል አልተጻፈም"),
+    "reason.too short": ("too short", "በጣም አጭር"),
+    "reason.too long": ("too long", "በጣም ረጅም"),
+    "reason.too quiet": ("too quiet", "በጣም ዝቅ ያለ ድምፅ"),
+    "reason.clipped": ("clipped", "የተቆረጠ ሞገድ (clipping)"),
+    "reason.noisy": ("noisy", "ጫጫታ ያለበት"),
+    "reason.DC offset": ("DC offset", "የሞገድ መዛነፍ (DC offset)"),
+    "reason.text and sound do not match": ("text and sound do not match", "ጽሑፉና ድምፁ አይዛመዱም"),
+    "reason.text said too often": ("text said too often", "በጣም የተደጋገመ ጽሑፍ"),
+    "reason.sound of validation": ("sound of validation", "የማረጋገጫ ድምፅ"),
+    "reason.copy of a sound": ("copy of a sound", "የሌላ ድምፅ ቅጂ"),
+    "reason.several texts for one file": ("several texts for one file", "ለአንድ ፋይል ብዙ ጽሑፎች"),
+    "reason.two rows for one file": ("two rows for one file", "ለአንድ ፋይል ሁለት መስመሮች"),
     "reason.two rows for one recording": ("two rows for one recording", "ለአንድ ቅጂ ሁለት መስመሮች"),
 
     # 3 Corpus
@@ -559,8 +619,8 @@ TEXTS: dict[str, tuple[str, str]] = {
                         "{path} ቀድሞ አለ፤ አልተነካም። ሌላ ስም ይምረጡ።"),
     "upload_type": ("{path}: only {suffixes} can be uploaded.", "{path}፦ መስቀል የሚቻለው {suffixes} ብቻ ነው።"),
     "not_readable": ("{path} cannot be read. Check its permissions.", "{path} ሊነበብ አልቻለም። ፈቃዶቹን ያረጋግጡ።"),
-    "not_json_lines": ("{path} is no text file of JSON lines. The example above shows how it should look.",
-                       "{path} የ JSON መስመሮች ያሉት የጽሑፍ ፋይል አይደለም። ከላይ ያለው ምሳሌ አጻጻፉን ያሳያል።"),
+    "not_json_lines": ("{path} is no text file of JSON lines. The example below shows how it should look.",
+                       "{path} የ JSON መስመሮች ያሉት የጽሑፍ ፋይል አይደለም። ከታች ያለው ምሳሌ አጻጻፉን ያሳያል።"),
     "upload_not_sound": ("{path}: what is in it is no sound.", "{path}፦ በውስጡ ያለው ድምፅ አይደለም።"),
     "upload_not_text": ("{path}: what is in it is not what its name says, a text or a table.",
                         "{path}፦ በውስጡ ያለው ስሙ እንደሚለው ጽሑፍ ወይም ሰንጠረዥ አይደለም።"),
