@@ -27,9 +27,10 @@ from typing import Any
 import pytest
 from conftest import ROOT, TOKENIZER, call_trainer, data_args, make_dataset, trainer
 
-from tools import import_recordings, recording_layouts, run_files, sound_names, transcript_tables
+from tools import filter_dataset, import_recordings, recording_layouts, run_files, sound_names, transcript_tables
 from tools._common import Progress as ToolProgress
 from tools._common import ToolError
+from tools.amharic_text import read_aloud
 from tools.recordings import read_recordings
 from webui import command_lines, job_panel, jobs, pipeline, readers
 from webui.recordings_check import read_dataset
@@ -591,6 +592,7 @@ def filled(kind: str, workspace: Workspace) -> dict[str, Any]:
     form = {}
     for field in command_lines.PROGRAMS[kind].fields:
         value = field.choices[-1] if field.type == "choice" else values[field.type]
+        value = min(value, field.maximum) if field.type == "float" else value
         form[field.name] = f"{value}{field.suffixes[0]}" if field.suffixes else value
     return form | ({"longest": 30.5} if kind in command_lines.LENGTHS else {})
 
@@ -608,7 +610,8 @@ def test_every_program_accepts_the_command_line_of_its_form(kind: str, workspace
     for field in command_lines.PROGRAMS[kind].fields:
         value = expected.get(field.type, form[field.name])
         value = root / value if field.type == "new_file" else value
-        assert parsed["paths" if kind == "inspect" else field.name] == ([value] if kind == "inspect" else value)
+        value = [value] if kind in ("inspect", "collect") and not field.flag else value
+        assert parsed["paths" if kind == "inspect" else field.name] == value
 
 
 def test_an_empty_field_shows_what_the_program_chooses(workspace: Workspace, monkeypatch: pytest.MonkeyPatch):
@@ -625,7 +628,7 @@ def test_an_empty_field_shows_what_the_program_chooses(workspace: Workspace, mon
     fields = command_lines.PROGRAMS["training"].fields
     shown |= {f"training.{field.name}": getattr(settings, field.name) for field in fields
               if field.type == "int" and getattr(settings, field.name)}
-    told = {key: re.match(r"[a-z0-9.+ ]+", TEXTS[f"{key}.placeholder"][0]) for key, value in shown.items() if value}
+    told = {key: re.match(r"-?[a-z0-9.+ ]+", TEXTS[f"{key}.placeholder"][0]) for key, value in shown.items() if value}
     expected = {key: " ".join(value) if isinstance(value, list) else f"{value:g}"
                 for key, value in shown.items() if value}
     assert {key: found and found[0].strip() for key, found in told.items()} == expected
@@ -789,18 +792,88 @@ def test_only_an_executable_file_of_the_workspace_transcribes(workspace: Workspa
         "sh -c id": "no_such_file", "listen.sh --fast": "no_such_file"}
 
 
-@pytest.mark.parametrize("short,long,field", [
-    ("", "", None), ("", "6", None), ("", "5.9", "longest"), ("5", "", None), ("5.1", "", "shortest"),
-    ("4", "11", "longest"), ("0.5", "1.5", None)])
-def test_lengths_that_import_refuses_together_are_said_beside_the_field(workspace: Workspace, short: str, long: str,
-                                                                        field: str | None):
-    (workspace.root / "recordings").mkdir()
-    form = {"source": "recordings", "output_dir": "new", "shortest": short, "longest": long}
-    found = command_lines.problems("import", form, workspace)
+@pytest.mark.parametrize("kind,short,long,field", [
+    ("import", "", "", None), ("import", "", "6", None), ("import", "", "5.9", "longest"), ("import", "5", "", None),
+    ("import", "5.1", "", "shortest"), ("import", "4", "11", "longest"), ("import", "0.5", "1.5", None),
+    ("filter", "", "", None), ("filter", "", "0.5", None), ("filter", "1", "1", "longest"),
+    ("filter", "30", "", "shortest"), ("filter", "30", "31", None)])
+def test_lengths_that_a_program_refuses_together_are_said_beside_the_field(workspace: Workspace, kind: str, short: str,
+                                                                           long: str, field: str | None):
+    (workspace.root / "file").touch()
+    form = {"source": "file", "recordings": "file", "output_dir": "new", "shortest": short, "longest": long}
+    found = command_lines.problems(kind, form, workspace)
     assert {name: key for name, (key, _) in found.items()} == ({field: "lengths_too_near"} if field else {})
-    args = [f"--{name}={value}" for name, value in (("shortest", short), ("longest", long)) if value]
+    argv = command_lines.command_for(kind, form, workspace)[3:]
     with contextlib.nullcontext() if field is None else pytest.raises(ToolError, match="--shortest"):
-        import_recordings.parse(["recordings", "--output-dir", "new", *args])
+        (import_recordings if kind == "import" else filter_dataset).parse(argv)
+
+
+def test_filter_takes_the_outermost_number_of_each_of_its_fields(workspace: Workspace):
+    """And a negative one is not taken for a flag."""
+    (workspace.root / "file").touch()
+    for field in command_lines.PROGRAMS["filter"].fields:
+        for number in {field.minimum, field.maximum, -1e-3} if field.type in ("int", "float") else ():
+            form = {"recordings": "file", field.name: number}
+            if math.isfinite(number) and command_lines.problems("filter", form, workspace) == {}:
+                parsed = filter_dataset.parse(command_lines.command_for("filter", form, workspace)[3:])
+                assert getattr(parsed, field.name) == number
+
+
+def finished(kind: str, output: Path) -> jobs.Job:
+    return jobs.Job(kind, output, kind, kind, [], output, 0.0, "finished", 1, 0, None, None)
+
+
+def test_the_newest_dataset_and_the_newest_texts_are_gone_on_with():
+    one, two, texts = Path("/w/one"), Path("/w/two"), Path("/w/texts.jsonl")
+    history = [finished("filter", one / "recordings.jsonl"), finished("import", one)]
+    assert pipeline.candidates(history)["dataset"][0] == "/w/one/filtered.jsonl"
+    assert pipeline.candidates(history)["recordings"][0] == "/w/one/recordings.jsonl"
+    assert pipeline.candidates(history[1:])["judged"] == ["recordings/recordings.jsonl"]  # the filter comes next
+    history = [finished("import", two), *history]
+    assert pipeline.candidates(history)["dataset"][0] == "/w/two/recordings.jsonl"
+    made = [finished("collect", texts), finished("corpus", Path("/w/corpus"))]
+    assert pipeline.candidates(made)["texts"][:2] == [str(texts), "/w/corpus/texts.jsonl"]
+    assert pipeline.candidates(made)["demo_texts"][0] == "/w/corpus/texts.jsonl"
+    assert pipeline.candidates(made[::-1])["texts"][0] == "/w/corpus/texts.jsonl"
+
+
+def test_kept_and_rejected_rows_are_those_of_one_run(workspace: Workspace):
+    from webui.data_summaries import filter_summary
+    recordings, kept, rejected = (workspace.root / f"{name}.jsonl" for name in ("recordings", "filtered", "rejected"))
+    assert filter_summary(recordings, workspace, "en") == ""
+    rejected.write_text('{"row": 1, "id": "a", "reason": "noisy"}\n{"row": 2, "id": "b", "reason": "new <b>"}\n')
+    kept.write_text('{"id": "c"}\n')
+    told = filter_summary(recordings, workspace, "am").replace("\\", "")
+    assert "የተቀበሉ፦ 1። የተተዉ፦ 2" in told and "- ጫጫታ ያለበት፦ 1" in told and "- new <b>፦ 1" in told
+    os.utime(kept, (0, 0))  # of an earlier run; this one kept nothing
+    assert "Kept: 0. Left out: 2." in filter_summary(recordings, workspace, "en")
+    rejected.write_text("")
+    os.utime(kept)
+    assert filter_summary(recordings, workspace, "en").startswith("**Kept: 1. Left out: 0.**")
+
+
+def test_a_report_is_shown_in_a_frame_of_its_own_in_which_nothing_runs(tmp_path: Path):
+    from webui.data_summaries import report_frame
+    (tmp_path / "filter_report.html").write_text('<p class="x">ሰላም</p>"><script>alert(1)</script>')
+    frame = report_frame(tmp_path / "filter_report.html")
+    assert frame.startswith('<iframe sandbox="" ') and frame.count("<") == 2 and frame.count(">") == 2
+    assert "default-src &#x27;none&#x27;" in frame and "ሰላም" in frame
+
+
+def test_every_rule_of_reading_has_a_name_in_both_languages():
+    lines = (ROOT / "tests" / "amharic_text_cases.tsv").read_text(encoding="utf-8").splitlines()
+    rules = {change.rule for line in lines for cell in line.split("\t") for change in read_aloud(cell).changes}
+    assert len(rules) > 20 and {f"rule.{rule}" for rule in rules} <= set(TEXTS)
+
+
+def test_a_file_that_would_be_written_over_is_a_problem_and_is_not_offered(workspace: Workspace):
+    (workspace.root / "recordings.jsonl").touch()
+    (workspace.root / "texts").mkdir()
+    (workspace.root / "texts" / "own_001.jsonl").touch()
+    form = {"recordings": "recordings.jsonl", "output": "texts/own_001.jsonl"}
+    assert command_lines.problems("collect", form, workspace) == {
+        "output": ("file_in_the_way", {"path": "texts/own_001.jsonl"})}
+    assert pipeline.suggestions("collect", workspace, {})["output"] == "texts/own_002.jsonl"
 
 
 def test_recordings_of_another_source_are_not_replaced_by_an_import(workspace: Workspace):

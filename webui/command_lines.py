@@ -98,6 +98,10 @@ PROGRAMS: dict[str, Program] = {
         Field("every_voice", "--every-voice", "switch"),
         whole("limit", "--limit"),
         whole("workers", "--workers", 1)), "output_dir"),
+    "collect": Program(("-m", "tools.collect_corpus"), (
+        Field("recordings", "", "path", required=True),
+        Field("output", "--output", "new_file", required=True, suffixes=(".jsonl", ".txt"), fresh=True),
+        Field("tokenizer", "--tokenizer", "file")), "output"),
     "corpus": Program(("-m", "tools.amharic_text", "build"), (
         Field("sources", "--sources", "directory"),
         Field("output_dir", "--output-dir", "new_directory", required=True),

@@ -9,7 +9,8 @@ from typing import Any
 
 import gradio as gr
 
-from tools.amharic_text import normalise
+from tools._amharic_reading import Reading
+from tools.amharic_text import read_aloud, shown
 from webui import pipeline
 from webui.command_form import create_form
 from webui.data_summaries import filter_summary, import_summary, report_frame
@@ -18,7 +19,7 @@ from webui.jobs import Job
 from webui.page_base import QUIET, Page, beside, megabytes, refusal, tell
 from webui.readers import files_in
 from webui.recordings_check import EXAMPLE, SHOWN_FAULTS, read_dataset
-from webui.texts import say
+from webui.texts import TEXTS, say
 from webui.uploads import AUDIO, TRANSCRIPTS, take_upload
 from webui.workspace import Refused
 
@@ -188,17 +189,54 @@ def create_corpus_tab(page: Page) -> None:
         page.prose("corpus.intro")
         with gr.Row():
             with gr.Column():
-                create_form(page, "corpus", "corpus", [["sources", "output_dir"], ["sequences"]],
-                            [["validation_texts", "held_out_words", "seed"]])
+                with page.accordion("corpus.own", open=True):
+                    create_form(page, "collect", "corpus", [["recordings", "output"]], [["tokenizer"]])
+                with page.accordion("corpus.demo"):
+                    create_form(page, "corpus", "corpus", [["sources", "output_dir"], ["sequences"]],
+                                [["validation_texts", "held_out_words", "seed"]])
             with gr.Column(elem_classes=["live"]):
-                create_job_panel(page, "corpus", ["corpus"])
-        with page.accordion("corpus.normalise"), gr.Row():
-            written = page.add(gr.Textbox, "corpus.normalise_input", lines=2, max_length=2000,
-                               elem_id="normalise-input")
-            spoken = page.add(gr.Textbox, "corpus.normalise_output", lines=2, interactive=False, buttons=["copy"],
-                              elem_id="normalise-output")
-    written.change(lambda text: "\n".join(map(normalise, text.splitlines())), [written], [spoken],
-                  trigger_mode="always_last", **QUIET)
+                create_job_panel(page, "corpus", ["collect", "corpus"])
+        with page.accordion("corpus.normalise", open=True):
+            create_reader(page)
+
+
+def create_reader(page: Page) -> None:
+    """What becomes of a text that somebody types: as it is spoken, what was changed and what cannot be said."""
+    with gr.Row():
+        written = page.add(gr.Textbox, "corpus.normalise_input", lines=2, max_lines=8, max_length=2000,
+                           elem_id="normalise-input")
+        spoken = page.add(gr.Textbox, "corpus.normalise_output", lines=2, max_lines=8, interactive=False,
+                          buttons=["copy"], elem_id="normalise-output")
+    lost = gr.Markdown(elem_id="normalise-lost")
+    changes = page.add(gr.Dataframe, "corpus.changes", interactive=False, wrap=True, visible=False, max_height=330,
+                       elem_id="normalise-changes")
+
+    def read(text: str, language: str) -> list[Any]:
+        readings = [read_aloud(line) for line in (text or "").splitlines()]
+        rows = [[str(number), rule_name(change.rule, language), shown(change.before), shown(change.after)]
+                for number, reading in enumerate(readings, 1) for change in reading.changes]
+        headers = [say(f"column.{name}", language) for name in ("line", "rule", "written", "spoken")]
+        return ["\n".join(reading.text for reading in readings), losses(readings, language),
+                gr.update(visible=bool(rows), value={"headers": headers, "data": rows})]
+
+    gr.on([written.change, page.language.change], read, [written, page.language], [spoken, lost, changes],
+          trigger_mode="always_last", **QUIET)
+
+
+def rule_name(rule: str, language: str) -> str:
+    return say(key, language) if (key := f"rule.{rule}") in TEXTS else rule
+
+
+def losses(readings: Sequence[Reading], language: str) -> str:
+    """Markdown: the signs that nothing says, and the Latin words, of each line; that all is said, where it is."""
+    lines = []
+    for number, reading in enumerate(readings, 1):
+        for key, found in (("corpus.unsaid", reading.unsaid), ("corpus.latin", reading.latin)):
+            if found:
+                lines.append("- " + tell(language, key, line=number, found="  ".join(map(shown, found))))
+    if not lines and any(reading.text for reading in readings):
+        return f"✓ {say('corpus.all_said', language)}"
+    return "\n".join(lines)
 
 
 def create_tokenizer_tab(page: Page) -> None:

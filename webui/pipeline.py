@@ -16,10 +16,10 @@ from webui.readers import files_in
 from webui.workspace import Refused, Workspace, is_text_name
 
 STEPS = ("recordings", "dataset", "corpus", "tokenizer", "preprocess", "training", "checkpoints", "listen")
-STEP_OF = {"import": "recordings", "speak": "recordings", "filter": "dataset", "corpus": "corpus",
-           "tokenizer": "tokenizer", "codec": "preprocess", "preprocess": "preprocess", "pairs": "preprocess",
-           "training": "training", "export": "checkpoints", "synthesize": "listen", "watch": "listen",
-           "evaluate": "listen"}
+STEP_OF = {"import": "recordings", "speak": "recordings", "filter": "dataset", "collect": "corpus",
+           "corpus": "corpus", "tokenizer": "tokenizer", "codec": "preprocess", "preprocess": "preprocess",
+           "pairs": "preprocess", "training": "training", "export": "checkpoints", "synthesize": "listen",
+           "watch": "listen", "evaluate": "listen"}
 PROMPTS = (".wav", ".flac", ".ogg", ".mp3")  # sounds that a voice is taken from
 RECORDINGS = "recordings"  # where uploads go
 
@@ -29,8 +29,9 @@ MADE_BY = {"recordings": "recordings", "dataset": "judged", "corpus": "texts", "
 # An empty field is filled with the first of these files that is there.
 HANDED_ON = {
     ("import", "source"): ("uploads",),
-    ("speak", "texts"): ("texts",),
+    ("speak", "texts"): ("demo_texts",),
     ("filter", "recordings"): ("recordings",),
+    ("collect", "recordings"): ("dataset",),
     ("tokenizer", "texts"): ("texts", "dataset"),
     ("codec", "recordings"): ("dataset",),
     ("preprocess", "recordings"): ("dataset",),
@@ -54,6 +55,7 @@ DATASETS = ("import", "filter", "speak")  # write one; the newest is gone on wit
 NEW_FILES = {
     ("import", "output_dir"): "my_recordings",
     ("speak", "output_dir"): "synthetic_recordings",
+    ("collect", "output"): "texts/own_{number}.jsonl",
     ("corpus", "output_dir"): "corpus",
     ("tokenizer", "output"): "tokenizers/my_tokenizer.model",
     ("codec", "output"): "my_data/speech_codec.pt",
@@ -80,7 +82,9 @@ def candidates(jobs: Sequence[Job]) -> dict[str, list[str]]:
     trained = [*outputs("training"), "training_output"]
     return {
         **{kind: [*paths, f"{RECORDINGS}/recordings.jsonl"] for kind, paths in datasets.items()},
-        "texts": [f"{folder}/texts.jsonl" for folder in [*outputs("corpus"), "corpus"]],
+        "texts": [*(output if kind == "collect" else f"{output}/texts.jsonl" for kind, output in made
+                    if kind in ("collect", "corpus")), "corpus/texts.jsonl"],
+        "demo_texts": [f"{folder}/texts.jsonl" for folder in [*outputs("corpus"), "corpus"]],
         "tokenizer": [*outputs("tokenizer"), "tokenizers/amharic_extended_bpe.model"],
         "codec": [*outputs("codec"), "processed_data/speech_codec.pt"],
         "features": [f"{folder}/utterances.jsonl" for folder in outputs("preprocess")],
