@@ -880,15 +880,15 @@ def test_recordings_of_another_source_are_not_replaced_by_an_import(workspace: W
     for folder in ("a", "b", "made", "made_2"):
         (workspace.root / folder).mkdir()
     form = {"source": "a", "output_dir": "made"}
-    assert pipeline.in_the_way("import", form, workspace, []) == {}
+    assert pipeline.in_the_way("import", form, workspace, list) == {}
     (workspace.root / "made" / "recordings.jsonl").touch()
     wrong = {"output_dir": ("holds_recordings", {"path": "made", "free": "made_3"})}
-    assert pipeline.in_the_way("import", form, workspace, []) == wrong  # written by hand, or in a terminal
+    assert pipeline.in_the_way("import", form, workspace, list) == wrong  # written by hand, or in a terminal
     job = jobs.start_job(workspace, "import", "import made", [*python("print(1)"), str(workspace.root / "a")],
                          workspace.root / "made")
     made = [ended(workspace, job)]
-    assert pipeline.in_the_way("import", form, workspace, made) == {}
-    assert pipeline.in_the_way("import", {**form, "source": "b"}, workspace, made) == wrong
+    assert pipeline.in_the_way("import", form, workspace, lambda: made) == {}
+    assert pipeline.in_the_way("import", {**form, "source": "b"}, workspace, lambda: made) == wrong
 
 
 def test_an_output_file_of_another_kind_is_never_overwritten(workspace: Workspace):

@@ -163,7 +163,7 @@ class FormSection:
         """Of each field by itself, and where there are none, of files that are there or do not belong together."""
         workspace = self.page.workspace
         return (problems(self.kind, form, workspace)
-                or pipeline.in_the_way(self.kind, form, workspace, self.page.jobs())
+                or pipeline.in_the_way(self.kind, form, workspace, self.page.jobs)
                 or belonging_problems(self.kind, form, workspace, self.page.checkpoints))
 
     def check_when_read(self, name: str) -> None:

@@ -104,8 +104,12 @@ def import_summary(job: Job, workspace: Workspace, language: str) -> str:
 
 
 def filter_summary(recordings: Path, workspace: Workspace, language: str) -> str:
-    """Markdown: how many of the recordings are kept, and why others are not; "" before they were filtered."""
-    kept_path, rejected_path = recordings.with_name("filtered.jsonl"), recordings.with_name("rejected.jsonl")
+    """Markdown: how many of the recordings are kept, and why others are not; "" before they were filtered.
+
+    Raises: Refused where a link leads out of the workspace.
+    """
+    kept_path, rejected_path = (workspace.inside(str(recordings.with_name(f"{name}.jsonl")))
+                                for name in ("filtered", "rejected"))
     if not rejected_path.is_file():
         return ""
     rejected = count_rows(rejected_path)

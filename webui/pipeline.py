@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from tools.run_files import all_checkpoints
@@ -196,14 +196,14 @@ def suggestions(kind: str, workspace: Workspace, made: dict[str, str]) -> Form:
     return form
 
 
-def in_the_way(kind: str, form: Form, workspace: Workspace, jobs: Sequence[Job]) -> dict[str, Problem]:
+def in_the_way(kind: str, form: Form, workspace: Workspace, jobs: Callable[[], Sequence[Job]]) -> dict[str, Problem]:
     """What is there already, of another source, and would be replaced. Raises: Refused for a path that is none."""
     if kind != "import":
         return {}
     folder = workspace.inside(typed(form["output_dir"]))
     if not (folder / "recordings.jsonl").exists():
         return {}
-    earlier = next((job for job in jobs if job.kind == kind and job.output_dir == folder), None)
+    earlier = next((job for job in jobs() if job.kind == kind and job.output_dir == folder), None)
     if earlier and str(workspace.inside(typed(form["source"]))) in earlier.argv:
         return {}  # the same again: only what is new is worked on, and typed texts are kept
     free = next(name for number in itertools.count(2) if not (name := folder.with_name(f"{folder.name}_{number}")
