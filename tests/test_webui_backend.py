@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -26,13 +27,15 @@ from typing import Any
 import pytest
 from conftest import ROOT, TOKENIZER, call_trainer, data_args, make_dataset, trainer
 
-from tools import run_files
+from tools import filter_dataset, import_recordings, recording_layouts, run_files, sound_names, transcript_tables
 from tools._common import Progress as ToolProgress
 from tools._common import ToolError
+from tools.amharic_text import read_aloud
 from tools.recordings import read_recordings
-from webui import command_lines, job_panel, jobs, readers
+from webui import command_lines, job_panel, jobs, pipeline, readers
 from webui.recordings_check import read_dataset
 from webui.texts import TEXTS
+from webui.uploads import AUDIO, SHEETS, TRANSCRIPTS, take_upload
 from webui.workspace import (
     MESSAGES,
     Refused,
@@ -42,7 +45,6 @@ from webui.workspace import (
     load_or_make_secret,
     load_settings,
     save_settings,
-    take_upload,
 )
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="jobs are found through /proc")
@@ -582,14 +584,17 @@ def filled(kind: str, workspace: Workspace) -> dict[str, Any]:
     """A form with every field filled in, and its files in the workspace."""
     (workspace.root / "folder").mkdir(exist_ok=True)
     (workspace.root / "file").touch()
+    (workspace.root / "a program").touch(mode=0o755)
     values = {"int": 100.0, "float": 0.5, "switch": True, "words": "am am+f2", "text": "--\u1230\u120b\u121d$(ls)",
-              "file": "file", "directory": "folder", "new_directory": "new",
-              "manifests": "file::am\n\n./file\n", "new_file": "new/output"}
+              "line": "-\u1230\u120b\u121d $(ls)", "file": "file", "directory": "folder", "path": "folder",
+              "program": "a program", "new_directory": "new", "manifests": "file::am\n\n./file\n",
+              "new_file": "new/output"}
     form = {}
     for field in command_lines.PROGRAMS[kind].fields:
         value = field.choices[-1] if field.type == "choice" else values[field.type]
+        value = min(value, field.maximum) if field.type == "float" else value
         form[field.name] = f"{value}{field.suffixes[0]}" if field.suffixes else value
-    return form
+    return form | ({"longest": 30.5} if kind in command_lines.LENGTHS else {})
 
 
 @pytest.mark.parametrize("kind", sorted(set(command_lines.PROGRAMS) - {"training", "tensorboard"}))
@@ -599,12 +604,14 @@ def test_every_program_accepts_the_command_line_of_its_form(kind: str, workspace
     assert command_lines.problems(kind, form, workspace) == {}
     parsed = parsed_by_the_program(command_lines.command_for(kind, form, workspace), monkeypatch)
     root = workspace.root
-    expected = {"int": 100, "float": 0.5, "switch": True, "words": ["am", "am+f2"], "text": form.get("text"),
-                "file": root / "file", "directory": root / "folder", "new_directory": root / "new"}
+    expected = {"int": 100, "switch": True, "words": ["am", "am+f2"], "text": form.get("text"),
+                "file": root / "file", "directory": root / "folder", "path": root / "folder",
+                "program": f"'{root}/a program'", "new_directory": root / "new"}
     for field in command_lines.PROGRAMS[kind].fields:
         value = expected.get(field.type, form[field.name])
         value = root / value if field.type == "new_file" else value
-        assert parsed["paths" if kind == "inspect" else field.name] == ([value] if kind == "inspect" else value)
+        value = [value] if kind in ("inspect", "collect") and not field.flag else value
+        assert parsed["paths" if kind == "inspect" else field.name] == value
 
 
 def test_an_empty_field_shows_what_the_program_chooses(workspace: Workspace, monkeypatch: pytest.MonkeyPatch):
@@ -621,7 +628,7 @@ def test_an_empty_field_shows_what_the_program_chooses(workspace: Workspace, mon
     fields = command_lines.PROGRAMS["training"].fields
     shown |= {f"training.{field.name}": getattr(settings, field.name) for field in fields
               if field.type == "int" and getattr(settings, field.name)}
-    told = {key: re.match(r"[a-z0-9.+ ]+", TEXTS[f"{key}.placeholder"][0]) for key, value in shown.items() if value}
+    told = {key: re.match(r"-?[a-z0-9.+ ]+", TEXTS[f"{key}.placeholder"][0]) for key, value in shown.items() if value}
     expected = {key: " ".join(value) if isinstance(value, list) else f"{value:g}"
                 for key, value in shown.items() if value}
     assert {key: found and found[0].strip() for key, found in told.items()} == expected
@@ -773,6 +780,117 @@ def test_settings_uploads_and_deletions_stay_inside_too(walled: Workspace, tmp_p
     assert left == [".webui", "folder", "link_file", "link_in", "link_loop", "link_out"]
 
 
+def test_only_an_executable_file_of_the_workspace_transcribes(workspace: Workspace):
+    for name, mode in (("listen.sh", 0o755), ("notes.txt", 0o644)):
+        (workspace.root / name).touch(mode=mode)
+    (workspace.root / "recordings").mkdir()
+    form = {"source": "recordings", "output_dir": "new"}
+    found = {text: command_lines.problems("import", {**form, "transcriber": text}, workspace).get("transcriber")
+             for text in ("listen.sh", "notes.txt", "recordings", "/bin/sh", "sh -c id", "listen.sh --fast")}
+    assert {text: problem and problem[0] for text, problem in found.items()} == {
+        "listen.sh": None, "notes.txt": "not_executable", "recordings": "not_a_file", "/bin/sh": "path_outside",
+        "sh -c id": "no_such_file", "listen.sh --fast": "no_such_file"}
+
+
+@pytest.mark.parametrize("kind,short,long,field", [
+    ("import", "", "", None), ("import", "", "6", None), ("import", "", "5.9", "longest"), ("import", "5", "", None),
+    ("import", "5.1", "", "shortest"), ("import", "4", "11", "longest"), ("import", "0.5", "1.5", None),
+    ("filter", "", "", None), ("filter", "", "0.5", None), ("filter", "1", "1", "longest"),
+    ("filter", "30", "", "shortest"), ("filter", "30", "31", None)])
+def test_lengths_that_a_program_refuses_together_are_said_beside_the_field(workspace: Workspace, kind: str, short: str,
+                                                                           long: str, field: str | None):
+    (workspace.root / "file").touch()
+    form = {"source": "file", "recordings": "file", "output_dir": "new", "shortest": short, "longest": long}
+    found = command_lines.problems(kind, form, workspace)
+    assert {name: key for name, (key, _) in found.items()} == ({field: "lengths_too_near"} if field else {})
+    argv = command_lines.command_for(kind, form, workspace)[3:]
+    with contextlib.nullcontext() if field is None else pytest.raises(ToolError, match="--shortest"):
+        (import_recordings if kind == "import" else filter_dataset).parse(argv)
+
+
+def test_filter_takes_the_outermost_number_of_each_of_its_fields(workspace: Workspace):
+    """And a negative one is not taken for a flag."""
+    (workspace.root / "file").touch()
+    for field in command_lines.PROGRAMS["filter"].fields:
+        for number in {field.minimum, field.maximum, -1e-3} if field.type in ("int", "float") else ():
+            form = {"recordings": "file", field.name: number}
+            if math.isfinite(number) and command_lines.problems("filter", form, workspace) == {}:
+                parsed = filter_dataset.parse(command_lines.command_for("filter", form, workspace)[3:])
+                assert getattr(parsed, field.name) == number
+
+
+def finished(kind: str, output: Path) -> jobs.Job:
+    return jobs.Job(kind, output, kind, kind, [], output, 0.0, "finished", 1, 0, None, None)
+
+
+def test_the_newest_dataset_and_the_newest_texts_are_gone_on_with():
+    one, two, texts = Path("/w/one"), Path("/w/two"), Path("/w/texts.jsonl")
+    history = [finished("filter", one / "recordings.jsonl"), finished("import", one)]
+    assert pipeline.candidates(history)["dataset"][0] == "/w/one/filtered.jsonl"
+    assert pipeline.candidates(history)["recordings"][0] == "/w/one/recordings.jsonl"
+    assert pipeline.candidates(history[1:])["judged"] == ["recordings/recordings.jsonl"]  # the filter comes next
+    history = [finished("import", two), *history]
+    assert pipeline.candidates(history)["dataset"][0] == "/w/two/recordings.jsonl"
+    made = [finished("collect", texts), finished("corpus", Path("/w/corpus"))]
+    assert pipeline.candidates(made)["texts"][:2] == [str(texts), "/w/corpus/texts.jsonl"]
+    assert pipeline.candidates(made)["demo_texts"][0] == "/w/corpus/texts.jsonl"
+    assert pipeline.candidates(made[::-1])["texts"][0] == "/w/corpus/texts.jsonl"
+
+
+def test_kept_and_rejected_rows_are_those_of_one_run(workspace: Workspace):
+    from webui.data_summaries import filter_summary
+    recordings, kept, rejected = (workspace.root / f"{name}.jsonl" for name in ("recordings", "filtered", "rejected"))
+    assert filter_summary(recordings, workspace, "en") == ""
+    rejected.write_text('{"row": 1, "id": "a", "reason": "noisy"}\n{"row": 2, "id": "b", "reason": "new <b>"}\n')
+    kept.write_text('{"id": "c"}\n')
+    told = filter_summary(recordings, workspace, "am").replace("\\", "")
+    assert "የተቀበሉ፦ 1። የተተዉ፦ 2" in told and "- ጫጫታ ያለበት፦ 1" in told and "- new <b>፦ 1" in told
+    os.utime(kept, (0, 0))  # of an earlier run; this one kept nothing
+    assert "Kept: 0. Left out: 2." in filter_summary(recordings, workspace, "en")
+    rejected.write_text("")
+    os.utime(kept)
+    assert filter_summary(recordings, workspace, "en").startswith("**Kept: 1. Left out: 0.**")
+
+
+def test_a_report_is_shown_in_a_frame_of_its_own_in_which_nothing_runs(tmp_path: Path):
+    from webui.data_summaries import report_frame
+    (tmp_path / "filter_report.html").write_text('<p class="x">ሰላም</p>"><script>alert(1)</script>')
+    frame = report_frame(tmp_path / "filter_report.html")
+    assert frame.startswith('<iframe sandbox="" ') and frame.count("<") == 2 and frame.count(">") == 2
+    assert "default-src &#x27;none&#x27;" in frame and "ሰላም" in frame
+
+
+def test_every_rule_of_reading_has_a_name_in_both_languages():
+    lines = (ROOT / "tests" / "amharic_text_cases.tsv").read_text(encoding="utf-8").splitlines()
+    rules = {change.rule for line in lines for cell in line.split("\t") for change in read_aloud(cell).changes}
+    assert len(rules) > 20 and {f"rule.{rule}" for rule in rules} <= set(TEXTS)
+
+
+def test_a_file_that_would_be_written_over_is_a_problem_and_is_not_offered(workspace: Workspace):
+    (workspace.root / "recordings.jsonl").touch()
+    (workspace.root / "texts").mkdir()
+    (workspace.root / "texts" / "own_001.jsonl").touch()
+    form = {"recordings": "recordings.jsonl", "output": "texts/own_001.jsonl"}
+    assert command_lines.problems("collect", form, workspace) == {
+        "output": ("file_in_the_way", {"path": "texts/own_001.jsonl"})}
+    assert pipeline.suggestions("collect", workspace, {})["output"] == "texts/own_002.jsonl"
+
+
+def test_recordings_of_another_source_are_not_replaced_by_an_import(workspace: Workspace):
+    for folder in ("a", "b", "made", "made_2"):
+        (workspace.root / folder).mkdir()
+    form = {"source": "a", "output_dir": "made"}
+    assert pipeline.in_the_way("import", form, workspace, list) == {}
+    (workspace.root / "made" / "recordings.jsonl").touch()
+    wrong = {"output_dir": ("holds_recordings", {"path": "made", "free": "made_3"})}
+    assert pipeline.in_the_way("import", form, workspace, list) == wrong  # written by hand, or in a terminal
+    job = jobs.start_job(workspace, "import", "import made", [*python("print(1)"), str(workspace.root / "a")],
+                         workspace.root / "made")
+    made = [ended(workspace, job)]
+    assert pipeline.in_the_way("import", form, workspace, lambda: made) == {}
+    assert pipeline.in_the_way("import", {**form, "source": "b"}, workspace, lambda: made) == wrong
+
+
 def test_an_output_file_of_another_kind_is_never_overwritten(workspace: Workspace):
     (workspace.root / "train_gpt_v2.py").touch()
     found = command_lines.problems("tokenizer", {"texts": "train_gpt_v2.py", "output": "train_gpt_v2.py"}, workspace)
@@ -785,7 +903,10 @@ WAV = b"RIFF\x24\0\0\0WAVEfmt "
 @pytest.mark.parametrize("start,sound", [
     (WAV, True), (b"RF64\xff\xff\xff\xffWAVEds64", True), (b"fLaC\0\0\0\x22", True), (b"OggS\0\2", True),
     (b"ID3\4\0", True), (b"\xff\xfb\x90\x64", True), (b"\xff\xf3\x40", True), (b"\xff\xe3\x40", True),
-    (b"RIFF\x24\0\0\0AVI LIST", False), (b"\xff\xd8\xff\xe0", False), (b"<html>", False), (b"PK\3\4", False),
+    (b"RIFF\x24\0\0\0AVI LIST", True), (b"\0\0\0\x20ftypM4A ", True), (b"\0\0\0\x14ftyp3gp4", True),
+    (b"\x1aE\xdf\xa3\x9f", True), (b"#!AMR\n", True), (b"0&\xb2u\x8ef\xcf\x11\xa6", True),
+    (b"FORM\0\0\0\x2eAIFF", True), (b"RIFF\x24\0\0\0WEBPVP8 ", False), (b"\x7fELF\2\1", False), (b"#!/bin/sh\n", False),
+    (b"\x89PNG\r\n", False), (b"\xff\xd8\xff\xe0", False), (b"<html>", False), (b"PK\3\4", False),
     (b"\xff", False), (b"", False)])
 def test_an_upload_is_judged_by_its_content_not_by_its_name(workspace: Workspace, tmp_path: Path, start: bytes,
                                                             sound: bool):
@@ -797,6 +918,28 @@ def test_an_upload_is_judged_by_its_content_not_by_its_name(workspace: Workspace
         assert refusal(take_upload, workspace, upload, "new", [".wav"], 1) == (
             "upload_not_sound", {"path": "voice.wav"})
         assert not (workspace.root / "new").exists()
+
+
+@pytest.mark.parametrize("name,content,taken", [
+    ("m.csv", "id|ሰላም\r\n".encode(), True), ("m.csv", "id\tሰላም".encode("utf-16"), True),
+    ("m.xlsx", b"PK\3\4\x14", True), ("a.srt", b"1\n00:00", True), ("a.lab", b"", True),
+    ("m.csv", b"PK\3\4\x14", False), ("m.xlsx", b"a,b\n", False), ("a.txt", b"\x7fELF\2\1\1\0", False),
+    ("a.json", WAV, False)])
+def test_texts_and_tables_are_judged_by_their_content_too(workspace: Workspace, tmp_path: Path, name: str,
+                                                          content: bytes, taken: bool):
+    (tmp_path / name).write_bytes(content)
+    if taken:
+        assert take_upload(workspace, tmp_path / name, "new", TRANSCRIPTS, 1).read_bytes() == content
+    else:
+        assert refusal(take_upload, workspace, tmp_path / name, "new", TRANSCRIPTS, 1) == (
+            "upload_not_text", {"path": name})
+
+
+def test_uploads_take_what_import_reads():
+    assert set(AUDIO) == sound_names.SOUNDS and len(set(AUDIO)) == len(AUDIO)
+    read = transcript_tables.TABLES | {*recording_layouts.CUES, *recording_layouts.SIDECARS}
+    assert set(TRANSCRIPTS) == {Path(f"a{suffix}").suffix for suffix in read}
+    assert set(SHEETS) == transcript_tables.SHEETS and set(command_lines.LAYOUTS) == set(recording_layouts.LAYOUTS)
 
 
 @pytest.fixture

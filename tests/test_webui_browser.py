@@ -205,7 +205,7 @@ class Visitor:
         self.page.get_by_role("checkbox", name="Resume from checkpoint").set_checked(wanted)
 
     def more_settings(self) -> None:
-        folds = re.compile("More settings|synthetic voice|Export|Hear a training|Does it say")
+        folds = re.compile("More settings|synthetic voice|Demo corpus|Export|Hear a training|Does it say")
         for _ in range(3):  # one may be folded up in another
             for fold in self.page.get_by_role("button", name=folds).all():
                 if fold.is_visible() and "open" not in (fold.get_attribute("class") or "").split():
@@ -544,12 +544,101 @@ def test_recordings_are_uploaded_listed_and_limited_to_sound_files(visitor: Visi
     visitor.sees("#recordings-count", "No recordings")
     visitor.page.locator("#recordings-upload input[type=file]").set_input_files(tmp_path / "ሰላም.wav")
     visitor.sees(".notice", "Files uploaded to uploads: 1")
-    visitor.sees("#recordings-count", "Recordings: 1")
+    visitor.sees("#recordings-count", "Recordings and texts: 1")
     assert (workspace / "uploads" / "ሰላም.wav").read_bytes() == (tmp_path / "ሰላም.wav").read_bytes()
     (tmp_path / "page.html").write_text("<script>alert(1)</script>")
     visitor.page.locator("#recordings-upload input[type=file]").set_input_files(tmp_path / "page.html")
     visitor.sees("body", "Invalid file type|can be uploaded")
     assert [path.name for path in (workspace / "uploads").iterdir()] == ["ሰላም.wav"]
+
+
+@pytest.fixture
+def tidy(workspace: Path) -> Iterator[None]:
+    """What a test makes is gone for the next: finished jobs hand on what they wrote."""
+    jobs_before, files_before = set(workspace.glob(".webui/jobs/2*")), set(workspace.iterdir())
+    yield
+    for path in (set(workspace.glob(".webui/jobs/2*")) - jobs_before) | (set(workspace.iterdir()) - files_before):
+        shutil.rmtree(path)
+
+
+def test_a_folder_is_imported_what_it_is_is_said_and_it_is_handed_on(visitor: Visitor, workspace: Path, tidy: None):
+    (workspace / "download" / "wavs").mkdir(parents=True)
+    for index in range(2):
+        shutil.copy(workspace / "recordings" / f"r{index}.wav", workspace / "download" / "wavs")
+    (workspace / "download" / "metadata.csv").write_text("r0|ሰላም|ሰላም\nr1|ቤት|ቤት\nr2|ውሃ|ውሃ\n")
+    visitor.open("Recordings")
+    assert visitor.reads("import-source", "^recordings$")
+    visitor.fill("import", source="download", output_dir="imported", speaker="አልማዝ በቀለ")
+    visitor.command("import", "import_recordings", "download", "imported", "--speaker=አልማዝ በቀለ")
+    visitor.click("import-start")
+    told = visitor.sees("#import-summary", "Found: ljspeech: .*Recordings: 2, .*Left out: 1.*no such recording: 1")
+    assert "speakers: 1; without text: 0" in told and "imported/recordings.jsonl" in told
+    assert "ljspeech: metadata.csv" in visitor.reads("import-log", "2 recordings of 1 speaker")
+    visitor.fill("import", source="recordings")
+    visitor.sees("#import-output_dir.problem", "holds recordings that were not imported from this source.*imported_2")
+    for tab, element in (("Tokenizer", "tokenizer-texts"), ("Preprocess", "preprocess-recordings")):
+        visitor.open(tab)
+        visitor.reads(element, "^imported/recordings.jsonl$")
+    visitor.open("Listen")
+    visitor.reads("synthesize-prompt", "^imported/audio/wavs/r0.wav$")
+
+
+def test_a_dataset_is_filtered_its_report_is_opened_and_it_is_handed_on(visitor: Visitor, workspace: Path,
+                                                                        tidy: None):
+    (workspace / "judged" / "audio").mkdir(parents=True)
+    rows = [{"id": f"r{index}", "text": "ሰላም ቤት ውሃ", "audio": f"audio/r{index}.wav"} for index in range(3)]
+    for index in range(2):
+        shutil.copy(workspace / "recordings" / f"r{index}.wav", workspace / "judged" / "audio")
+    (workspace / "judged" / "recordings.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    visitor.open("Dataset")
+    assert visitor.reads("filter-recordings", "^recordings/recordings.jsonl$")
+    visitor.fill("filter", recordings="judged/recordings.jsonl", longest=0.1)
+    visitor.sees("#filter-longest.problem", "too near")
+    visitor.more_settings()
+    visitor.fill("filter", longest=25, quietest=-60)
+    visitor.command("filter", "tools.filter_dataset", "judged/recordings.jsonl", "--longest 25", "--quietest=-60")
+    assert visitor.page.locator("#filter-report").is_disabled()
+    visitor.click("filter-start")
+    told = visitor.sees("#filter-summary", "Kept: [0-2]. Left out: [1-3].")
+    assert "no such recording: 1" in told and "judged/rejected.jsonl" in told
+    visitor.sees("#filter-status", "finished|not one recording is left")
+    visitor.click("filter-report")
+    report = visitor.page.frame_locator("#filter-frame iframe")
+    report.get_by_role("heading", name=re.compile("[0-2] of 3 recordings kept")).wait_for()
+    visitor.click("filter-close")
+    visitor.page.locator("#filter-frame iframe").wait_for(state="detached")
+    if "Kept: 0" not in told:
+        for tab, element in (("Corpus", "collect-recordings"), ("Preprocess", "codec-recordings"),
+                             ("Preprocess", "preprocess-recordings")):
+            visitor.open(tab)
+            visitor.reads(element, "^judged/filtered.jsonl$")
+
+
+def test_own_transcripts_become_texts_for_the_tokenizer_under_a_new_name(visitor: Visitor, workspace: Path,
+                                                                         tidy: None):
+    visitor.open("Corpus")
+    assert visitor.reads("collect-recordings", "^recordings/recordings.jsonl$")
+    assert visitor.reads("collect-output", "^texts/own_001.jsonl$")
+    visitor.click("collect-start")
+    visitor.reads("corpus-log", "8 different texts of 8 rows")
+    visitor.reads("collect-output", "^texts/own_002.jsonl$")
+    visitor.fill("collect", output="texts/own_001.jsonl")
+    visitor.sees("#collect-output.problem", "exists already and is left as it is")
+    visitor.fill("collect", output="")
+    visitor.open("Tokenizer")
+    visitor.reads("tokenizer-texts", "^texts/own_001.jsonl$")
+
+
+def test_what_is_made_of_a_typed_line_is_shown_with_what_cannot_be_said(visitor: Visitor):
+    visitor.open("Corpus")
+    visitor.box("normalise-input").fill("ዶ/ር አበበ ☎ Google\nሰላም")
+    visitor.reads("normalise-output", "^ዶክተር አበበ Google\nሰላም$")
+    told = visitor.sees("#normalise-lost", "line 1: nothing says ☎")
+    assert "Latin words are kept as they are: Google" in told
+    visitor.sees("#normalise-changes", "abbreviation.*ዶ/ር.*ዶክተር")
+    visitor.box("normalise-input").fill("ሰላም")
+    visitor.sees("#normalise-lost", "Everything in it can be said")
+    visitor.page.locator("#normalise-changes").wait_for(state="hidden")
 
 
 def test_a_dataset_is_checked_line_by_line(visitor: Visitor, workspace: Path):
@@ -600,7 +689,7 @@ def test_a_program_that_does_not_react_to_stop_can_be_killed_from_the_page(visit
     shutil.rmtree(job.folder)
 
 
-PATH_TYPES = ("file", "directory", "manifests", "new_file", "new_directory")
+PATH_TYPES = (*command_lines.PATHS, "manifests")
 OUTSIDE = "../../outside.wav"
 
 
@@ -739,8 +828,8 @@ def test_every_text_is_there_in_both_languages_with_the_same_values():
 
 @pytest.mark.parametrize("kind", [kind for kind in command_lines.PROGRAMS if kind in pipeline.STEP_OF])
 def test_a_form_is_read_back_from_its_command_line(kind: str, tmp_path: Path):
-    examples = {"text": "-ሰላም = ዓለም", "words": "am am+f2", "int": "3", "float": "0.5", "switch": True,
-                "manifests": "a/b.jsonl\nc.jsonl::am"}
+    examples = {"text": "-ሰላም = ዓለም", "line": "-ሰላም = ዓለም", "program": "in/a program", "words": "am am+f2",
+                "int": "3", "float": "0.5", "switch": True, "manifests": "a/b.jsonl\nc.jsonl::am"}
     form = {field.name: field.choices[0] if field.choices else examples.get(field.type, f"in/{field.name}")
             for field in command_lines.PROGRAMS[kind].fields}
     if kind == "training":

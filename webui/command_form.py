@@ -123,6 +123,11 @@ class FormSection:
         """The form of the job that runs or ran last, where nothing was typed in this browser."""
         return pipeline.form_of(self.kind, job.argv, self.page.workspace)
 
+    def without_made(self, form: Form) -> Form:
+        """A last job's form without the names of files that it made and that none may be written over."""
+        return {name: value for name, value in form.items() if name not in self.fields or not self.fields[name].fresh
+                or not (self.page.workspace.root / value).exists()}
+
     def offered(self, jobs: Sequence[Job]) -> Form:
         """What an empty field is filled with: files that other steps have made, and names for new ones."""
         workspace = self.page.workspace
@@ -132,7 +137,7 @@ class FormSection:
         """What was typed in this browser; where nothing was, the form of what runs or ran last."""
         jobs = self.page.jobs()
         job, offered = newest(jobs, [self.kind]), self.offered(jobs)
-        form = self.cleaned(draft or (self.form_of_last(job) if job else {}))
+        form = self.cleaned(draft or self.without_made(self.form_of_last(job) if job else {}))
         form = {name: form[name] or offered.get(name, self.empty(name)) for name in self.inputs}
         filled = {name: value for name, value in form.items() if value != self.empty(name)}
         return [offered, {} if draft else form, *self.shown_as(language, form, filled)]
@@ -155,10 +160,11 @@ class FormSection:
     # What is wrong, and Start
 
     def problems(self, form: Form) -> dict[str, Problem]:
-        """Of each field by itself, and where there are none, of files that do not belong together."""
+        """Of each field by itself, and where there are none, of files that are there or do not belong together."""
         workspace = self.page.workspace
-        return problems(self.kind, form, workspace) or belonging_problems(self.kind, form, workspace,
-                                                                          self.page.checkpoints)
+        return (problems(self.kind, form, workspace)
+                or pipeline.in_the_way(self.kind, form, workspace, self.page.jobs)
+                or belonging_problems(self.kind, form, workspace, self.page.checkpoints))
 
     def check_when_read(self, name: str) -> None:
         """A new check when the checkpoint in this field has been read in the background."""

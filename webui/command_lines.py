@@ -23,16 +23,17 @@ Form = dict[str, Any]
 Problem = tuple[str, dict[str, Any]]  # a key of MESSAGES and its values
 MAX_TEXT = 2000  # characters of a text to speak
 NAME = re.compile(r"[^-\s]\S*")  # not to be taken for a flag
-PATHS = ("file", "directory", "new_file", "new_directory")
+PATHS = ("file", "directory", "path", "program", "new_file", "new_directory")
 
 
 @dataclass(frozen=True)
 class Field:
     """One input of a form.
 
-    type: "text", "words" (blank-separated names), "int", "float", "choice", "switch" (True emits the flag alone),
-    "file" and "directory" (must exist), "manifests" (existing files, one a line, each with an optional ::lang),
-    "new_file" and "new_directory" (are written; may exist).
+    type: "text", "line" (a text without line breaks), "words" (blank-separated names), "int", "float", "choice",
+    "switch" (True emits the flag alone), "file", "directory" and "path" (either of them; must exist), "program" (an
+    executable file), "manifests" (existing files, one a line, each with an optional ::lang), "new_file" and
+    "new_directory" (are written; may exist).
     """
 
     name: str
@@ -43,6 +44,7 @@ class Field:
     maximum: float = math.inf
     choices: tuple[str, ...] = ()
     suffixes: tuple[str, ...] = ()  # of a new_file: so that a slip of the hand overwrites no file of another kind
+    fresh: bool = False  # of a new_file that the program would write over
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,37 @@ def whole(name: str, flag: str, minimum: float = 0) -> Field:
 
 
 SEED = whole("seed", "--seed")
+LAYOUTS = ("ljspeech", "common-voice", "nemo", "f5-tts", "gpt-sovits", "filelist", "jsonl", "table", "folder")
+# Form: its field of the shortest and of the longest, what is chosen where they are empty, and how many times longer.
+LENGTHS = {"import": ("shortest", 2.0, "longest", 15.0, 3.0), "filter": ("shortest", 0.4, "longest", 30.0, 1.0)}
 PROGRAMS: dict[str, Program] = {
+    "import": Program(("-m", "tools.import_recordings"), (
+        Field("source", "", "path", required=True),
+        Field("output_dir", "--output-dir", "new_directory", required=True),
+        Field("speaker", "--speaker", "line"),
+        Field("speaker_from", "--speaker-from", "choice", choices=("column", "folder")),
+        Field("layout", "--layout", "choice", choices=LAYOUTS),
+        Field("language", "--language", "line"),
+        # Not any command: who has the page's password shall run no more than what the machine's owner put there.
+        Field("transcriber", "--transcriber", "program"),
+        Field("audio_dir", "--audio-dir", "directory"),
+        Field("shortest", "--shortest", "float", minimum=0.5, maximum=200),
+        Field("longest", "--longest", "float", minimum=1.5, maximum=600),
+        whole("jobs", "--jobs")), "output_dir"),
+    "filter": Program(("-m", "tools.filter_dataset"), (
+        Field("recordings", "", "file", required=True),
+        Field("audio_dir", "--audio-dir", "directory"),
+        Field("shortest", "--shortest", "float", minimum=0.01),
+        Field("longest", "--longest", "float", minimum=0.01),
+        Field("quietest", "--quietest", "float", maximum=0),
+        Field("most_clipped", "--most-clipped", "float", minimum=0, maximum=1),
+        Field("least_snr", "--least-snr", "float"),
+        Field("most_offset", "--most-offset", "float", minimum=0, maximum=1),
+        Field("most_deviation", "--most-deviation", "float", minimum=0),
+        Field("least_ethiopic", "--least-ethiopic", "float", minimum=0, maximum=1),
+        whole("most_repeats", "--most-repeats", 1),
+        Field("most_silence", "--most-silence", "float", minimum=0),
+        whole("jobs", "--jobs")), "recordings"),
     "speak": Program(("-m", "tools.speak"), (
         Field("texts", "--texts", "file", required=True),
         Field("output_dir", "--output-dir", "new_directory", required=True),
@@ -66,6 +98,10 @@ PROGRAMS: dict[str, Program] = {
         Field("every_voice", "--every-voice", "switch"),
         whole("limit", "--limit"),
         whole("workers", "--workers", 1)), "output_dir"),
+    "collect": Program(("-m", "tools.collect_corpus"), (
+        Field("recordings", "", "path", required=True),
+        Field("output", "--output", "new_file", required=True, suffixes=(".jsonl", ".txt"), fresh=True),
+        Field("tokenizer", "--tokenizer", "file")), "output"),
     "corpus": Program(("-m", "tools.amharic_text", "build"), (
         Field("sources", "--sources", "directory"),
         Field("output_dir", "--output-dir", "new_directory", required=True),
@@ -218,8 +254,10 @@ def arguments(field: Field, value: Any) -> list[str]:
         return []
     if field.type == "words":
         return [field.flag, *text.split()]
-    if field.type == "text":
-        return [f"{field.flag}={text}"]  # may begin with a dash
+    if field.type == "program":
+        return [field.flag, shlex.quote(text)]  # the program takes a command
+    if field.type in ("text", "line") or text.startswith("-"):
+        return [f"{field.flag}={text}"]
     if field.name == "amp" and text == "auto":
         return [field.flag]
     return [field.flag, text] if field.flag else [text]
@@ -297,7 +335,20 @@ def problems(kind: str, form: Form, workspace: Workspace) -> dict[str, Problem]:
         except Refused as refused:
             field_name = "resume_path" if refused.key.startswith("resume") else "output_dir"
             found[field_name] = refused.key, refused.values
+    if kind in LENGTHS and not found:
+        found = length_problems(form, *LENGTHS[kind])
     return found
+
+
+def length_problems(form: Form, short: str, shortest: float, long: str, longest: float, times: float
+                    ) -> dict[str, Problem]:
+    """Of two lengths in seconds that are numbers, or empty: these are chosen."""
+    least = float(typed(form.get(short)) or shortest)
+    most = float(typed(form.get(long)) or longest)
+    if most >= times * least and most > least:
+        return {}
+    return {long if typed(form.get(long)) else short: ("lengths_too_near", {"longest": most, "shortest": least,
+                                                                            "minimum": times * least})}
 
 
 def check_field(field: Field, value: Any, workspace: Workspace) -> None:
@@ -317,8 +368,10 @@ def check_field(field: Field, value: Any, workspace: Workspace) -> None:
         raise Refused("not_a_choice", value=typed(value), choices=", ".join(field.choices))
     elif field.type == "words" and not all(map(NAME.fullmatch, typed(value).split())):
         raise Refused("not_a_name", value=typed(value))
-    elif field.type == "text" and len(typed(value)) > MAX_TEXT:
+    elif field.type in ("text", "line") and len(typed(value)) > MAX_TEXT:
         raise Refused("text_too_long", maximum=MAX_TEXT)
+    elif field.type == "line" and not typed(value).isprintable():
+        raise Refused("not_a_line")
 
 
 def check_number(field: Field, text: str) -> None:
@@ -344,14 +397,18 @@ def check_path(field: Field, text: str, workspace: Workspace) -> None:
         raise Refused("wrong_suffix", path=text, suffixes=" ".join(field.suffixes))
     if field.type in ("directory", "new_directory") and path.exists() and not path.is_dir():
         raise Refused("not_a_directory", path=text)
-    if field.type in ("manifests", "file", "new_file") and path.is_dir():
+    if field.type in ("manifests", "file", "program", "new_file") and path.is_dir():
         raise Refused("not_a_file", path=text)
     if field.type == "directory" and not path.exists():
         raise Refused("no_such_directory", path=text)
-    if field.type in ("manifests", "file") and not path.exists():
+    if field.type in ("manifests", "file", "path", "program") and not path.exists():
         if field.flag == "--resume":
             raise Refused("resume_missing", path=text, present=", ".join(names_in(path.parent)) or "-")
         raise Refused("no_such_file", path=text)
+    if field.type == "program" and not os.access(path, os.X_OK):
+        raise Refused("not_executable", path=text)
+    if field.fresh and path.exists():
+        raise Refused("file_in_the_way", path=text)
     if field.type in ("new_directory", "new_file"):
         existing = next(parent for parent in (path, *path.parents) if parent.exists())
         if not os.access(existing, os.W_OK) or (existing != path and not existing.is_dir()):

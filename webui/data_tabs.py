@@ -9,19 +9,24 @@ from typing import Any
 
 import gradio as gr
 
-from tools.amharic_text import normalise
+from tools._amharic_reading import Reading
+from tools.amharic_text import read_aloud, shown
 from webui import pipeline
 from webui.command_form import create_form
-from webui.job_panel import create_job_panel
+from webui.data_summaries import filter_summary, import_summary, report_frame
+from webui.job_panel import create_job_panel, newest
 from webui.jobs import Job
 from webui.page_base import QUIET, Page, beside, megabytes, refusal, tell
 from webui.readers import files_in
 from webui.recordings_check import EXAMPLE, SHOWN_FAULTS, read_dataset
-from webui.texts import say
-from webui.workspace import Refused, take_upload
+from webui.texts import TEXTS, say
+from webui.uploads import AUDIO, TRANSCRIPTS, take_upload
+from webui.workspace import Refused
 
 MAX_UPLOAD_MB = 200
 SHOWN_FILES = 200
+MAX_REPORT_MB = 60
+REPORT = "filter_report.html"
 
 
 def create_recordings_tab(page: Page) -> None:
@@ -31,13 +36,22 @@ def create_recordings_tab(page: Page) -> None:
             with gr.Column():
                 folder = page.add(gr.Textbox, "recordings.folder", value=pipeline.RECORDINGS, max_lines=1,
                                   elem_id="recordings-folder")
-                upload = page.add(gr.File, "recordings.upload", file_count="multiple", file_types=[*pipeline.AUDIO],
-                                  height=140, elem_id="recordings-upload")
+                upload = page.add(gr.File, "recordings.upload", file_count="multiple",
+                                  file_types=[*AUDIO, *TRANSCRIPTS], height=140, elem_id="recordings-upload")
                 notice = page.notice()
-                page.prose("recordings.by_hand", elem_classes=["missing"])
             with gr.Column():
                 count = gr.Markdown(elem_id="recordings-count")
                 table = page.add(gr.Dataframe, "recordings.table", interactive=False, max_height=330)
+        with page.accordion("recordings.import", open=True):
+            page.prose("recordings.import_intro")
+            with gr.Row():
+                with gr.Column():
+                    create_form(page, "import", "recordings", [["source", "output_dir"], ["speaker", "layout"]],
+                                [["speaker_from", "language"], ["transcriber", "audio_dir"],
+                                 ["shortest", "longest", "jobs"]])
+                with gr.Column(elem_classes=["live"]):
+                    found = gr.Markdown(elem_id="import-summary", render=False)
+                    create_job_panel(page, "recordings", ["import"], above_log=found.render, name="import")
         with page.accordion("recordings.speak"), gr.Row():
             with gr.Column():
                 create_form(page, "speak", "recordings", [["texts", "output_dir"], ["voices", "limit"]],
@@ -47,7 +61,7 @@ def create_recordings_tab(page: Page) -> None:
 
     def look(jobs: Sequence[Job], language: str, typed: str) -> list[Any]:
         path, problem = page.locate(language, typed)
-        files = files_in(path, pipeline.AUDIO) if path else {}
+        files = files_in(path, (*AUDIO, *TRANSCRIPTS)) if path else {}
         rows = [[name, f"{megabytes(size)} MB"] for name, size in itertools.islice(files.items(), SHOWN_FILES)]
         text = say("recordings.count", language, count=len(files), megabytes=megabytes(sum(files.values())))
         headers = [say("column.file", language), say("column.size", language)]
@@ -56,7 +70,12 @@ def create_recordings_tab(page: Page) -> None:
     def take(uploaded: list[str], typed: str, language: str) -> tuple[None, str]:
         return None, take_uploads(page, [Path(name) for name in uploaded], typed, language)
 
+    def summarise(jobs: Sequence[Job], language: str) -> list[str]:
+        job = newest(jobs, ["import"])
+        return [import_summary(job, page.workspace, language) if job else ""]
+
     page.watch("recordings", [folder], [folder, count, table], look)
+    page.watch("recordings", [], [found], summarise)
     page.refresh_after.append(upload.upload(take, [upload, folder, page.language], [upload, notice], **QUIET))
 
 
@@ -65,7 +84,7 @@ def take_uploads(page: Page, uploaded: Sequence[Path], folder: str, language: st
     there, wrong = [], []
     for path in uploaded:
         try:
-            take_upload(page.workspace, path, folder, pipeline.AUDIO, MAX_UPLOAD_MB)
+            take_upload(page.workspace, path, folder, (*AUDIO, *TRANSCRIPTS), MAX_UPLOAD_MB)
         except Refused as refused:
             if refused.key == "file_in_the_way":
                 there.append(path.name)
@@ -78,17 +97,65 @@ def take_uploads(page: Page, uploaded: Sequence[Path], folder: str, language: st
     return "\n\n".join([*lines, *dict.fromkeys(wrong)])
 
 
+def create_filter(page: Page) -> None:
+    """What of a dataset is good enough, and the report about it."""
+    with gr.Row():
+        with gr.Column():
+            form = create_form(page, "filter", "dataset", [["recordings"], ["shortest", "longest", "least_snr"]],
+                               [["quietest", "most_clipped", "most_offset"],
+                                ["most_deviation", "least_ethiopic", "most_repeats"],
+                                ["most_silence", "audio_dir", "jobs"]])
+        with gr.Column(elem_classes=["live"]):
+            found = gr.Markdown(elem_id="filter-summary", render=False)
+            create_job_panel(page, "dataset", ["filter"], above_log=found.render, name="filter")
+    with gr.Row():
+        opens = page.button("filter.report", interactive=False, elem_id="filter-report")
+        closes = page.button("filter.close", visible=False, elem_id="filter-close")
+    notice = page.notice()
+    frame = gr.HTML(elem_id="filter-frame", padding=False)
+    box = form.inputs["recordings"]
+
+    def look(jobs: Sequence[Job], language: str, typed: str) -> list[Any]:
+        try:
+            recordings = page.workspace.inside(typed, must_exist=True)
+            summary = filter_summary(recordings, page.workspace, language)
+        except (Refused, OSError):
+            return ["", gr.update(interactive=False)]
+        return [summary, gr.update(interactive=recordings.with_name(REPORT).is_file())]
+
+    def open_report(typed: str, language: str) -> list[Any]:
+        try:
+            recordings = page.workspace.inside(typed, must_exist=True)
+            path = page.workspace.inside(str(recordings.with_name(REPORT)), must_exist=True)
+            if path.stat().st_size > MAX_REPORT_MB * 1e6:
+                return [f"✗ {tell(language, 'filter.too_large', path=page.workspace.show(path))}", "", gr.skip()]
+            return ["", report_frame(path), gr.update(visible=True)]
+        except Refused as refused:
+            return [refusal(refused, language), "", gr.skip()]
+        except OSError:
+            return [f"✗ {tell(language, 'not_readable', path=REPORT)}", "", gr.skip()]
+
+    page.watch("dataset", [box], [found, opens], look)
+    opens.click(open_report, [box, page.language], [notice, frame, closes], **QUIET)
+    closes.click(lambda: ["", gr.update(visible=False)], None, [frame, closes], **QUIET)
+
+
 def create_dataset_tab(page: Page) -> None:
     with page.tab("dataset"):
-        page.prose("dataset.by_hand", elem_classes=["missing"])
-        page.add(gr.Textbox, "dataset.example", value=EXAMPLE.rstrip(), lines=2, interactive=False, buttons=["copy"],
-                 elem_classes=["command"])
+        with page.accordion("dataset.filter", open=True):
+            page.prose("dataset.filter_intro")
+            create_filter(page)
+        page.prose("dataset.check_intro")
         with gr.Row(elem_classes=["line"]):
             path = page.add(gr.Textbox, "dataset.path", max_lines=1, scale=4, elem_id="dataset-path")
             check = page.button("dataset.check", variant="primary", scale=1, elem_id="dataset-check")
         report = page.notice()
         table = page.add(gr.Dataframe, "dataset.table", interactive=False, wrap=True, visible=False,
                          elem_id="dataset-table")
+        with page.accordion("dataset.by_hand"):
+            page.prose("dataset.by_hand_how")
+            page.add(gr.Textbox, "dataset.example", value=EXAMPLE.rstrip(), lines=2, interactive=False,
+                     buttons=["copy"], elem_classes=["command"])
 
     def look(jobs: Sequence[Job], language: str) -> list[Any]:
         """An empty box stands for the data set that the step before has made."""
@@ -122,17 +189,54 @@ def create_corpus_tab(page: Page) -> None:
         page.prose("corpus.intro")
         with gr.Row():
             with gr.Column():
-                create_form(page, "corpus", "corpus", [["sources", "output_dir"], ["sequences"]],
-                            [["validation_texts", "held_out_words", "seed"]])
+                with page.accordion("corpus.own", open=True):
+                    create_form(page, "collect", "corpus", [["recordings", "output"]], [["tokenizer"]])
+                with page.accordion("corpus.demo"):
+                    create_form(page, "corpus", "corpus", [["sources", "output_dir"], ["sequences"]],
+                                [["validation_texts", "held_out_words", "seed"]])
             with gr.Column(elem_classes=["live"]):
-                create_job_panel(page, "corpus", ["corpus"])
-        with page.accordion("corpus.normalise"), gr.Row():
-            written = page.add(gr.Textbox, "corpus.normalise_input", lines=2, max_length=2000,
-                               elem_id="normalise-input")
-            spoken = page.add(gr.Textbox, "corpus.normalise_output", lines=2, interactive=False, buttons=["copy"],
-                              elem_id="normalise-output")
-    written.change(lambda text: "\n".join(map(normalise, text.splitlines())), [written], [spoken],
-                  trigger_mode="always_last", **QUIET)
+                create_job_panel(page, "corpus", ["collect", "corpus"])
+        with page.accordion("corpus.normalise", open=True):
+            create_reader(page)
+
+
+def create_reader(page: Page) -> None:
+    """What becomes of a text that somebody types: as it is spoken, what was changed and what cannot be said."""
+    with gr.Row():
+        written = page.add(gr.Textbox, "corpus.normalise_input", lines=2, max_lines=8, max_length=2000,
+                           elem_id="normalise-input")
+        spoken = page.add(gr.Textbox, "corpus.normalise_output", lines=2, max_lines=8, interactive=False,
+                          buttons=["copy"], elem_id="normalise-output")
+    lost = gr.Markdown(elem_id="normalise-lost")
+    changes = page.add(gr.Dataframe, "corpus.changes", interactive=False, wrap=True, visible=False, max_height=330,
+                       elem_id="normalise-changes")
+
+    def read(text: str, language: str) -> list[Any]:
+        readings = [read_aloud(line) for line in (text or "").splitlines()]
+        rows = [[str(number), rule_name(change.rule, language), shown(change.before), shown(change.after)]
+                for number, reading in enumerate(readings, 1) for change in reading.changes]
+        headers = [say(f"column.{name}", language) for name in ("line", "rule", "written", "spoken")]
+        return ["\n".join(reading.text for reading in readings), losses(readings, language),
+                gr.update(visible=bool(rows), value={"headers": headers, "data": rows})]
+
+    gr.on([written.change, page.language.change], read, [written, page.language], [spoken, lost, changes],
+          trigger_mode="always_last", **QUIET)
+
+
+def rule_name(rule: str, language: str) -> str:
+    return say(key, language) if (key := f"rule.{rule}") in TEXTS else rule
+
+
+def losses(readings: Sequence[Reading], language: str) -> str:
+    """Markdown: the signs that nothing says, and the Latin words, of each line; that all is said, where it is."""
+    lines = []
+    for number, reading in enumerate(readings, 1):
+        for key, found in (("corpus.unsaid", reading.unsaid), ("corpus.latin", reading.latin)):
+            if found:
+                lines.append("- " + tell(language, key, line=number, found="  ".join(map(shown, found))))
+    if not lines and any(reading.text for reading in readings):
+        return f"✓ {say('corpus.all_said', language)}"
+    return "\n".join(lines)
 
 
 def create_tokenizer_tab(page: Page) -> None:

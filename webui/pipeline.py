@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from tools.run_files import all_checkpoints
-from webui.command_lines import PROGRAMS, Form
+from webui.command_lines import PROGRAMS, Form, Problem, typed
 from webui.jobs import Job
 from webui.readers import files_in
 from webui.workspace import Refused, Workspace, is_text_name
 
 STEPS = ("recordings", "dataset", "corpus", "tokenizer", "preprocess", "training", "checkpoints", "listen")
-STEP_OF = {"speak": "recordings", "corpus": "corpus", "tokenizer": "tokenizer", "codec": "preprocess",
-           "preprocess": "preprocess", "pairs": "preprocess", "training": "training", "export": "checkpoints",
-           "synthesize": "listen", "watch": "listen", "evaluate": "listen"}
-AUDIO = (".wav", ".flac", ".ogg", ".mp3")
+STEP_OF = {"import": "recordings", "speak": "recordings", "filter": "dataset", "collect": "corpus",
+           "corpus": "corpus", "tokenizer": "tokenizer", "codec": "preprocess", "preprocess": "preprocess",
+           "pairs": "preprocess", "training": "training", "export": "checkpoints", "synthesize": "listen",
+           "watch": "listen", "evaluate": "listen"}
+PROMPTS = (".wav", ".flac", ".ogg", ".mp3")  # sounds that a voice is taken from
 RECORDINGS = "recordings"  # where uploads go
 
 # What makes a step done: one of these files (names below) is there.
-MADE_BY = {"recordings": "recording", "dataset": "dataset", "corpus": "texts", "tokenizer": "tokenizer",
+MADE_BY = {"recordings": "recordings", "dataset": "judged", "corpus": "texts", "tokenizer": "tokenizer",
            "preprocess": "train_manifest", "training": "checkpoint", "checkpoints": "checkpoint", "listen": "sound"}
 # An empty field is filled with the first of these files that is there.
 HANDED_ON = {
-    ("speak", "texts"): ("texts",),
+    ("import", "source"): ("uploads",),
+    ("speak", "texts"): ("demo_texts",),
+    ("filter", "recordings"): ("recordings",),
+    ("collect", "recordings"): ("dataset",),
     ("tokenizer", "texts"): ("texts", "dataset"),
     ("codec", "recordings"): ("dataset",),
     ("preprocess", "recordings"): ("dataset",),
@@ -45,8 +51,11 @@ HANDED_ON = {
     ("evaluate", "data_dir"): ("pairs",),
     ("evaluate", "codec"): ("codec",),
 }
+DATASETS = ("import", "filter", "speak")  # write one; the newest is gone on with
 NEW_FILES = {
+    ("import", "output_dir"): "my_recordings",
     ("speak", "output_dir"): "synthetic_recordings",
+    ("collect", "output"): "texts/own_{number}.jsonl",
     ("corpus", "output_dir"): "corpus",
     ("tokenizer", "output"): "tokenizers/my_tokenizer.model",
     ("codec", "output"): "my_data/speech_codec.pt",
@@ -61,24 +70,34 @@ NEW_FILES = {
 
 def candidates(jobs: Sequence[Job]) -> dict[str, list[str]]:
     """Where each kind of file may be, the best place first: what finished jobs wrote, then the usual places. Pure."""
-    outputs: dict[str, list[str]] = {kind: [] for kind in PROGRAMS}
-    for job in jobs:
-        if job.output_dir and (job.state == "finished" or job.kind == "training"):
-            outputs.setdefault(job.kind, []).append(str(job.output_dir))
-    spoken = [*outputs["speak"], RECORDINGS]
-    paired = [*outputs["pairs"], "processed_data"]
-    trained = [*outputs["training"], "training_output"]
+    made = [(job.kind, str(job.output_dir)) for job in jobs
+            if job.output_dir and (job.state == "finished" or job.kind == "training")]
+
+    def outputs(*kinds: str) -> list[str]:
+        return [output for kind, output in made if kind in kinds]
+
+    datasets = {kind: [dataset_of(kind, output) for kind, output in made if kind in kinds] for kind, kinds in (
+        ("recordings", ("import", "speak")), ("judged", ("filter", "speak")), ("dataset", DATASETS))}
+    paired = [*outputs("pairs"), "processed_data"]
+    trained = [*outputs("training"), "training_output"]
     return {
-        "dataset": [f"{folder}/recordings.jsonl" for folder in spoken],
-        "texts": [f"{folder}/texts.jsonl" for folder in [*outputs["corpus"], "corpus"]],
-        "tokenizer": [*outputs["tokenizer"], "tokenizers/amharic_extended_bpe.model"],
-        "codec": [*outputs["codec"], "processed_data/speech_codec.pt"],
-        "features": [f"{folder}/utterances.jsonl" for folder in outputs["preprocess"]],
+        **{kind: [*paths, f"{RECORDINGS}/recordings.jsonl"] for kind, paths in datasets.items()},
+        "texts": [*(output if kind == "collect" else f"{output}/texts.jsonl" for kind, output in made
+                    if kind in ("collect", "corpus")), "corpus/texts.jsonl"],
+        "demo_texts": [f"{folder}/texts.jsonl" for folder in [*outputs("corpus"), "corpus"]],
+        "tokenizer": [*outputs("tokenizer"), "tokenizers/amharic_extended_bpe.model"],
+        "codec": [*outputs("codec"), "processed_data/speech_codec.pt"],
+        "features": [f"{folder}/utterances.jsonl" for folder in outputs("preprocess")],
         "train_manifest": [f"{folder}/train_pairs.jsonl" for folder in paired],
         "val_manifest": [f"{folder}/val_pairs.jsonl" for folder in paired],
         "checkpoint": [f"{folder}/{name}" for folder in trained for name in ("best.pth", "latest.pth")],
-        "sound": outputs["synthesize"],
+        "sound": outputs("synthesize"),
     }
+
+
+def dataset_of(kind: str, output: str) -> str:
+    """The recordings.jsonl that a job wrote, or what it left of one."""
+    return str(Path(output).with_name("filtered.jsonl")) if kind == "filter" else f"{output}/recordings.jsonl"
 
 
 def first_there(workspace: Workspace, paths: Iterable[str]) -> Path | None:
@@ -94,18 +113,42 @@ def files_made(workspace: Workspace, jobs: Sequence[Job]) -> dict[str, str]:
     """The files that the steps have made so far, as a user would type their paths."""
     found = {name: first_there(workspace, paths) for name, paths in candidates(jobs).items()}
     folders = [job.output_dir / "wavs" for job in jobs if job.kind == "speak" and job.output_dir]
-    found["recording"] = next(itertools.chain.from_iterable(
+    others = itertools.chain.from_iterable(
         recordings_in(folder) for folder in [workspace.root / RECORDINGS, *folders,
-                                             workspace.root / "processed_data" / "audio"]), None)
+                                             workspace.root / "processed_data" / "audio"])
+    found["recording"] = first_of_dataset(workspace, found["dataset"]) or next(others, None)
     for folder, file in (("features", "features"), ("pairs", "train_manifest"), ("run", "checkpoint")):
         path = found[file]
         found[folder] = path.parent if path else None
+    uploads = workspace.root / RECORDINGS
+    found["uploads"] = uploads if holds_files(uploads) else None
     return {name: workspace.show(path) for name, path in found.items() if path}
+
+
+def first_of_dataset(workspace: Workspace, dataset: Path | None) -> Path | None:
+    """The recording of the first row: a clip of one speaker, where an upload may be a lecture of an hour."""
+    if dataset is None:
+        return None
+    try:
+        with dataset.open("rb") as lines:
+            path = dataset.parent / json.loads(lines.readline(1 << 16))["audio"]
+        workspace.inside(str(path), must_exist=True)
+    except (OSError, ValueError, TypeError, KeyError, Refused):
+        return None
+    return path if path.suffix.lower() in PROMPTS else None
+
+
+def holds_files(folder: Path) -> bool:
+    try:
+        with os.scandir(folder) as entries:
+            return any(entry.name[0] != "." for entry in entries)
+    except OSError:
+        return False
 
 
 def recordings_in(folder: Path) -> Iterator[Path]:
     """Sound files of a folder, by name; none for one that is not there."""
-    return (folder / name for name in files_in(folder, AUDIO))
+    return (folder / name for name in files_in(folder, PROMPTS))
 
 
 def find_runs(workspace: Workspace, jobs: Sequence[Job]) -> list[Path]:
@@ -153,6 +196,21 @@ def suggestions(kind: str, workspace: Workspace, made: dict[str, str]) -> Form:
     return form
 
 
+def in_the_way(kind: str, form: Form, workspace: Workspace, jobs: Callable[[], Sequence[Job]]) -> dict[str, Problem]:
+    """What is there already, of another source, and would be replaced. Raises: Refused for a path that is none."""
+    if kind != "import":
+        return {}
+    folder = workspace.inside(typed(form["output_dir"]))
+    if not (folder / "recordings.jsonl").exists():
+        return {}
+    earlier = next((job for job in jobs() if job.kind == kind and job.output_dir == folder), None)
+    if earlier and str(workspace.inside(typed(form["source"]))) in earlier.argv:
+        return {}  # the same again: only what is new is worked on, and typed texts are kept
+    free = next(name for number in itertools.count(2) if not (name := folder.with_name(f"{folder.name}_{number}")
+                                                              ).exists())
+    return {"output_dir": ("holds_recordings", {"path": workspace.show(folder), "free": workspace.show(free)})}
+
+
 def states(made: dict[str, str], jobs: Sequence[Job]) -> dict[str, str]:
     """Of every step: "running", "done" or "open". Pure."""
     running = {STEP_OF.get(job.kind) for job in jobs if job.live}
@@ -184,6 +242,8 @@ def form_of(kind: str, argv: Sequence[str], workspace: Workspace) -> Form:
             continue
         elif field.type == "manifests":
             form[field.name] = "\n".join([*earlier, workspace.show(argument)])
+        elif field.type == "program":
+            form[field.name] = workspace.show(" ".join(shlex.split(argument)))
         else:
             form[field.name] = " ".join([*form[field.name].split(), workspace.show(argument)])
     if kind == "training":

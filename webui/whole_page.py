@@ -49,6 +49,7 @@ CSS = """
 #running { margin-top: -8px; }
 .live { position: sticky; top: 8px; align-self: flex-start; }
 .line { align-items: flex-end; }
+.report { width: 100%; height: 70vh; border: 1px solid var(--border-color-primary); background: #fff; }
 .prose.missing { border-left: 4px solid #f59e0b; padding-left: 10px; }
 .tips { color: var(--body-text-color-subdued); }
 .keys { padding: 0; }

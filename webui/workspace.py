@@ -6,7 +6,6 @@ import ipaddress
 import json
 import os
 import secrets
-import shutil
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +36,10 @@ MESSAGES: dict[str, tuple[str, ...]] = {
     "not_a_choice": ("value", "choices"),
     "not_a_name": ("value",),
     "text_too_long": ("maximum",),
+    "not_a_line": (),  # line breaks, or what cannot be seen
+    "not_executable": ("path",),
+    "lengths_too_near": ("shortest", "longest", "minimum"),
+    "holds_recordings": ("path", "free"),  # of another source; a folder that is not there yet
     # Training
     "holds_checkpoints": ("path", "example"),  # resume it, or choose another directory
     "holds_other_checkpoints": ("path", "example"),  # of another run than the one to resume
@@ -67,6 +70,7 @@ MESSAGES: dict[str, tuple[str, ...]] = {
     "upload_too_large": ("path", "megabytes"),
     "not_json_lines": ("path",),
     "upload_not_sound": ("path",),  # whatever its name says
+    "upload_not_text": ("path",),
 }
 
 
@@ -227,36 +231,3 @@ def settings_path(workspace: Workspace, text: str) -> Path:
 
 def is_settings(content: dict[str, Any]) -> bool:
     return isinstance(content.get("kind"), str) and isinstance(content.get("form"), dict)
-
-
-def is_sound(start: bytes) -> bool:
-    """Whether a file that begins so is WAV, FLAC, Ogg or MP3. Pure."""
-    wav = start[:4] in (b"RIFF", b"RF64") and start[8:12] == b"WAVE"
-    mpeg_frame = start[:1] == b"\xff" and start[1:2] >= b"\xe0"
-    return wav or mpeg_frame or start.startswith((b"fLaC", b"OggS", b"ID3"))
-
-
-def take_upload(workspace: Workspace, uploaded: Path, folder: str, suffixes: Collection[str], megabytes: int) -> Path:
-    """Copies an uploaded recording into a folder of the workspace, under its own last name. Raises: Refused."""
-    if uploaded.suffix.lower() not in suffixes:
-        raise Refused("upload_type", path=uploaded.name, suffixes=" ".join(suffixes))
-    if uploaded.stat().st_size > megabytes * 1_000_000:
-        raise Refused("upload_too_large", path=uploaded.name, megabytes=megabytes)
-    target = workspace.inside(f"{workspace.inside(folder)}/{uploaded.name}")
-    with uploaded.open("rb") as source:
-        if not is_sound(source.read(12)):
-            raise Refused("upload_not_sound", path=uploaded.name)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle = target.open("xb")  # never over a file that is there
-    except FileExistsError as error:
-        raise Refused("file_in_the_way", path=workspace.show(target)) from error
-    except OSError as error:
-        raise Refused("not_writable", path=workspace.show(target)) from error
-    try:
-        with handle, uploaded.open("rb") as source:
-            shutil.copyfileobj(source, handle)
-    except OSError as error:
-        target.unlink(missing_ok=True)
-        raise Refused("not_writable", path=workspace.show(target)) from error
-    return target
