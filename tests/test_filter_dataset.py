@@ -164,6 +164,7 @@ def test_a_second_run_measures_nothing_and_gives_the_same(dataset: Dataset, monk
     assert dataset.filter("--least-snr", "1") == first
     with pytest.raises(ToolError, match="not one recording is left. 22 x too short"):
         dataset.filter("--shortest", "29")
+    assert not (dataset.folder / "filtered.jsonl").exists()  # an earlier run's would be taken for this one's
 
 
 def test_prints_of_different_sentences_differ_and_of_copies_agree() -> None:

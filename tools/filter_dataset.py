@@ -408,6 +408,7 @@ def filter_all(items: Sequence[Item], audio_dir: Path, folder: Path, cache: Cach
     write_report(folder / "filter_report.html", items, audio_dir)
     write_jsonl(folder / "rejected.jsonl", rejected)
     if not kept:
+        (folder / "filtered.jsonl").unlink(missing_ok=True)  # an earlier run's would be taken for this one's
         raise ToolError(f"{args.recordings}: not one recording is left. {'; '.join(say_skipped(rejected))}")
     write_jsonl(folder / "filtered.jsonl", kept)
     cache.prune()
