@@ -29,7 +29,7 @@ TRAINER = ROOT / "trainers" / "train_gpt_v2.py"
 TOKENIZER = ROOT / "tokenizers" / "amharic_extended_bpe.model"
 GPT = {"model_dim": 32, "layers": 2, "heads": 2, "max_text_tokens": 30, "max_mel_tokens": 60, "number_text_tokens": 1,
        "number_mel_codes": 66, "start_mel_token": 64, "stop_mel_token": 65, "start_text_token": 0, "stop_text_token": 1}
-MADE_WITH = {"features": "random numbers", "num_codes": 64}
+MADE_WITH = {"num_codes": 64}
 VOCAB = 50  # text ids of the tiny data; the shipped tokenizer has more
 
 
