@@ -561,8 +561,7 @@ def tidy(workspace: Path) -> Iterator[None]:
         shutil.rmtree(path)
 
 
-def test_a_folder_is_imported_what_it_is_is_said_and_it_is_handed_on(visitor: Visitor, newcomer: Visitor,
-                                                                      workspace: Path, tidy: None):
+def test_a_folder_is_imported_what_it_is_is_said_and_it_is_handed_on(visitor: Visitor, workspace: Path, tidy: None):
     (workspace / "download" / "wavs").mkdir(parents=True)
     for index in range(2):
         shutil.copy(workspace / "recordings" / f"r{index}.wav", workspace / "download" / "wavs")
@@ -580,8 +579,6 @@ def test_a_folder_is_imported_what_it_is_is_said_and_it_is_handed_on(visitor: Vi
     for tab, element in (("Tokenizer", "tokenizer-texts"), ("Preprocess", "preprocess-recordings")):
         visitor.open(tab)
         visitor.reads(element, "^imported/recordings.jsonl$")
-    newcomer.open("Listen")  # a browser that has typed no prompt of its own
-    newcomer.reads("synthesize-prompt", "^imported/audio/wavs/r0.wav$")
 
 
 def test_a_dataset_is_filtered_its_report_is_opened_and_it_is_handed_on(visitor: Visitor, workspace: Path,
