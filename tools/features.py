@@ -12,12 +12,12 @@ import signal
 import stat
 import threading
 import zipfile
-from collections.abc import Generator, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Set
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ WORTH_A_PROCESS = 64  # recordings; for fewer, a process would take longer to st
 FORMAT = 2  # of chunks; counted up when their content changes, so that older ones are not used
 DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)  # what np.load makes of a broken chunk
 
+Item = TypeVar("Item")
 Result = dict[str, np.ndarray] | tuple[str, str]
 """Features by name, or (reason, detail) why there are none."""
 
@@ -168,24 +169,28 @@ def start_worker() -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def compute_chunks(chunks: Sequence[Sequence[Clip]], audio_dir: Path, source: FeatureSource, kind: str, jobs: int
-                   ) -> Generator[tuple[Sequence[Clip], list[Result]], None, None]:
-    """Each chunk with its results, in the order of completion. Raises: ToolError when a worker dies."""
+def compute_chunks(compute: Callable[[Any], list[Any]], chunks: Sequence[Sequence[Item]], jobs: int,
+                   part: Callable[[Sequence[Item]], Any] = list
+                   ) -> Generator[tuple[Sequence[Item], list[Any]], None, None]:
+    """Each chunk with its results, in the order of completion. `part` is what of a chunk `compute` gets.
+
+    Raises: ToolError when a worker process dies.
+    """
     if min(jobs, len(chunks)) < 2:
         for chunk in chunks:
-            yield chunk, compute_chunk(chunk, audio_dir, source, kind)
+            yield chunk, compute(part(chunk))
         return
     with ProcessPoolExecutor(min(jobs, len(chunks)), multiprocessing.get_context("spawn"), start_worker) as pool:
         try:
             # Workers inherit the mask: Ctrl-C goes to the whole group, but is the parent's to handle.
             unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-            futures = {pool.submit(compute_chunk, chunk, audio_dir, source, kind): chunk for chunk in chunks}
+            futures = {pool.submit(compute, part(chunk)): chunk for chunk in chunks}
             signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
             for future in as_completed(futures):
                 yield futures.pop(future), future.result()
         except BrokenProcessPool as error:
             raise ToolError("a worker process died, perhaps for lack of memory. Lower --jobs and run the same command "
-                            "again: finished chunks are kept") from error
+                            "again: what is computed is kept") from error
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -278,7 +283,8 @@ def fill_cache(cache: FeatureCache, clips: Sequence[Clip], audio_dir: Path, jobs
     progress = Progress(cache.kind, len(pending))
     done = 0
     # Closed at once when a chunk cannot be written: else the other chunks would be computed first.
-    with contextlib.closing(compute_chunks(chunks, audio_dir, cache.source, cache.kind, jobs)) as computed:
+    compute = functools.partial(compute_chunk, audio_dir=audio_dir, source=cache.source, kind=cache.kind)
+    with contextlib.closing(compute_chunks(compute, chunks, jobs)) as computed:
         for chunk, results in computed:
             good = {clip: r for clip, r in zip(chunk, results, strict=True) if isinstance(r, dict)}
             faults.update({clip: r for clip, r in zip(chunk, results, strict=True) if isinstance(r, tuple)})

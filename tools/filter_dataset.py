@@ -21,15 +21,11 @@ import argparse
 import contextlib
 import functools
 import math
-import multiprocessing
 import os
-import signal
 import statistics
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Generator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,7 +34,7 @@ from tools._common import Progress, ToolError, info, make_parser, run_program, w
 from tools.amharic_text import TEXT_RULES, Reading, is_amharic, letters_of, read_aloud
 from tools.clip_files import Cache, size_of, stamp_of, write_clip
 from tools.clip_measures import Measures, alike, measure_files, read_sound
-from tools.features import start_worker
+from tools.features import compute_chunks
 from tools.filter_report import Player, histogram, page, players, table
 from tools.preprocess import ETHIOPIC, locked, say_skipped, skipped_row
 from tools.recordings import read_recordings
@@ -232,7 +228,9 @@ def measure_all(items: Sequence[Item], audio_dir: Path, cache: Cache, jobs: int)
             take(item, found)
     chunks = [pending[i: i + CHUNK] for i in range(0, len(pending), CHUNK)]
     progress, done = Progress("measuring", len(pending)), 0
-    with contextlib.closing(measured(chunks, min(jobs, max(1, len(pending) // WORTH_A_PROCESS)))) as results:
+    computed = compute_chunks(measure_files, chunks, min(jobs, max(1, len(pending) // WORTH_A_PROCESS)),
+                              lambda chunk: [path for *_, path in chunk])
+    with contextlib.closing(computed) as results:
         for chunk, measures in results:
             for (item, key, _), found in zip(chunk, measures, strict=True):
                 cache.put(key, found)
@@ -247,27 +245,6 @@ def take(item: Item, found: Any) -> None:
         item.measures = Measures(**found)
     else:
         item.reject(found[0], found[1])
-
-
-def measured(chunks: Sequence[Sequence[tuple[Item, list[Any], Path]]], jobs: int
-             ) -> Generator[tuple[Sequence[tuple[Item, list[Any], Path]], list[Any]], None, None]:
-    """Each chunk with its results, in the order of completion."""
-    if jobs < 2:
-        for chunk in chunks:
-            yield chunk, measure_files([path for *_, path in chunk])
-        return
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker) as pool:
-        try:
-            unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # the parent handles Ctrl-C
-            futures = {pool.submit(measure_files, [path for *_, path in chunk]): chunk for chunk in chunks}
-            signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
-            for future in as_completed(futures):
-                yield futures.pop(future), future.result()
-        except BrokenProcessPool as error:
-            raise ToolError("a worker process died, perhaps for lack of memory. Lower --jobs and run the same command "
-                            "again: what is measured is kept") from error
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 def trim(item: Item, audio_dir: Path, folder: Path, cache: Cache, most: float) -> dict[str, Any]:

@@ -2676,7 +2676,7 @@ def restore(run: Run, point: ResumePoint) -> None:
         say(f"[Warn] Training data changed: epoch {state.position.epoch} starts anew with {len(run.train_data)} rows")
         state.position = dataclasses.replace(state.position, sample_in_epoch=0)
         state.nonfinite_rows, state.suspect_rows, state.left_out = [], [], []
-    run.train_data.bad_rows.update({row: NOT_FINITE_TWICE for row in state.left_out})
+    run.train_data.bad_rows.update(dict.fromkeys(state.left_out, NOT_FINITE_TWICE))
     run.nonfinite = checkpoint["nonfinite"].clone().to(run.precision.device)
     run.skips_known = int(run.nonfinite[0].item())
     state.skips_told = checkpoint.get("skips_told", run.skips_known)
