@@ -188,8 +188,8 @@ class Driver:
         if name != "micro_step" or self.save is None or self.save.written is None or not self.save.written.done():
             return
         steady = self.alone[len(self.alone) // 2 :]
-        self.report(step=run.state.position.step, error=str(self.save.error or ""), bytes=self.save.bytes,
-                    seconds_blocked=self.save.seconds_blocked, seconds_written=self.save.seconds_written,
+        values = {"bytes": 0, "seconds_written": 0.0, **self.save.values}
+        self.report(step=run.state.position.step, error=str(self.save.error or ""), **values,
                     step_alone=statistics.median(steady) if steady else None,
                     step_beside=statistics.fmean(self.beside) if self.beside else None, steps_beside=len(self.beside),
                     global_batch=run.config.global_batch)

@@ -190,24 +190,22 @@ def parse_args(argv: Sequence[str] | None = None) -> dict[str, Any]:
             parser.add_argument(flag, help=item.metadata["help"], **item.metadata["options"])
     typed = vars(parser.parse_args(argv))
     for name, value in typed.items():
-        texts, flag = value if isinstance(value, list) else [value], "--" + name.replace("_", "-")
+        flag, texts = "--" + name.replace("_", "-"), value if isinstance(value, list) else [value]
         if "" in texts:
             raise UserError(f"{flag} is empty: a variable that is not set? Give a value, or leave the flag out")
         if any(isinstance(text, str) and text.endswith("\r") for text in texts):
             raise UserError(f"{flag} {value!r} ends in a carriage return: was the script saved with Windows line ends? "
                             "Save it with Unix ones")
         if isinstance(texts[0], str):  # "~" in quotes: no shell has replaced it
-            texts = [os.path.expanduser(text) for text in texts]
-            typed[name] = texts if isinstance(value, list) else texts[0]
+            typed[name] = list(map(os.path.expanduser, texts)) if texts is value else os.path.expanduser(value)
     return typed
 
 
 def output_dir_of(typed: Mapping[str, Any]) -> Path:
     """--output-dir; `--resume PATH` alone goes on in that file's folder."""
-    resume = typed.get("resume") or "auto"
-    if "output_dir" in typed or resume == "auto":
-        return Path(typed.get("output_dir", TrainConfig().output_dir))
-    return Path(resume).parent
+    resume = typed.get("resume", "auto")
+    beside = TrainConfig().output_dir if resume == "auto" else Path(resume).parent
+    return Path(typed.get("output_dir", beside))
 
 
 def config_problems(config: TrainConfig) -> list[str]:
@@ -215,13 +213,9 @@ def config_problems(config: TrainConfig) -> list[str]:
     problems = []
     for item in dataclasses.fields(config):
         value, lowest, highest = getattr(config, item.name), item.metadata.get("lowest"), item.metadata.get("highest")
-        flag = f"--{item.name.replace('_', '-')} {value}"
-        if lowest is None or value is None:
-            continue
-        if not (value >= lowest and value < math.inf):
-            problems.append(f"{flag}: must be at least {lowest}")
-        elif value > highest and not (isinstance(value, float) and highest == 2**63 - 1):
-            problems.append(f"{flag}: must be at most {highest}")
+        if value is not None and lowest is not None and not lowest <= value <= highest:
+            bound = f"most {highest}" if value > highest else f"least {lowest}"
+            problems.append(f"--{item.name.replace('_', '-')} {value}: must be at {bound}")
     if config.dropout == 1:
         problems.append(f"--dropout {config.dropout}: must be below 1")
     if config.text_loss_weight + config.mel_loss_weight == 0:
@@ -246,7 +240,7 @@ def auto_hardware(device_type: str, memory_gib: float, cpu_count: int) -> tuple[
 
 def split_global_batch(global_batch: int, largest_batch_size: int) -> tuple[int, int]:
     """Returns (batch_size, grad_accumulation) with the largest batch size that divides the global batch."""
-    batch_size = max(b for b in range(1, min(global_batch, max(largest_batch_size, 1)) + 1) if global_batch % b == 0)
+    batch_size = next(b for b in range(max(1, min(global_batch, largest_batch_size)), 0, -1) if global_batch % b == 0)
     return batch_size, global_batch // batch_size
 
 
@@ -259,24 +253,24 @@ def choose_batch_split(batch_size: int, grad_accumulation: int, hardware_batch_s
     resumed one keeps its global batch unless both are typed, and on the same device its split too, since another split
     changes the last bits. Raises: UserError for what does not divide the checkpoint's global batch.
     """
-    one, share, rest = batch_size or grad_accumulation, max(1, 32 // world_size), 0
+    typed, share = batch_size or grad_accumulation, max(1, 32 // world_size)
     if batch_size and grad_accumulation:
         return batch_size, grad_accumulation
-    if checkpoint_split is None and one:
-        other = max(1, share // one)
-        return (batch_size, other) if batch_size else (min(hardware_batch_size, other), grad_accumulation)
     if checkpoint_split is not None:
-        if not one and same_device and checkpoint_split[2] == world_size:
+        if not typed and same_device and checkpoint_split[2] == world_size:
             return checkpoint_split[:2]
         share, rest = divmod(math.prod(checkpoint_split), world_size)
-        if rest or (one and share % one):
+        if rest or (typed and share % typed):
             flag = "--batch-size" if batch_size else "--grad-accumulation"
-            what = f"{world_size} processes do" if rest else f"{flag} {one} does"
+            what = f"{world_size} processes do" if rest else f"{flag} {typed} does"
             raise UserError(f"{what} not divide the checkpoint's global batch {math.prod(checkpoint_split)}. Choose a "
                             "divisor, or type both --batch-size and --grad-accumulation to change the global batch")
-    if not one:
+    if not typed:
         return split_global_batch(share, hardware_batch_size)
-    return (one, share // one) if batch_size else (share // one, one)
+    other = max(1, share // typed)
+    if batch_size:
+        return batch_size, other
+    return other if checkpoint_split else min(hardware_batch_size, other), grad_accumulation
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -361,8 +355,7 @@ class PackedBatch:
     text_targets: Tensor
     mel_scored: Tensor  # flat rows, [sum(c + 1)]
     mel_targets: Tensor
-    text_bounds: Tensor  # [B + 1]: sample i has the scored text rows text_bounds[i] .. text_bounds[i + 1] - 1
-    mel_bounds: Tensor
+
     cu_seqlens: Tensor  # [B + 1] int32
     groups: list[Tensor]  # flat rows [g, longest] of samples of near-equal length, filled up on the right
     ungroup: Tensor  # [total] into the groups' rows end to end
@@ -510,12 +503,6 @@ def token_losses(model: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor, 
     mel = F.cross_entropy(mel_logits.float(), batch.mel_targets, reduction="none")
     return text, mel, mel_logits.detach().argmax(-1) == batch.mel_targets
 
-
-def nonfinite_samples(text: Tensor, mel: Tensor, batch: PackedBatch) -> Tensor:
-    """[B] bool, on the device: the samples of whose losses (as token_losses returns them) one is not finite."""
-    counts = [F.pad(losses.isfinite().logical_not().cumsum(0), (1, 0)).index_select(0, bounds).diff()
-              for losses, bounds in ((text, batch.text_bounds), (mel, batch.mel_bounds))]
-    return (counts[0] + counts[1]) > 0
 
 
 def sinusoids(times: Tensor, dim: int, rms: float = 0.02) -> Tensor:
@@ -707,29 +694,21 @@ class ArrayFile:
     """
 
     def __init__(self, path: str):
-        self.path, self.descriptor = path, -1
+        self.path, formats = path, np.lib.format
         try:
-            self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            with open(self.descriptor, "rb", closefd=False) as handle:
-                major, _ = np.lib.format.read_magic(handle)
-                read_header = np.lib.format.read_array_header_1_0 if major == 1 else (
-                    np.lib.format.read_array_header_2_0)
-                self.shape, self.by_columns, self.dtype = read_header(handle)
-                self.offset, size = handle.tell(), os.fstat(self.descriptor).st_size
+            self.handle = open(path, "rb", buffering=0)
+            read_header = formats.read_array_header_1_0 if formats.read_magic(self.handle)[0] == 1 else (
+                formats.read_array_header_2_0)
+            self.shape, self.by_columns, self.dtype = read_header(self.handle)
+            self.offset, size = self.handle.tell(), os.fstat(self.handle.fileno()).st_size
             needed = self.offset + math.prod(self.shape) * self.dtype.itemsize
             if self.dtype.hasobject or not self.shape or size < needed:
                 raise ValueError(f"cut off: {size} bytes of {needed}" if self.shape else "no array of numbers in rows")
         except Exception as error:  # on a damaged header numpy's reader raises whatever its bytes make it meet
-            self.close()
             if isinstance(error, MemoryError) or getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
                 raise UserError(f"{path}: {first_line(error)}. Raise this limit of the process (ulimit -a shows it), "
                                 "or merge the shards") from error
             raise BadFeatureFile(f"{path}: {first_line(error)}") from error
-
-    def close(self) -> None:
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-            self.descriptor = -1
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Rows start .. start + count - 1, fewer at the end of the array."""
@@ -739,21 +718,17 @@ class ArrayFile:
         return self.read_values(start * width, count * width).reshape(count, *self.shape[1:])
 
     def read_values(self, first: int, count: int) -> np.ndarray:
-        content, at = bytearray(count * self.dtype.itemsize), self.offset + first * self.dtype.itemsize
-        rest = memoryview(content)
+        at, pieces = self.offset + first * self.dtype.itemsize, []
+        end = at + count * self.dtype.itemsize
         try:
-            while rest:
-                if hasattr(os, "preadv"):
-                    done = os.preadv(self.descriptor, [rest], at)
-                else:  # macOS
-                    piece = os.pread(self.descriptor, len(rest), at)
-                    done, rest[: len(piece)] = len(piece), piece
-                if not done:
+            while at < end:
+                pieces.append(os.pread(self.handle.fileno(), end - at, at))
+                at += len(pieces[-1])
+                if not pieces[-1]:
                     raise BadFeatureFile(f"{self.path}: cut off while it is trained on")
-                at, rest = at + done, rest[done:]
         except OSError as error:
             raise BadFeatureFile(f"{self.path}: {error.strerror}") from error
-        return np.frombuffer(content, self.dtype)
+        return np.frombuffer(b"".join(pieces), self.dtype)
 
 
 class ManifestDataset:
@@ -778,20 +753,21 @@ class ManifestDataset:
             self.rates.append(rate)
             self.manifests.append({"path": path, "language": language, "rows": len(rows),
                                    "made_with": recorded_beside(Path(path))})
-        longest = model.max_text_tokens, model.max_code_len
-        long = [row for row in self.rows if row.text_len > longest[0] or row.code_len > longest[1]]
+        most_text, most_codes = model.max_text_tokens, model.max_code_len
+        long = [row for row in self.rows if row.text_len > most_text or row.code_len > most_codes]
         if long:
             raise UserError(f"{self.place(long[0])}: {long[0].text_len} text tokens and {long[0].code_len} codes; the "
-                            f"model takes at most {longest[0]} and {longest[1]}. {len(long)} of {len(self.rows)} rows "
-                            "are too long: leave them out (tools.build_pairs has length limits)")
+                            f"model takes at most {most_text} and {most_codes}. {len(long)} of {len(self)} rows are "
+                            "too long: leave them out (tools.build_pairs has length limits)")
         for kind in KINDS:
             self.check_shards(kind)
         # The first rows that have files of their own are read before anything depends on them.
         own = [i for i, row in enumerate(self.rows) if any(start is None for _, start in row.parts)]
-        for broken in (sample for sample in map(self.__getitem__, own[:CHECKED_ROWS]) if isinstance(sample, BrokenRow)):
-            if broken.fatal:
-                raise UserError(broken.reason)
-            self.unreported[broken.row] = broken.reason
+        for sample in map(self.__getitem__, own[:CHECKED_ROWS]):
+            if isinstance(sample, BrokenRow) and sample.fatal:
+                raise UserError(sample.reason)
+            if isinstance(sample, BrokenRow):
+                self.unreported[sample.row] = sample.reason
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -833,17 +809,16 @@ class ManifestDataset:
     def check_values(self, values: np.ndarray, kind: str, path: str, rows: Sequence[Row], starts: Any, ends: Any
                      ) -> None:
         """Raises: UserError for an id or code outside the model's that a row uses; rows lie at starts .. ends - 1."""
-        limit = self.model.number_text_tokens if kind == "text_ids" else self.model.code_count
+        what, limit, remedy = "text id", self.model.number_text_tokens, (
+            "The manifest was made with another tokenizer: pass that one as --tokenizer, or preprocess again")
         if kind == "codes" and len(values):
+            what, limit = "code", self.model.code_count
+            remedy = "The config's number_mel_codes is not that of the codec"
             self.highest_code = max(self.highest_code, int(values.max()))
             self.codes_seen += len(values)
         for wrong in np.flatnonzero((values < 0) | (values >= limit)):
             used_by = np.flatnonzero((starts <= wrong) & (wrong < ends))
             if len(used_by):
-                what, remedy = ("text id", "The manifest was made with another tokenizer: pass that one as "
-                                           "--tokenizer, or "
-                                "preprocess again") if kind == "text_ids" else (
-                    "code", "The config's number_mel_codes is not that of the codec")
                 raise UserError(f"{self.place(rows[used_by[0]])}: {what} {values[wrong]} is outside 0..{limit - 1}. "
                                 f"{remedy} ({path})")
 
@@ -855,16 +830,14 @@ class ManifestDataset:
     def check_type(self, file: ArrayFile, row: Row, kind: str) -> None:
         """Raises: UserError for an array that no utterance can be read from."""
         count, shape = self.expected(row, kind)
+        wanted = (count, *shape) if kind == "condition" else shape
+        found = file.shape if row.parts[KINDS.index(kind)][1] is None else (*wanted[:-1], *file.shape[1:])
         if not shape and (file.dtype.kind not in "iu" or len(file.shape) != 1):
             raise UserError(f"{self.place(row)}: {file.path} is {file.dtype} {list(file.shape)}, not a row of whole "
                             "numbers")
-        own = row.parts[KINDS.index(kind)][1] is None
-        wanted = (count, *shape) if kind == "condition" else shape
-        found = file.shape if own else (*wanted[:-1], *file.shape[1:])
         if shape and (file.dtype.kind != "f" or found not in (wanted, (1, *wanted))):
-            of = "" if file.dtype.kind == "f" else f" of {file.dtype}"
-            raise UserError(f"{self.place(row)}: {file.path} holds {list(found)}{of}, the model needs {list(wanted)}. "
-                            "Use the config the features were made for (--config)")
+            raise UserError(f"{self.place(row)}: {file.path} holds {list(found)} of {file.dtype}, the model needs "
+                            f"{list(wanted)}. Use the config the features were made for (--config)")
 
     def read_part(self, row: Row, kind: str) -> np.ndarray:
         """One utterance's values of a kind. Raises: BadFeatureFile; UserError where they contradict the manifest."""
@@ -874,11 +847,9 @@ class ManifestDataset:
             values = self.shards[path].read(start, count)
         else:
             file = ArrayFile(path)
-            try:
-                self.check_type(file, row, kind)
-                values = file.read(0, file.shape[0])
-            finally:
-                file.close()
+            self.check_type(file, row, kind)
+            values = file.read(0, file.shape[0])
+            file.handle.close()
         if shape:
             values = values.astype(np.float32).reshape((count, *shape) if kind == "condition" else shape)
             if not np.isfinite(values).all():
@@ -905,13 +876,13 @@ class ManifestDataset:
         new = {i: reason for i, reason in found.items() if i not in self.bad_rows}
         self.bad_rows.update(new)
         if len(self.bad_rows) > MAX_BAD_FRACTION * len(self):
-            first = list(self.bad_rows.items())[:5]
-            shown = "\n".join(f"  {self.place(self.rows[i])}: {reason} ({self.rows[i].id})" for i, reason in first)
+            shown = "\n".join(f"  {self.place(self.rows[i])}: {reason} ({self.rows[i].id})"
+                              for i, reason in list(self.bad_rows.items())[:5])
             raise UserError(f"{len(self.bad_rows)} of {len(self)} rows have missing or damaged feature files, or a "
                             f"loss that is not finite: more than {MAX_BAD_FRACTION:.0%}. Preprocess them again or drop "
                             f"the rows. The first:\n{shown}")
-        kinds = {i: "" if reason == NOT_FINITE_TWICE else "feature file " for i, reason in new.items()}
-        return [f"{self.place(self.rows[i])}: skipped, {kinds[i]}{reason}" for i, reason in new.items()]
+        return [f"{self.place(self.rows[i])}: skipped, {'' if reason == NOT_FINITE_TWICE else 'feature file '}{reason}"
+                for i, reason in new.items()]
 
 
 def near_equal_groups(lengths: Sequence[int], ratio: float = 1.25) -> list[list[int]]:
@@ -977,7 +948,7 @@ def collate_packed(samples: Sequence[Sample | BrokenRow], model: ModelConfig) ->
         rows=[s.row for s in good], bad_rows={b.row: b.reason for b in broken if not b.fatal},
         error=next((b.reason for b in broken if b.fatal), ""), lengths=lengths,
         text_counts=text_counts, mel_counts=mel_counts,
-        text_bounds=torch.tensor([0, *np.cumsum(text_counts)]), mel_bounds=torch.tensor([0, *np.cumsum(mel_counts)]),
+
         condition=torch.from_numpy(condition), emo_vec=torch.from_numpy(emo_vec),
         cu_seqlens=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32), groups=groups, ungroup=ungroup,
         **{name: torch.from_numpy(np.concatenate(arrays)) for name, arrays in parts.items()})
@@ -1175,11 +1146,6 @@ class World:
             dist.all_gather_object(values, value)
         return values
 
-    def from_rank_0(self, value: Any) -> Any:
-        values = [value]
-        if self.size > 1:
-            dist.broadcast_object_list(values)
-        return values[0]
 
     def add_up(self, tensor: Tensor) -> Tensor:
         """Sums a tensor over the ranks, in place."""
@@ -1201,23 +1167,19 @@ def world_from(environ: Mapping[str, str]) -> World:
     return World(rank, size, local_rank, local_size)
 
 
-def no_event(name: str, *details: Any) -> None:
-    """Events are for tests: main(on_event=...) is called at the moments that Process.event names."""
-
-
 @dataclass
 class Process:
     """This operating-system process: what stops it, where it prints, its place among the ranks.
 
-    event(name, ...) is called with: ("step", run, batches) before a step's first forward pass, ("micro_step", run,
-    batch) before each of them, ("step_done", run) before anything is logged, ("validation_batch", run, batch),
-    ("logged", run) after a [Train] line, ("save", run) once a save is on its way.
+    event(name, ...), for tests, is called with: ("step", run, batches) before a step's first forward pass,
+    ("micro_step", run, batch) before each of them, ("step_done", run) before anything is logged, ("validation_batch",
+    run, batch), ("logged", run) after a [Train] line, ("save", run) once a save is on its way.
     """
 
     stop: StopSignal
     console: Console
     world: World = World()
-    event: Callable[..., None] = no_event
+    event: Callable[..., None] = lambda *details: None
     run: Any = None  # the Run, once it is prepared
 
     def say(self, line: str) -> None:
@@ -1387,45 +1349,44 @@ def record_exit(path: Path, reason: str, status: int, process: Process) -> None:
         partial.write_text(json.dumps({"reason": reason, "status": status, "step": step}) + "\n")
 
 
+def explained(error: BaseException, output_dir: Path, process: Process) -> BaseException:
+    """What is behind an error that nobody explained, in the user's terms; other errors as they are."""
+    if isinstance(error, (Stopped, SaidByRank0, UserError)):
+        return error
+    if is_lost_contact(error) and (process.stop.signum or process.world.rank > 0):  # the others stopped first
+        return Stopped(process.stop.signum) if process.stop.signum else SaidByRank0()
+    if is_lost_contact(error):
+        return UserError(f"another process of this run is gone ({first_line(error)}). The same command with --resume "
+                         "auto goes on from the newest checkpoint")
+    if isinstance(error, OSError) and error.errno in FULL_DISK:
+        return UserError(f"--output-dir {output_dir}: {error.strerror}. Free some disk space and start again")
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return UserError(f"not enough memory ({first_line(error)}). Close other programs, or lower --batch-size")
+    return error
+
+
 @contextlib.contextmanager
 def exit_recorded(output_dir: Path, process: Process) -> Iterator[None]:
     """OUTPUT_DIR/last_exit.json: how this process ended; its absence means that it was killed.
 
     Raises: UserError, Stopped, SaidByRank0, or whatever a bug raises.
     """
-    path, rank = output_dir / "last_exit.json", process.world.rank
-    if rank == 0:
+    path = output_dir / "last_exit.json"
+    if process.world.rank == 0:
         with writing_to(output_dir):
             path.unlink(missing_ok=True)
     try:
         yield
-        record_exit(path, "finished", 0, process)
-    except Stopped as stopped:
-        record_exit(path, "stopped", 128 + stopped.signum, process)
-        raise
-    except SaidByRank0:
-        raise
-    except UserError:
-        record_exit(path, "user_error", 1, process)
-        raise
     except BaseException as error:
-        if is_lost_contact(error) and process.stop.signum:  # the others stopped first
-            record_exit(path, "stopped", 128 + process.stop.signum, process)
-            raise Stopped(process.stop.signum) from error
-        if is_lost_contact(error) and rank > 0:
-            raise SaidByRank0 from error
-        reason, explained = "user_error", ""
-        if is_lost_contact(error):
-            reason, explained = "crash", (f"another process of this run is gone ({first_line(error)}). The same "
-                                          "command with --resume auto goes on from the newest checkpoint")
-        elif isinstance(error, OSError) and error.errno in FULL_DISK:
-            explained = f"--output-dir {output_dir}: {error.strerror}. Free some disk space and start again"
-        elif isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-            explained = f"not enough memory ({first_line(error)}). Close other programs, or lower --batch-size"
-        record_exit(path, reason if explained else "crash", 1, process)
-        if explained:
-            raise UserError(explained) from error
-        raise
+        known = explained(error, output_dir, process)
+        reason = "stopped" if isinstance(known, Stopped) else "user_error" if isinstance(known, UserError) else "crash"
+        status = 128 + known.signum if isinstance(known, Stopped) else 1
+        if not isinstance(known, SaidByRank0):
+            record_exit(path, "crash" if is_lost_contact(error) and reason == "user_error" else reason, status, process)
+        if known is error:
+            raise
+        raise known from error
+    record_exit(path, "finished", 0, process)
 
 
 def ignore_os_errors(failure: threading.ExceptHookArgs) -> None:
@@ -1444,14 +1405,13 @@ class MetricsLog:
         directory.mkdir(parents=True, exist_ok=True)
         self.directory, self.file = directory, (directory / "metrics.jsonl").open("ab", buffering=0)
         self.unwritten, self.lock = b"", threading.Lock()  # a checkpoint's writer flushes while training writes
-        self.tensorboard: Any = None
         self.open_tensorboard(first_step)
 
     def open_tensorboard(self, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         threading.excepthook = ignore_os_errors
-        self.tensorboard = SummaryWriter(str(self.directory), purge_step=first_step)
+        self.tensorboard: Any = SummaryWriter(str(self.directory), purge_step=first_step)
 
     def write(self, kind: str, position: Position, values: Mapping[str, float], manifest: str = "") -> None:
         """kind is "train", "val", "val_part" (of one manifest) or "save"; the line is on its way to the disk when this
@@ -1494,15 +1454,13 @@ def cut_metrics(path: Path, last_step: int, validates_again: bool) -> list[str]:
     """Drops lines that a resumed run will write again, and a torn last line. Returns what was dropped."""
     if not path.exists():
         return []
-    kept: list[str] = []
-    dropped: list[str] = []
+    kept, dropped = list[str](), list[str]()
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-        try:
-            record = json.loads(line) if line.endswith("\n") else None
-            step, kind = record["step"], record["kind"]  # type: ignore[index]
-            again = step > last_step or (validates_again and step == last_step and kind.startswith("val"))
-        except (ValueError, LookupError, TypeError, AttributeError):
-            again = True  # not a line of ours
+        again = True  # unless it is a line of ours
+        with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
+            record = json.loads(line if line.endswith("\n") else "torn")
+            step, is_validation = record["step"], record["kind"].startswith("val")
+            again = step > last_step or (validates_again and step == last_step and is_validation)
         (dropped if again else kept).append(line)
     if dropped:
         with replacing(path) as partial:
@@ -1560,9 +1518,7 @@ class PendingSave:
     state: TrainState  # as saved
     is_best: bool
     validation_owed: bool
-    seconds_blocked: float = 0.0
-    seconds_written: float = 0.0
-    bytes: int = 0
+    values: dict[str, float] = field(default_factory=dict)  # seconds_blocked, bytes, seconds_written
     is_flushed: bool = True  # False: the file system cannot promise that the name outlives a power cut
     error: Exception | None = None
     link_error: Exception | None = None
@@ -1880,7 +1836,8 @@ def backward(run: Run, batch: PackedBatch, text_tokens: int, mel_tokens: int, is
         loss = loss * (weight * run.process.world.size)  # DistributedDataParallel divides by the number of processes
         run.scaler.scale(loss).backward()
     sums = weight * torch.stack([text_sum.detach(), mel_sum.detach(), right.sum()]).double()
-    return sums, nonfinite_samples(text.detach(), mel.detach(), batch)
+    parts = zip(text.detach().split(batch.text_counts), mel.detach().split(batch.mel_counts), strict=True)
+    return sums, torch.stack([of_text.sum() + of_mel.sum() for of_text, of_mel in parts]).isfinite().logical_not()
 
 
 def update(run: Run) -> Tensor:
@@ -2324,14 +2281,14 @@ def write_save(save: PendingSave, checkpoint: Mapping[str, Any], metrics: Metric
     """
     started = time.perf_counter()
     try:
-        if metrics:
-            metrics.flush()
-    except OSError as error:  # a log that somebody removed costs no checkpoint; a full disk has no room for it either
-        save.log_error = error
-    try:
-        if save.log_error and save.log_error.errno in FULL_DISK:
-            raise save.log_error
-        save.bytes, save.is_flushed = write_checkpoint(save.path, checkpoint)
+        try:
+            if metrics:
+                metrics.flush()
+        except OSError as error:  # a log that somebody removed costs no checkpoint; a full disk has no room for it
+            save.log_error = error
+            if error.errno in FULL_DISK:
+                raise
+        save.values["bytes"], save.is_flushed = write_checkpoint(save.path, checkpoint)
     except (OSError, RuntimeError) as error:
         save.error = error
         return
@@ -2342,7 +2299,7 @@ def write_save(save: PendingSave, checkpoint: Mapping[str, Any], metrics: Metric
         save.link_error = error
     for path in save.delete:
         path.unlink(missing_ok=True)
-    save.seconds_written = time.perf_counter() - started
+    save.values["seconds_written"] = time.perf_counter() - started
 
 
 def finish_save(run: Run, wait: bool = True) -> None:
@@ -2369,16 +2326,13 @@ def finish_save(run: Run, wait: bool = True) -> None:
         run.warned_flush = True
     state = run.state
     state.recent_checkpoints, state.rotated_out = save.state.recent_checkpoints, save.state.rotated_out
-    if save.is_best:
-        state.best = save.state.best
-    if save.links:
-        run.saved_step = save.state.position.step
+    state.best = save.state.best if save.is_best else state.best
+    run.saved_step = save.state.position.step if save.links else run.saved_step
     owed = ", validation still owed: the resumed run validates first" if save.validation_owed else ""
-    say(f"[Info] Saved {save.path} ({save.bytes / 1e6:.1f} MB in {save.seconds_written:.1f} s, training waited "
-        f"{save.seconds_blocked:.1f} s{owed})")
+    say(f"[Info] Saved {save.path} ({save.values['bytes'] / 1e6:.1f} MB in {save.values['seconds_written']:.1f} s, "
+        f"training waited {save.values['seconds_blocked']:.1f} s{owed})")
     if run.metrics:
-        run.metrics.write("save", save.state.position, {
-            "seconds_blocked": save.seconds_blocked, "bytes": save.bytes, "seconds_written": save.seconds_written})
+        run.metrics.write("save", save.state.position, save.values)
 
 
 def start_save(run: Run, best: dict[str, Any] | None, is_checkpoint: bool = True) -> None:
@@ -2403,9 +2357,8 @@ def start_save(run: Run, best: dict[str, Any] | None, is_checkpoint: bool = True
     save = PendingSave(out / (name if is_checkpoint else "best.pth"), [out / link for link in links],
                        rotated_files(out, state) if is_checkpoint else [], state, best is not None, run.validation_owed)
     checkpoint = make_checkpoint(run, state)
-    save.seconds_blocked = time.perf_counter() - started
-    save.written = run.writer.submit(write_save, save, checkpoint, run.metrics)
-    run.saving = save
+    save.values["seconds_blocked"] = time.perf_counter() - started
+    save.written, run.saving = run.writer.submit(write_save, save, checkpoint, run.metrics), save
     run.process.event("save", run)
 
 
@@ -2421,28 +2374,28 @@ def measured_on(run: Run) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def say_validation(process: Process, position: Position, values: Mapping[str, float]) -> None:
-    process.say(f"[Val] epoch={position.last_epoch} step={position.step} text_loss={values['text_loss']:.6f} "
-                f"mel_loss={values['mel_loss']:.6f} mel_top1={values['mel_top1']:.4f}")
+def say_validation(run: Run, values: Mapping[str, float], parts: Sequence[Mapping[str, float]]) -> None:
+    """Of all rows and, where there are several manifests, of each of them."""
+    position = run.state.position
+    names = [f"epoch={position.last_epoch} step={position.step}", *(f"  {m['path']}" for m in run.val_data.manifests)]
+    for name, part in zip(names, (values, *(parts if len(parts) > 1 else ())), strict=False):
+        run.process.say(f"[Val] {name} text_loss={part['text_loss']:.6f} mel_loss={part['mel_loss']:.6f} "
+                        f"mel_top1={part['mel_top1']:.4f}")
 
 
 def validate(run: Run) -> dict[str, Any] | None:
     """Validates and logs. Returns TrainState.best if this is the best so far. Raises: Stopped."""
-    position, config, say = run.state.position, run.config, run.process.say
+    position, config = run.state.position, run.config
     values, *parts = evaluate(run)
     loss = config.text_loss_weight * values["text_loss"] + config.mel_loss_weight * values["mel_loss"]
-    say_validation(run.process, position, values)
+    say_validation(run, values, parts)
     if run.metrics:
         run.metrics.write("val", position, {**values, "loss": loss})
-    for manifest, part in zip(run.val_data.manifests, parts if len(parts) > 1 else (), strict=False):
-        say(f"[Val]   {manifest['path']} text_loss={part['text_loss']:.6f} mel_loss={part['mel_loss']:.6f} "
-            f"mel_top1={part['mel_top1']:.4f}")
-        if run.metrics:
+        for manifest, part in zip(run.val_data.manifests, parts if len(parts) > 1 else (), strict=False):
             run.metrics.write("val_part", position, part, manifest["path"])
     run.state.last_val = {"step": position.step, "loss": loss, **values}
-    if not is_better(loss, run.state.best):
-        return None
-    return {"step": position.step, "loss": loss, "measured_on": measured_on(run)}
+    is_best = is_better(loss, run.state.best)
+    return {"step": position.step, "loss": loss, "measured_on": measured_on(run)} if is_best else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2563,7 +2516,7 @@ def find_resume_point(resume: str, output_dir: Path, process: Process) -> Resume
         if process.world.rank == 0:
             point = open_resume(resume, output_dir, process.say)
             refuse_other_checkpoints(output_dir, point, resume)
-    path = process.world.from_rank_0(str(point.path) if point else None)
+    path = process.world.gather(str(point.path) if point else None)[0]
     with process.failing_together():
         if process.world.rank > 0 and path:
             point = ResumePoint(Path(path), read_checkpoint(Path(path)))
@@ -3133,9 +3086,8 @@ def after_step(run: Run, stats: StepStats, meter: Meter) -> None:
         meter.restart()
     retry = run.save_retry_step and step >= run.save_retry_step
     due = (config.save_interval and step % config.save_interval == 0) or run.finished or retry or stats.save_due
-    if due:
-        run.save_retry_step = 0
     if due or best:
+        run.save_retry_step = 0 if due else run.save_retry_step
         start_save(run, best, is_checkpoint=bool(due))
         meter.restart()
 
@@ -3241,12 +3193,12 @@ def run_evaluation(typed: Mapping[str, Any], output_dir: Path, process: Process)
     process.say(f"[Info] Validation: {len(validation_rows(run))} of {len(run.val_data)} rows")
     path = output_dir / "eval.jsonl"
     with replacing(path) as partial, partial.open("w", encoding="utf-8") as handle:
-        values, *_ = evaluate(run, lambda record: print(json.dumps(record, ensure_ascii=False), file=handle))
-    say_validation(process, run.state.position, values)
+        values, *parts = evaluate(run, lambda record: print(json.dumps(record, ensure_ascii=False), file=handle))
+    say_validation(run, values, parts)
     process.say(f"[Info] Losses of every row: {path}")
 
 
-def main(argv: Sequence[str] | None = None, on_event: Callable[..., None] = no_event) -> int:
+def main(argv: Sequence[str] | None = None, on_event: Callable[..., None] = lambda *details: None) -> int:
     """Returns the exit status: 0, 1 for a mistake that was explained, 128 + signal number when stopped."""
     stop = StopSignal()
     stop.install()
