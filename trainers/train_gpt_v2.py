@@ -1167,6 +1167,10 @@ def world_from(environ: Mapping[str, str]) -> World:
     return World(rank, size, local_rank, local_size)
 
 
+def no_event(*details: Any) -> None:
+    """Only tests look at the events of Process."""
+
+
 @dataclass
 class Process:
     """This operating-system process: what stops it, where it prints, its place among the ranks.
@@ -1179,7 +1183,7 @@ class Process:
     stop: StopSignal
     console: Console
     world: World = World()
-    event: Callable[..., None] = lambda *details: None
+    event: Callable[..., None] = no_event
     run: Any = None  # the Run, once it is prepared
 
     def say(self, line: str) -> None:
@@ -3198,7 +3202,7 @@ def run_evaluation(typed: Mapping[str, Any], output_dir: Path, process: Process)
     process.say(f"[Info] Losses of every row: {path}")
 
 
-def main(argv: Sequence[str] | None = None, on_event: Callable[..., None] = lambda *details: None) -> int:
+def main(argv: Sequence[str] | None = None, on_event: Callable[..., None] = no_event) -> int:
     """Returns the exit status: 0, 1 for a mistake that was explained, 128 + signal number when stopped."""
     stop = StopSignal()
     stop.install()
