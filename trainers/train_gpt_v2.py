@@ -106,9 +106,10 @@ def first_line(error: BaseException) -> str:
 # 1. Settings
 
 
-def setting(default: Any, help: str, lowest: float | None = None, highest: float = 2**63 - 1, **options: Any) -> Any:
+def setting(default: Any, help: str, lowest: float | None = None, highest: float | None = None, **options: Any) -> Any:
     """A TrainConfig field: its default, its flag's help, the numbers it may have, and argparse's options."""
     factory = {"default_factory": list} if default == [] else {"default": default}
+    highest = highest or (2**63 - 1 if options.get("type") is int else sys.float_info.max)
     return field(**factory, metadata={  # type: ignore[call-overload]
         "help": help, "lowest": lowest, "highest": highest, "options": options})
 
