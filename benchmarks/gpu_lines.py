@@ -181,7 +181,7 @@ def time_steps(step: Callable[[], tuple[float, float]], device: torch.device, st
 def trainer_step(run: trainer.Run) -> tuple[float, float]:
     """One optimizer step as train() takes it, read ahead by threads."""
     if run.reader is None:
-        steps = trainer.steps_from(run.state.position, len(run.train_data), run.config)
+        steps = trainer.steps_from(run.state.position, run.train_data.mix, run.config)
         run.reader = trainer.ReadAhead(steps, trainer.make_reader(run, run.train_data), run.threads)
     stats = trainer.train_step(run, run.reader.next_step())
     run.state.position = run.state.position.after_step(len(run.train_data), run.config.global_batch)
@@ -602,7 +602,7 @@ def loader(bench: Bench) -> Outcome:
         timing = steps_or_none(run, bench.sizes.batch_sizes[0], bench.sizes.steps)
         bench.samples_per_second = bench.sizes.batch_sizes[0] / timing.seconds if timing else 0.0
     set_batch_size(run, size)
-    steps = trainer.steps_from(run.state.position, len(run.train_data), run.config)
+    steps = trainer.steps_from(run.state.position, run.train_data.mix, run.config)
     reader = trainer.ReadAhead(steps, trainer.make_reader(run, run.train_data), run.threads)
     for future in reader.next_step():  # the threads start
         future.result()

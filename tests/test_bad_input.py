@@ -359,7 +359,7 @@ def test_a_batch_size_that_does_not_divide_the_global_batch_is_refused_on_resume
     ("a::b.jsonl", "a::b.jsonl", None),
 ])
 def test_only_a_language_behind_two_colons_is_cut_off_a_manifest_path(typed: str, path: str, language: str | None):
-    assert trainer.split_language(typed) == (path, language)
+    assert trainer.split_manifest(typed) == (path, language, 1.0)
 
 
 def test_a_run_reads_manifests_whose_paths_contain_equals_and_at_signs(data: Path):

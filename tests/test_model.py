@@ -133,7 +133,7 @@ def prepare(data: Path, out: Path, *flags: object) -> trainer.Run:
 
 def first_batches(run: trainer.Run) -> list[Future[trainer.PackedBatch]]:
     """The micro-batches of the first step, as a reading thread hands them over."""
-    step = next(trainer.steps_from(trainer.Position(), len(run.train_data), run.config))
+    step = next(trainer.steps_from(trainer.Position(), run.train_data.mix, run.config))
     futures: list[Future[trainer.PackedBatch]] = [Future() for _ in step]
     for future, rows in zip(futures, step, strict=True):
         future.set_result(trainer.make_reader(run, run.train_data)(rows))

@@ -25,25 +25,49 @@ def test_the_order_is_the_one_that_existing_checkpoints_were_trained_with():
 @pytest.mark.parametrize("split", [(8, 1), (4, 2), (1, 8), (3, 3)])
 def test_steps_from_any_position_go_on_exactly_where_the_whole_run_would_be(split):
     config = trainer.TrainConfig(batch_size=split[0], grad_accumulation=split[1], epochs=3, seed=1)
-    whole = list(trainer.steps_from(Position(), 41, config))
+    whole = list(trainer.steps_from(Position(), [(41, 1.0)], config))
     position = Position()
     for step in range(9):
-        assert list(trainer.steps_from(position, 41, config)) == whole[step:]
+        assert list(trainer.steps_from(position, [(41, 1.0)], config)) == whole[step:]
         position = position.after_step(41, config.global_batch)
+
+
+def test_without_weights_several_manifests_are_one_order_as_ever():
+    assert trainer.epoch_order([(30, 1.0), (11, 1.0)], 5, 3).tolist() == trainer.epoch_sample_order(41, 5, 3).tolist()
+
+
+def test_a_whole_weight_repeats_every_row_and_a_fraction_takes_another_part_in_each_epoch():
+    mix = [(10, 2.0), (40, 0.25), (8, 1.5)]
+    assert trainer.epoch_size(mix) == 20 + 10 + 12
+    parts = []
+    for epoch in range(4):
+        order = trainer.epoch_order(mix, 7, epoch).tolist()
+        assert len(order) == 42 and sorted(order)[:20] == sorted([*range(10)] * 2)
+        assert all(order.count(row) in (1, 2) for row in range(50, 58))
+        parts.append([row for row in order if 10 <= row < 50])
+        assert len(set(parts[-1])) == 10
+    assert sorted(sum(parts, [])) == list(range(10, 50))  # all had their turn before any comes again
+    assert trainer.epoch_order(mix, 7, 2).tolist() == trainer.epoch_order(mix, 7, 2).tolist()
+    assert trainer.epoch_order(mix, 8, 2).tolist() != trainer.epoch_order(mix, 7, 2).tolist()
+
+
+def test_a_weight_however_small_leaves_a_sample_of_its_manifest():
+    assert trainer.epoch_size([(10, 0.001)]) == 1 and len(trainer.epoch_order([(10, 0.001)], 1, 0)) == 1
 
 
 def test_no_step_crosses_an_epoch_and_its_last_step_takes_what_is_left():
     config = trainer.TrainConfig(batch_size=4, grad_accumulation=2, epochs=2)
     position = Position(0, 40, 5)
     assert position.after_step(41, config.global_batch) == Position(1, 0, 6)
-    assert next(trainer.steps_from(position, 41, config)) == [[int(trainer.epoch_sample_order(41, config.seed, 0)[40])]]
+    last = int(trainer.epoch_sample_order(41, config.seed, 0)[40])
+    assert next(trainer.steps_from(position, [(41, 1.0)], config)) == [[last]]
 
 
 def test_a_changed_global_batch_repeats_and_drops_no_sample():
     before, after = (trainer.TrainConfig(batch_size=size, grad_accumulation=1, epochs=1) for size in (4, 6))
     position = Position().after_step(41, 4).after_step(41, 4)
-    first = list(trainer.steps_from(Position(), 41, before))[:2]
-    rest = list(trainer.steps_from(position, 41, after))
+    first = list(trainer.steps_from(Position(), [(41, 1.0)], before))[:2]
+    rest = list(trainer.steps_from(position, [(41, 1.0)], after))
     assert sorted(sum(sum(first + rest, []), [])) == list(range(41))
     assert trainer.last_step(position, 41, after) == position.step + len(rest)
 
@@ -114,7 +138,7 @@ def test_the_ranks_of_a_torchrun_share_every_step_among_them_in_order(world_size
     config = trainer.TrainConfig(batch_size=2, grad_accumulation=3, epochs=2, world_size=world_size)
     order, position = trainer.epoch_sample_order(41, 1234, 0), Position()
     while position.epoch == 0:
-        parts = [next(trainer.steps_from(position, 41, config, rank)) for rank in range(world_size)]
+        parts = [next(trainer.steps_from(position, [(41, 1.0)], config, rank)) for rank in range(world_size)]
         together = [i for part in parts for micro_batch in part for i in micro_batch]
         assert together == order[position.sample_in_epoch :][: config.global_batch].tolist()
         assert max(map(len, parts)) <= 3 and all(len(m) <= 2 for part in parts for m in part)
@@ -140,9 +164,10 @@ def test_rotation_keeps_the_newest_and_names_only_the_runs_own_files():
 
 
 def test_only_a_language_is_cut_off_a_manifest_path():
-    assert trainer.split_language("a=b@c.jsonl") == ("a=b@c.jsonl", None)
-    assert trainer.split_language("a.jsonl::AM") == ("a.jsonl", "am")
-    assert trainer.split_language("x::1/a.jsonl") == ("x::1/a.jsonl", None)
+    assert trainer.split_manifest("a=b@c.jsonl") == ("a=b@c.jsonl", None, 1.0)
+    assert trainer.split_manifest("a.jsonl::AM") == ("a.jsonl", "am", 1.0)
+    assert trainer.split_manifest("x::1/a.jsonl") == ("x::1/a.jsonl", None, 1.0)
+    assert trainer.split_manifest("x::en@2/a.jsonl::am@0.25") == ("x::en@2/a.jsonl", "am", 0.25)
 
 
 def test_samples_are_grouped_by_near_equal_length():

@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from tools._common import ToolError
-from tools.run_files import split_language
+from tools.run_files import split_manifest
 
 KEYS = {"features": str, "codec_sha256": str, "num_codes": int, "codes_per_second": float, "tokenizer_sha256": str,
         "text_rules": int}
@@ -63,7 +63,7 @@ def read_yaml(path: Path, remedy: str = MEND_YAML) -> dict[str, Any]:
 
 def of_manifest(manifest: str | Path) -> MadeWith:
     """From the config.yaml beside it; the manifest may have a ::lang. Raises: ToolError."""
-    return recorded(read_yaml(Path(split_language(str(manifest))[0]).with_name("config.yaml")).get("dataset"))
+    return recorded(read_yaml(Path(split_manifest(str(manifest))[0]).with_name("config.yaml")).get("dataset"))
 
 
 def of_config(config: Path) -> MadeWith:

@@ -116,12 +116,15 @@ def output_dir_from(output_dir: str | None, resume: str) -> Path:
     return Path(OUTPUT_DIR if output_dir is None else output_dir)
 
 
-def split_language(manifest: str) -> tuple[str, str | None]:
-    """'a.jsonl::am' -> ('a.jsonl', 'am'); only ::lang is a suffix, '@' and '=' belong to the path."""
-    path, separator, language = manifest.rpartition("::")
-    if separator and re.fullmatch(r"[A-Za-z][A-Za-z-]*", language):
-        return path, language.lower()
-    return manifest, None
+def split_manifest(manifest: str) -> tuple[str, str | None, float]:
+    """'a.jsonl::am@2' -> ('a.jsonl', 'am', 2.0). Only the last ::LANG or ::LANG@WEIGHT is a suffix, other '@' and '='
+    belong to the path; a weight that is no number is NaN."""
+    found = re.fullmatch(r"(.*)::([A-Za-z][A-Za-z-]*)(?:@([^:/]*))?", manifest, re.DOTALL)
+    if not found:
+        return manifest, None, 1.0
+    path, language, weight = found.groups()
+    is_number = weight is None or re.fullmatch(r"-?[0-9]*\.?[0-9]+([eE][-+]?[0-9]+)?", weight)
+    return path, language.lower(), float(weight or 1) if is_number else math.nan
 
 
 # Processes

@@ -75,6 +75,7 @@ FORMAT_VERSION = 2  # of checkpoints; 1 is read too: it had validation_owed, and
 ARITHMETIC = 1  # raised when the same settings give other bits; said on resume
 CONDITION_ROWS = 32  # the perceiver's latents
 LEADING_ROWS = CONDITION_ROWS + 2  # and the two speed rows
+MAX_WEIGHT = 1000  # of a training manifest
 MAX_BAD_FRACTION = 0.01  # of a data set's rows may have unreadable feature files
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -118,8 +119,10 @@ def setting(default: Any, help: str, lowest: float | None = None, highest: float
 class TrainConfig:
     """Every setting of a run; each field is the flag of the same name. 0 or None: chosen for you, and printed."""
 
-    train_manifest: list[str] = setting([], "training pairs, JSON lines, optional ::lang; repeatable "
-                                        "(processed_data/train_pairs.jsonl)", action="append", metavar="PATH[::LANG]")
+    train_manifest: list[str] = setting([], "training pairs, JSON lines, optional ::lang or ::lang@weight (@3: three "
+                                        "times an epoch; @0.1: a tenth, another one each time); repeatable "
+                                        "(processed_data/train_pairs.jsonl)", action="append",
+                                        metavar="PATH[::LANG[@WEIGHT]]")
     val_manifest: list[str] = setting([], "validation pairs, likewise (val_pairs.jsonl beside the first training "
                                       "manifest)", action="append", metavar="PATH[::LANG]")
     tokenizer: str = setting("", "SentencePiece model (tokenizers/amharic_extended_bpe.model)", metavar="PATH")
@@ -151,6 +154,7 @@ class TrainConfig:
                                        action=argparse.BooleanOptionalAction)
     save_interval: int = setting(1000, "steps between checkpoints (1000; 0 = only at the end)", 0, type=int)
     save_minutes: float = setting(30.0, "and at least every so many minutes (30; 0 = by steps only)", 0, type=float)
+    patience: int = setting(0, "stop after so many validations in a row without a better one (0 = never)", 0, type=int)
     keep_checkpoints: int = setting(3, "newest checkpoints kept (3; 0 = all)", 0, type=int)
     seed: int = setting(1234, "of the sample order, dropout and fresh weights (1234)", 0, 2**63 - 1, type=int)
     dropout: float = setting(0.1, "on embeddings and residuals (0.1)", 0, 1, type=float)
@@ -204,9 +208,20 @@ def parse_args(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 def output_dir_of(typed: Mapping[str, Any]) -> Path:
     """--output-dir; `--resume PATH` alone goes on in that file's folder."""
-    resume = typed.get("resume", "auto")
+    resume = typed.get("resume") or "auto"
     beside = TrainConfig().output_dir if resume == "auto" else Path(resume).parent
     return Path(typed.get("output_dir", beside))
+
+
+def split_manifest(manifest: str) -> tuple[str, str | None, float]:
+    """'a.jsonl::am@2' -> ('a.jsonl', 'am', 2.0). Only the last ::LANG or ::LANG@WEIGHT is a suffix, other '@' and '='
+    belong to the path; a weight that is no number is NaN."""
+    found = re.fullmatch(r"(.*)::([A-Za-z][A-Za-z-]*)(?:@([^:/]*))?", manifest, re.DOTALL)
+    if not found:
+        return manifest, None, 1.0
+    path, language, weight = found.groups()
+    is_number = weight is None or re.fullmatch(r"-?[0-9]*\.?[0-9]+([eE][-+]?[0-9]+)?", weight)
+    return path, language.lower(), float(weight or 1) if is_number else math.nan
 
 
 def config_problems(config: TrainConfig) -> list[str]:
@@ -217,6 +232,12 @@ def config_problems(config: TrainConfig) -> list[str]:
         if value is not None and lowest is not None and not lowest <= value <= highest:
             bound = f"most {highest}" if value > highest else f"least {lowest}"
             problems.append(f"--{item.name.replace('_', '-')} {value}: must be at {bound}")
+    for manifest in config.train_manifest:
+        if not 0 < split_manifest(manifest)[2] <= MAX_WEIGHT:
+            problems.append(f"--train-manifest {manifest}: the weight behind @ must be a number above 0 and at most "
+                            f"{MAX_WEIGHT}")
+    problems += [f"--val-manifest {manifest}: validation reads every row once, it takes no weight"
+                 for manifest in config.val_manifest if split_manifest(manifest)[2] != 1]
     if config.dropout == 1:
         problems.append(f"--dropout {config.dropout}: must be below 1")
     if config.text_loss_weight + config.mel_loss_weight == 0:
@@ -541,6 +562,7 @@ def init_fresh_weights(model: UnifiedVoiceGPT, seed: int, codes_per_text_token: 
 
 KINDS = ("text_ids", "codes", "condition", "emo_vec")
 NOT_FINITE_TWICE = "its loss was not finite twice"
+
 CHECKED_ROWS = 1000  # rows with files of their own that are read before training starts
 # What codes, conditions and text ids were made with; recorded beside manifests, in checkpoints and in exports.
 MADE_WITH = {"features": "features", "codec_sha256": "codec", "num_codes": "number of codes",
@@ -553,6 +575,7 @@ class Row:
     means that the file holds this utterance alone."""
 
     id: str
+    language: str  # "" where nothing tells it
     manifest: int
     line: int
     text_len: int
@@ -627,13 +650,6 @@ def compare_made_with(records: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple
     return {key: value for key, (_, value) in known.items()}, problems
 
 
-def split_language(manifest: str) -> tuple[str, str | None]:
-    """'a.jsonl::am' -> ('a.jsonl', 'am'); only ::lang is a suffix, '@' and '=' belong to the path."""
-    path, separator, language = manifest.rpartition("::")
-    if separator and re.fullmatch(r"[A-Za-z][A-Za-z-]*", language):
-        return path, language.lower()
-    return manifest, None
-
 
 def parse_row(record: Any, manifest: int, line: int, folder: Path) -> Row:
     """Raises: UserError that names what is missing or wrong in the row, without its place."""
@@ -654,7 +670,8 @@ def parse_row(record: Any, manifest: int, line: int, folder: Path) -> Row:
             raise UserError(f"{key} is {value!r}, not a whole number of at least {lowest}")
     # Interned: a shard's name stands in every row.
     parts = tuple((sys.intern(str(folder / record[f"{name}_path"])), record.get(f"{name}_start")) for name in names)
-    return Row(str(record["id"]), manifest, line, record["target_text_len"], record["target_code_len"], parts)
+    language = sys.intern(str(record.get("target_language") or record.get("language") or "").lower())
+    return Row(str(record["id"]), language, manifest, line, record["target_text_len"], record["target_code_len"], parts)
 
 
 def read_manifest(path: Path, number: int) -> tuple[list[Row], float | None]:
@@ -742,18 +759,26 @@ class ManifestDataset:
         self.model = model
         self.rows: list[Row] = []
         self.manifests: list[dict[str, Any]] = []
+        self.mix: list[tuple[int, float]] = []  # (rows, weight) of each manifest
         self.rates: list[float | None] = []  # codes a second
         self.shards: dict[str, ArrayFile] = {}
         self.highest_code, self.codes_seen = 0, 0  # of what is read at the start
         self.bad_rows: dict[int, str] = {}  # skipped, and why
         self.unreported: dict[int, str] = {}  # met by this process, not yet known to the others
         for number, manifest in enumerate(manifests):
-            path, language = split_language(manifest)
+            path, language, weight = split_manifest(manifest)
             rows, rate = read_manifest(Path(path), number)
+            for row in rows if language else ():
+                row.language = language  # type: ignore[assignment]
             self.rows += rows
             self.rates.append(rate)
+            self.mix.append((len(rows), weight))
             self.manifests.append({"path": path, "language": language, "rows": len(rows),
                                    "made_with": recorded_beside(Path(path))})
+        self.languages = sorted({row.language for row in self.rows} - {""})
+        # What validation tells apart, where there are several.
+        self.parts = [part for group in (dict.fromkeys(manifest["path"] for manifest in self.manifests), self.languages)
+                      if len(group) > 1 for part in group]
         most_text, most_codes = model.max_text_tokens, model.max_code_len
         long = [row for row in self.rows if row.text_len > most_text or row.code_len > most_codes]
         if long:
@@ -778,10 +803,12 @@ class ManifestDataset:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """sha256 of row ids, lengths and order; never of paths, so that a data set may move."""
+        """sha256 of row ids, lengths and order, and of weights; never of paths, so that a data set may move."""
         digest = hashlib.sha256()
         for row in self.rows:
             digest.update(json.dumps([row.id, row.text_len, row.code_len]).encode())
+        if any(weight != 1 for _, weight in self.mix):
+            digest.update(json.dumps(self.mix).encode())
         return digest.hexdigest()
 
     def check_shards(self, kind: str) -> None:
@@ -971,6 +998,31 @@ def epoch_sample_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(num_samples)
 
 
+def shares_of(rows: int, weight: float) -> tuple[int, int]:
+    """How often an epoch has every row of a manifest, and how many of them once more: 2.25 of 100 rows is (2, 25)."""
+    whole, rest = divmod(weight, 1)
+    return int(whole), round(rest * rows) or int(rest > 0)
+
+
+def epoch_size(mix: Sequence[tuple[int, float]]) -> int:
+    """Samples in an epoch over manifests of (rows, weight)."""
+    return sum(whole * rows + more for rows, weight in mix for whole, more in [shares_of(rows, weight)])
+
+
+def epoch_order(mix: Sequence[tuple[int, float]], seed: int, epoch: int) -> np.ndarray:
+    """The rows of an epoch in their order. What a weight has behind the point is another part in each epoch, until all
+    rows of the manifest had their turn."""
+    rows_of_epoch, first = [], 0
+    for number, (rows, weight) in enumerate(mix):
+        whole, more = shares_of(rows, weight)
+        walk = np.random.Generator(np.random.PCG64([seed, number, 1])).permutation(rows) if more else np.arange(rows)
+        once_more = walk[(epoch * more + np.arange(more)) % rows]
+        rows_of_epoch.append(first + np.concatenate([np.tile(np.arange(rows), whole), once_more]))
+        first += rows
+    samples = np.concatenate(rows_of_epoch)
+    return samples[epoch_sample_order(len(samples), seed, epoch)]
+
+
 def split_micro_batches(indices: np.ndarray, batch_size: int) -> list[list[int]]:
     """Samples as micro-batches of at most batch_size."""
     return [indices[i : i + batch_size].tolist() for i in range(0, len(indices), batch_size)]
@@ -1022,19 +1074,19 @@ def end_of_run(position: Position, num_samples: int, config: TrainConfig) -> int
     return min(config.max_steps, to_the_end) if config.max_steps else to_the_end
 
 
-def steps_from(position: Position, num_samples: int, config: TrainConfig, rank: int = 0) -> Iterator[list[list[int]]]:
+def steps_from(position: Position, mix: Sequence[tuple[int, float]], config: TrainConfig, rank: int = 0
+               ) -> Iterator[list[list[int]]]:
     """Every step from a position to the end of the last epoch: one process's micro-batches, as sample indices.
 
     A step takes the next global_batch samples of the epoch, or what is left of it; each process a contiguous part of
     them, which may be empty.
     """
     while position.epoch < config.epochs:
-        order = epoch_sample_order(num_samples, config.seed, position.epoch)
-        epoch = position.epoch
+        epoch, order = position.epoch, epoch_order(mix, config.seed, position.epoch)
         while position.epoch == epoch:
             samples = order[position.sample_in_epoch : position.sample_in_epoch + config.global_batch]
             yield split_micro_batches(np.array_split(samples, config.world_size)[rank], config.batch_size)
-            position = position.after_step(num_samples, config.global_batch)
+            position = position.after_step(len(order), config.global_batch)
 
 
 class ReadAhead:
@@ -1511,6 +1563,8 @@ class TrainState:
     suspect_rows: list[int] = field(default_factory=list)  # whose loss was so once before that
     left_out: list[int] = field(default_factory=list)  # whose loss was so again
     skips_told: int = 0  # skipped updates that a [Train] line was followed by
+    validations_since_best: int = 0
+    base_losses: dict[str, float] = field(default_factory=dict)  # mel_loss of each language before the first step
 
 
 @dataclass
@@ -1569,11 +1623,15 @@ class Run:
     @property
     def end(self) -> int:
         """The number of its last step."""
-        return end_of_run(self.state.position, len(self.train_data), self.config)
+        return end_of_run(self.state.position, epoch_size(self.train_data.mix), self.config)
+
+    @property
+    def out_of_patience(self) -> bool:
+        return 0 < self.config.patience <= self.state.validations_since_best
 
     @property
     def finished(self) -> bool:
-        return self.state.position.step >= self.end
+        return self.state.position.step >= self.end or self.out_of_patience
 
     @property
     def log_interval(self) -> int:
@@ -1963,19 +2021,16 @@ def validation_rows(run: Run) -> np.ndarray:
 
 def add_losses(sums: Tensor, data: ManifestDataset, batch: PackedBatch, text: Tensor, mel: Tensor, right: Tensor
                ) -> None:
-    """Adds to sums [1 + manifests, 5]: text losses, mel losses, likeliest codes, text tokens, codes."""
+    """Adds to sums [1 + parts, 5]: text losses, mel losses, likeliest codes, text tokens, codes."""
     counts = torch.tensor([len(text), len(mel)], device=sums.device)
     sums[0] += torch.cat([torch.stack([text.double().sum(), mel.double().sum(), right.double().sum()]), counts])
-    if len(sums) == 2:
-        sums[1] = sums[0]
-        return
-    manifests = [data.rows[row].manifest for row in batch.rows]
-    of_text, of_mel = (torch.from_numpy(np.repeat(manifests, counts)).to(sums.device)
-                       for counts in (batch.text_counts, batch.mel_counts))
-    for manifest in set(manifests):
-        its_text, its_mel = (of_text == manifest).double(), (of_mel == manifest).double()
-        sums[1 + manifest] += torch.stack([(text * its_text).sum(), (mel * its_mel).sum(), (right * its_mel).sum(),
-                                           its_text.sum(), its_mel.sum()])
+    of_rows = [(data.manifests[data.rows[row].manifest]["path"], data.rows[row].language) for row in batch.rows]
+    for number, part in enumerate(data.parts, 1):
+        inside = [float(part in of_row) for of_row in of_rows]
+        its_text, its_mel = (torch.from_numpy(np.repeat(inside, counts)).to(sums.device)
+                             for counts in (batch.text_counts, batch.mel_counts))
+        sums[number] += torch.stack([(text * its_text).sum(), (mel * its_mel).sum(), (right * its_mel).sum(),
+                                     its_text.sum(), its_mel.sum()])
 
 
 def eval_records(data: ManifestDataset, batch: PackedBatch, text: Tensor, mel: Tensor) -> Iterator[dict[str, Any]]:
@@ -1989,7 +2044,7 @@ def eval_records(data: ManifestDataset, batch: PackedBatch, text: Tensor, mel: T
 
 
 def evaluate(run: Run, on_row: Callable[[dict[str, Any]], None] | None = None) -> list[dict[str, float]]:
-    """Token means over the validation rows in their fixed order, without dropout: of all, then of each manifest.
+    """Token means over the validation rows in their fixed order, without dropout: of all, then of data.parts.
 
     on_row receives a dict for every row: id, mean and per-token losses, token counts. Raises: Stopped, UserError.
     """
@@ -1998,7 +2053,7 @@ def evaluate(run: Run, on_row: Callable[[dict[str, Any]], None] | None = None) -
     rounds = math.ceil(len(batches) / world.size)
     reader = ReadAhead(iter([[batch] for batch in batches[world.rank :: world.size]]), make_reader(run, data),
                        run.threads)
-    sums = torch.zeros(1 + len(data.manifests), 5, dtype=torch.float64, device=device)
+    sums = torch.zeros(1 + len(data.parts), 5, dtype=torch.float64, device=device)
     run.model.eval()
     try:
         for done in range(rounds):
@@ -2216,9 +2271,11 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 MAX_NONFINITE_STREAK = 10
 LOWEST_FP16_SCALE = 1e-4
+FORGOTTEN = 1.05  # times the base checkpoint's loss
 # Fields of TrainState that stand in a checkpoint under their own names.
 SAVED_STATE = ("recent_checkpoints", "rotated_out", "best", "last_val", "run_dir", "base_vocab", "first_batch_size",
-               "tokens_seen", "nonfinite_rows", "suspect_rows", "left_out", "skips_told")
+               "tokens_seen", "nonfinite_rows", "suspect_rows", "left_out", "skips_told", "validations_since_best",
+               "base_losses")
 
 
 def collect_nonfinite_rows(run: Run) -> None:
@@ -2261,7 +2318,8 @@ def make_checkpoint(run: Run, state: TrainState) -> dict[str, Any]:
         "scaler": scaler,
         "epoch": position.epoch, "step": position.step, "sample_in_epoch": position.sample_in_epoch,
         "manifests": {"train": run.train_data.manifests, "val": run.val_data.manifests},
-        "train_data": {"fingerprint": run.train_data.fingerprint, "rows": len(run.train_data)},
+        "train_data": {"fingerprint": run.train_data.fingerprint, "rows": len(run.train_data),
+                       "epoch_size": epoch_size(run.train_data.mix)},
         "tokenizer": run.tokenizer, "model_config": run.gpt_section, "made_with": run.made_with, "config": config,
         **{name: getattr(state, name) for name in SAVED_STATE},
         "nonfinite": nonfinite, "environment": environment(run.precision.device, run.process.world.size),
@@ -2380,12 +2438,29 @@ def measured_on(run: Run) -> str:
 
 
 def say_validation(run: Run, values: Mapping[str, float], parts: Sequence[Mapping[str, float]]) -> None:
-    """Of all rows and, where there are several manifests, of each of them."""
+    """Of all rows and, where there are several, of each manifest and language."""
     position = run.state.position
-    names = [f"epoch={position.last_epoch} step={position.step}", *(f"  {m['path']}" for m in run.val_data.manifests)]
-    for name, part in zip(names, (values, *(parts if len(parts) > 1 else ())), strict=False):
+    names = [f"epoch={position.last_epoch} step={position.step}", *(f"  {part}" for part in run.val_data.parts)]
+    for name, part in zip(names, (values, *parts), strict=True):
         run.process.say(f"[Val] {name} text_loss={part['text_loss']:.6f} mel_loss={part['mel_loss']:.6f} "
                         f"mel_top1={part['mel_top1']:.4f}")
+
+
+def measure_base(run: Run) -> None:
+    """What the base checkpoint knows of each validation language, before the first step. Raises: Stopped."""
+    if run.config.base_checkpoint and run.state.position.step == 0 and len(run.val_data.languages) > 1:
+        values, *parts = evaluate(run)
+        say_validation(run, values, parts)
+        run.state.base_losses = {name: part["mel_loss"] for name, part in zip(run.val_data.parts, parts, strict=True)
+                                 if name in run.val_data.languages}
+
+
+def warn_of_forgetting(run: Run, parts: Sequence[Mapping[str, float]]) -> None:
+    for name, part in zip(run.val_data.parts, parts, strict=True):
+        known = run.state.base_losses.get(name, math.inf)
+        if part["mel_loss"] > FORGOTTEN * known:
+            run.process.say(f"[Warn] {name}: mel_loss {part['mel_loss']:.4f}, with the base checkpoint {known:.4f}: it "
+                            f"is being forgotten. Replay it (--train-manifest PATH::{name}@0.2), or learn more slowly")
 
 
 def validate(run: Run) -> dict[str, Any] | None:
@@ -2396,10 +2471,12 @@ def validate(run: Run) -> dict[str, Any] | None:
     say_validation(run, values, parts)
     if run.metrics:
         run.metrics.write("val", position, {**values, "loss": loss})
-        for manifest, part in zip(run.val_data.manifests, parts if len(parts) > 1 else (), strict=False):
-            run.metrics.write("val_part", position, part, manifest["path"])
+        for name, part in zip(run.val_data.parts, parts, strict=True):
+            run.metrics.write("val_part", position, part, name)
+    warn_of_forgetting(run, parts)
     run.state.last_val = {"step": position.step, "loss": loss, **values}
     is_best = is_better(loss, run.state.best)
+    run.state.validations_since_best = 0 if is_best else run.state.validations_since_best + 1
     return {"step": position.step, "loss": loss, "measured_on": measured_on(run)} if is_best else None
 
 
@@ -2580,15 +2657,16 @@ def restore_schedule(run: Run, checkpoint: Mapping[str, Any]) -> None:
     the data changed; what that does to the learning rate is said."""
     say, saved, config = run.process.say, checkpoint.get("scheduler"), checkpoint["config"]
     say("[Info] Restoring scheduler state...")
-    wanted = make_schedule(run.config, run.state.position, len(run.train_data))
+    samples, data = epoch_size(run.train_data.mix), checkpoint["train_data"]
+    wanted = make_schedule(run.config, run.state.position, samples)
     if not saved:
         say("[Warn] No scheduler state in the checkpoint: continuing with a fresh one")
         run.state.schedule = wanted
         return
     run.state.schedule = old = Schedule(saved["base_lr"], saved["warmup_steps"], saved["total_steps"])
     is_same = all(config[name] == getattr(run.config, name) for name in (
-        "learning_rate", "warmup_steps", "max_steps", "epochs")) and (len(run.train_data), run.config.global_batch) == (
-        checkpoint["train_data"]["rows"], global_batch_of(checkpoint))
+        "learning_rate", "warmup_steps", "max_steps", "epochs")) and (samples, run.config.global_batch) == (
+        data.get("epoch_size", data["rows"]), global_batch_of(checkpoint))
     if not is_same and wanted != old:
         run.state.schedule, step = wanted, run.state.position.step
         say(f"[Info] lr at step {step}: {get_lr(step, old):.6e} -> {get_lr(step, wanted):.6e}")
@@ -2746,7 +2824,7 @@ def find_model_yaml(config: TrainConfig, checkpoint: Mapping[str, Any] | None) -
         return Path(config.config)
     if checkpoint is not None:
         return None
-    manifest = Path(split_language((config.train_manifest or config.val_manifest)[0])[0])
+    manifest = Path(split_manifest((config.train_manifest or config.val_manifest)[0])[0])
     if manifest.is_dir():
         raise UserError(f"manifest {manifest}: Is a directory. Name the file in it, such as "
                         f"{manifest / 'train_pairs.jsonl'}")
@@ -2784,7 +2862,7 @@ def resolve_config(typed: Mapping[str, Any], checkpoint: Mapping[str, Any] | Non
     if not (config.eval_only and "val_manifest" in typed):
         config.train_manifest = config.train_manifest or ["processed_data/train_pairs.jsonl"]
         # Nobody's run is judged on the demo's voice unasked.
-        beside = Path(split_language(config.train_manifest[0])[0]).with_name("val_pairs.jsonl")
+        beside = Path(split_manifest(config.train_manifest[0])[0]).with_name("val_pairs.jsonl")
         config.val_manifest = config.val_manifest or [str(beside)]
         if config.val_manifest == [str(beside)] and not beside.is_file() and "val_manifest" not in asked:
             raise UserError(f"no validation data: {beside} does not exist. Pass --val-manifest (tools.preprocess holds "
@@ -2975,7 +3053,7 @@ def prepare(typed: Mapping[str, Any], point: ResumePoint | None, output_dir: Pat
     elif point:
         restore(run, point)
     else:
-        run.state.schedule = make_schedule(config, run.state.position, len(train_data))
+        run.state.schedule = make_schedule(config, run.state.position, epoch_size(train_data.mix))
     if config.freeze_base_vocab:
         rows = run.state.base_vocab
         run.frozen = {name: model.get_parameter(name).detach()[:rows].clone() for name in VOCAB_TENSORS}
@@ -2987,13 +3065,18 @@ def prepare(typed: Mapping[str, Any], point: ResumePoint | None, output_dir: Pat
 def say_start(run: Run) -> None:
     """What was chosen: batches, the end of the run, validation, disk."""
     config, say = run.config, run.process.say
-    to_the_end = last_step(run.state.position, len(run.train_data), config)
+    to_the_end = last_step(run.state.position, epoch_size(run.train_data.mix), config)
     processes = f" x {config.world_size} processes" if config.world_size > 1 else ""
     say(f"[Info] Batch size {config.batch_size} x accumulation {config.grad_accumulation}{processes} = global batch "
         f"{config.global_batch}; {run.threads} reading thread{'s' * (run.threads > 1)}; peak learning rate "
         f"{config.learning_rate:g}")
     limit = f", --max-steps {config.max_steps}: the smaller one holds" if config.max_steps else ""
     say(f"[Info] The run ends at step {run.end}: {config.epochs} epochs end at step {to_the_end}{limit}")
+    for manifest, (rows, weight) in zip(run.train_data.manifests, run.train_data.mix, strict=True):
+        if weight != 1:
+            size = epoch_size([(rows, weight)])
+            say(f"[Info] {manifest['path']}: weight {weight:g}, {size} samples of its {rows} rows in an epoch, "
+                f"{size / epoch_size(run.train_data.mix):.1%} of it")
     say(f"[Info] Validation: {len(validation_rows(run))} of {len(run.val_data)} rows")
     if run.process.world.rank > 0:
         return
@@ -3117,9 +3200,10 @@ def train(run: Run) -> None:
         if run.validation_owed:
             process.say(f"[Info] Step {state.position.step} still owes its validation")
             start_save(run, validate(run))
+        measure_base(run)
         while not run.finished:
             if run.reader is None:
-                steps = steps_from(state.position, len(data), run.config, process.world.rank)
+                steps = steps_from(state.position, data.mix, run.config, process.world.rank)
                 run.reader = ReadAhead(steps, make_reader(run, data), run.threads)
             stats = None
             with contextlib.suppress(torch.OutOfMemoryError):  # and with it goes what holds the step's tensors
@@ -3127,7 +3211,7 @@ def train(run: Run) -> None:
             if stats is None:
                 split_after_out_of_memory(run)
                 continue
-            state.position = state.position.after_step(len(data), run.config.global_batch)
+            state.position = state.position.after_step(epoch_size(data.mix), run.config.global_batch)
             state.tokens_seen += stats.tokens
             process.event("step_done", run)
             after_step(run, stats, meter)
@@ -3154,7 +3238,8 @@ def run_training(typed: Mapping[str, Any], output_dir: Path, process: Process) -
         share_bad_rows(run, data)
     state = run.state
     if run.finished and not run.validation_owed:
-        limit = "--max-steps" if run.config.max_steps and state.position.step >= run.config.max_steps else "--epochs"
+        limit = "--patience" if run.out_of_patience else (
+            "--max-steps" if run.config.max_steps and state.position.step >= run.config.max_steps else "--epochs")
         say(f"[Info] Training is complete: epoch {state.position.epoch}, step {state.position.step}. Raise {limit} to "
             "go on")
         return
@@ -3178,6 +3263,8 @@ def run_training(typed: Mapping[str, Any], output_dir: Path, process: Process) -
             if run.metrics:
                 run.metrics.close()
     best = f", best validation loss {state.best['loss']:.6f} at step {state.best['step']}" if state.best else ""
+    if run.out_of_patience:
+        say(f"[Info] {state.validations_since_best} validations in a row were no better: stopped early (--patience)")
     say(f"[Info] Training complete: epoch {state.position.epoch}, step {state.position.step}{best}")
 
 

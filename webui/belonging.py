@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tools._common import ToolError, sha256_of
 from tools.made_with import EMBEDDED, KEYS, OF_SOUND, MadeWith, differences, of_config, of_manifest
-from tools.run_files import LATEST, all_checkpoints, lock_holder, split_language
+from tools.run_files import LATEST, all_checkpoints, lock_holder, split_manifest
 from webui.command_lines import Form, Problem, lines_of, typed
 from webui.readers import CheckpointTable
 from webui.workspace import ROOT, Workspace
@@ -55,7 +55,7 @@ def training_problems(form: Form, workspace: Workspace, table: CheckpointTable) 
     """Of Tab 6: the manifests among each other, and with tokenizer, --config and --base-checkpoint. The form's paths
     are known to be in the workspace."""
     goes_on = bool(form.get("resume")) and bool(all_checkpoints(workspace.inside(typed(form.get("output_dir")))))
-    named = [(name, workspace.inside(split_language(line)[0])) for name in ("train_manifests", "val_manifests")
+    named = [(name, workspace.inside(split_manifest(line)[0])) for name in ("train_manifests", "val_manifests")
              for line in lines_of(form.get(name))]
     if not lines_of(form.get("train_manifests")) and not goes_on:  # on resume the checkpoint names them
         named.insert(0, ("train_manifests", TRAIN_MANIFEST))

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tools.run_files import all_checkpoints, foreign_checkpoints, split_language
+from tools.run_files import all_checkpoints, foreign_checkpoints, split_manifest
 from webui.workspace import ROOT, Refused, Workspace
 
 Form = dict[str, Any]
@@ -302,7 +302,7 @@ def resolve(kind: str, form: Form, workspace: Workspace) -> Form:
 
 
 def absolute_manifest(line: str, workspace: Workspace) -> str:
-    path, _ = split_language(line)
+    path, *_ = split_manifest(line)
     return f"{workspace.inside(path)}{line[len(path):]}"
 
 
@@ -359,7 +359,7 @@ def check_field(field: Field, value: Any, workspace: Workspace) -> None:
             raise Refused("required")
     elif field.type == "manifests":
         for line in lines_of(value):
-            check_path(field, split_language(line)[0], workspace)
+            check_path(field, split_manifest(line)[0], workspace)
     elif field.type in PATHS:
         check_path(field, typed(value), workspace)
     elif field.type in ("int", "float"):
