@@ -133,15 +133,15 @@ NEVER_READ = f"""
 import os, sys, threading
 sys.path.insert(0, {str(ROOT)!r})
 from trainers import train_gpt_v2 as trainer
-read, done, after = os.preadv, [], int(sys.argv.pop(1))
-def preadv(descriptor, buffers, offset):
+read, done, after = os.pread, [], int(sys.argv.pop(1))
+def pread(descriptor, count, offset):
     done.append(1)
     if len(done) > after:
         if len(done) == after + 1:
             print("a read that never returns", flush=True)
         threading.Event().wait()
-    return read(descriptor, buffers, offset)
-os.preadv = preadv
+    return read(descriptor, count, offset)
+os.pread = pread
 trainer.leave(trainer.main(sys.argv[1:]))
 """
 

@@ -36,6 +36,7 @@ import dataclasses
 import datetime
 import errno
 import fcntl
+import fnmatch
 import functools
 import hashlib
 import io
@@ -161,8 +162,14 @@ class TrainConfig:
     eval_only: bool = setting(False, "print the [Val] line, write eval.jsonl, train nothing", action="store_true")
     accept_changed_data: bool = setting(False, "resume although the training data changed; the epoch starts anew",
                                         action="store_true")
-    freeze_base_vocab: bool = setting(False, "leave the base checkpoint's text tokens as they are",
+    freeze_base_vocab: bool = setting(False, "leave the base checkpoint's text tokens as they are: --freeze base-text",
                                       action=argparse.BooleanOptionalAction)
+    freeze: list[str] = setting([], "tensors that are not trained: a pattern such as 'gpt.h.*.attn.*', or a set: "
+                                "first:N (blocks), base-text, conditioning; repeatable", action="append",
+                                metavar="PATTERN")
+    lr_scale: list[str] = setting([], "learning rate of tensors, as a multiple: the same patterns, and the set "
+                                  "new-text, such as new-text=10; repeatable", action="append",
+                                  metavar="PATTERN=FACTOR")
     compile: bool = setting(False, "torch.compile the model", action=argparse.BooleanOptionalAction)
     profile: bool = setting(False, "write a torch.profiler trace of steps 4 to 6 of this process", action="store_true")
     world_size: int = 1  # processes; torchrun's, not a flag
@@ -555,6 +562,12 @@ def init_fresh_weights(model: UnifiedVoiceGPT, seed: int, codes_per_text_token: 
                 weight.normal_(0, projection_std if name.endswith("c_proj.weight") else 0.02, generator=generator)
         for table, rate in ((model.text_pos_embedding.emb, codes_per_text_token), (model.mel_pos_embedding.emb, 1.0)):
             table.weight.copy_(sinusoids(torch.arange(len(table.weight)) * rate, model.config.model_dim))
+
+
+# What the training loss never touches: carried from the base checkpoint unchanged.
+CARRIED_PREFIXES = ("conditioning_encoder.", "perceiver_encoder.", "emo_conditioning_encoder.",
+                    "emo_perceiver_encoder.", "emo_layer.", "emovec_layer.")
+VOCAB_TENSORS = ("text_embedding.weight", "text_head.weight", "text_head.bias")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1607,7 +1620,7 @@ class Run:
     ddp: DistributedDataParallel | None = None  # of the model, with several processes
     reader: ReadAhead | None = None  # of the training data, from where the run stands
     metrics: MetricsLog | None = None  # rank 0's
-    frozen: dict[str, Tensor] = field(default_factory=dict)  # first rows of VOCAB_TENSORS, for --freeze-base-vocab
+    base_text_factor: float = 1.0  # of the learning rate, for the base's rows of VOCAB_TENSORS
     # [updates skipped for non-finite gradients, how many in a row now, the longest row]; on the device, read rarely
     nonfinite: Tensor = field(default_factory=lambda: torch.zeros(3))
     nonfinite_flags: list[tuple[list[int], Tensor]] = field(default_factory=list)  # (rows, [B] bool) since it was read
@@ -1777,15 +1790,57 @@ def use_deterministic_algorithms(model: UnifiedVoiceGPT, precision: Precision) -
         model.zero_grad(set_to_none=True)
 
 
-def make_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW; no weight decay on biases, norms and embeddings."""
-    decayed: list[tuple[str, nn.Parameter]] = []
-    others: list[tuple[str, nn.Parameter]] = []
+def matching(pattern: str, names: Sequence[str]) -> list[str]:
+    """The tensors of a pattern or of a named set; base-text and new-text are rows of VOCAB_TENSORS."""
+    blocks = re.fullmatch(r"first:([0-9]+)", pattern)
+    if blocks:
+        return [name for name in names if name.startswith(tuple(f"gpt.h.{i}." for i in range(int(blocks[1]))))]
+    sets = {"base-text": VOCAB_TENSORS, "new-text": VOCAB_TENSORS, "conditioning": ("spk_emb_proj.*",)}
+    return [name for name in names for one in sets.get(pattern, (pattern,)) if fnmatch.fnmatchcase(name, one)]
+
+
+def lr_factors(names: Sequence[str], config: TrainConfig, base_vocab: int) -> tuple[dict[str, float], float]:
+    """What --freeze (0) and --lr-scale make of the learning rate of every tensor; later rules win.
+
+    Returns: the factors, and that of the base checkpoint's text rows as a part of their tensors'. Raises: UserError.
+    """
+    factors, rows = dict.fromkeys(names, 1.0), {"base-text": 1.0, "new-text": 1.0}
+    rules = [("--lr-scale", *text.rpartition("=")[::2]) for text in config.lr_scale] + [
+        ("--freeze", pattern, "0") for pattern in [*config.freeze, *["base-text"] * config.freeze_base_vocab]]
+    for flag, pattern, text in rules:
+        factor = float(text) if re.fullmatch(r"[0-9]*\.?[0-9]+(e-?[0-9]+)?", text) else math.nan
+        if flag == "--lr-scale" and not 0 < factor <= MAX_WEIGHT:
+            raise UserError(f"{flag} {pattern}={text}: give PATTERN=FACTOR, a number above 0 and at most {MAX_WEIGHT}, "
+                            "such as new-text=10")
+        found = matching(pattern, names)
+        if not found and pattern != "conditioning":  # IndexTTS2's is carried, never trained
+            raise UserError(f"{flag} {pattern}: no tensor has such a name. Names are like {names[-1]}; sets are "
+                            "first:N, base-text, new-text and conditioning")
+        if pattern in rows and not base_vocab:
+            raise UserError(f"{flag} {pattern} goes with --base-checkpoint: the rows of that file's text tokens")
+        rows.update({pattern: factor} if pattern in rows else {})
+        factors.update({} if pattern in rows else dict.fromkeys(found, factor))
+    factors.update({name: factors[name] * rows["new-text"] for name in VOCAB_TENSORS if name in factors})
+    if not any(factors.values()) or not rows["new-text"]:
+        raise UserError("--freeze leaves nothing to train. Name fewer tensors")
+    return factors, rows["base-text"] / rows["new-text"]
+
+
+def make_optimizer(model: nn.Module, weight_decay: float, factors: Mapping[str, float] | None = None
+                   ) -> torch.optim.AdamW:
+    """AdamW with a group for every factor of the learning rate; no weight decay on biases, norms and embeddings.
+
+    Tensors of factor 0 need no gradient from here on.
+    """
+    groups: dict[tuple[float, bool], list[tuple[str, nn.Parameter]]] = {(1.0, True): [], (1.0, False): []}
     for name, parameter in model.named_parameters():
         is_matrix = parameter.dim() >= 2 and "embedding" not in name and name != "speed_emb.weight"
-        (decayed if is_matrix else others).append((name, parameter))
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=0.0, fused=True)
+        factor = factors[name] if factors else 1.0
+        parameter.requires_grad_(factor != 0)
+        if factor:
+            groups.setdefault((factor, is_matrix), []).append((name, parameter))
+    return torch.optim.AdamW([{"params": params, "weight_decay": weight_decay if is_matrix else 0.0, "lr_scale": factor}
+                              for (factor, is_matrix), params in groups.items() if params], lr=0.0, fused=True)
 
 
 def step_flops(config: ModelConfig, batches: Sequence[PackedBatch]) -> float:
@@ -1910,8 +1965,11 @@ def update(run: Run) -> Tensor:
         return torch.zeros(())
     if run.scaler.is_enabled():
         run.scaler.unscale_(run.optimizer)
-    for name, rows in run.frozen.items():
-        run.model.get_parameter(name).grad[: len(rows)] = 0  # type: ignore[index]
+    base_text = {name: weight.detach()[: run.state.base_vocab] for name, weight in run.model.named_parameters()
+                 if name in VOCAB_TENSORS and weight.grad is not None and run.base_text_factor != 1}
+    before = {name: rows.clone() for name, rows in base_text.items()}
+    for name in base_text if run.base_text_factor == 0 else ():  # takes no part in clipping
+        run.model.get_parameter(name).grad[: run.state.base_vocab] = 0  # type: ignore[index]
     grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if run.config.grad_clip:
         torch.nn.utils.clip_grads_with_norm_(parameters, run.config.grad_clip, grad_norm)
@@ -1926,9 +1984,8 @@ def update(run: Run) -> Tensor:
         run.optimizer.step()
     streak = (run.nonfinite[1] + 1) * counted
     run.nonfinite = torch.stack([run.nonfinite[0] + found_inf, streak, torch.maximum(run.nonfinite[2], streak)])
-    with torch.no_grad():
-        for name, rows in run.frozen.items():
-            run.model.get_parameter(name)[: len(rows)] = rows
+    for name, rows in base_text.items():
+        rows.copy_(before[name].lerp(rows, run.base_text_factor))
     return grad_norm
 
 
@@ -1945,7 +2002,7 @@ def train_step(run: Run, futures: Sequence[Future[PackedBatch]]) -> StepStats:
     text_tokens, mel_tokens = max(1, text_tokens), max(1, mel_tokens)
     lr = get_lr(step, run.state.schedule)
     for group in run.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]
     run.model.train()
     run.optimizer.zero_grad(set_to_none=True)
     totals, flags = torch.zeros(3, dtype=torch.float64, device=run.precision.device), []
@@ -2085,13 +2142,9 @@ def evaluate(run: Run, on_row: Callable[[dict[str, Any]], None] | None = None) -
 REQUIRED_KEYS = ("model", "optimizer", "epoch", "step")
 COMPLETE_KEYS = ("config", "environment", "sample_in_epoch", "tokenizer", "train_data", "model_config", "manifests",
                  "recent_checkpoints", "rotated_out", "run_dir", "nonfinite", "best", "last_val")
-# What the training loss never touches: carried from the base checkpoint unchanged.
-CARRIED_PREFIXES = ("conditioning_encoder.", "perceiver_encoder.", "emo_conditioning_encoder.",
-                    "emo_perceiver_encoder.", "emo_layer.", "emovec_layer.")
 # The order of names in IndexTTS2's files.
 NAME_ORDER = (*CARRIED_PREFIXES[:4], "text_embedding.", *CARRIED_PREFIXES[4:], "mel_embedding.", "gpt.",
               "mel_pos_embedding.", "text_pos_embedding.", "final_norm.", "text_head.", "mel_head.", "speed_emb.")
-VOCAB_TENSORS = ("text_embedding.weight", "text_head.weight", "text_head.bias")
 
 
 def in_name_order(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -2647,6 +2700,20 @@ def restore_model(run: Run, point: ResumePoint) -> None:
     run.state.position = point.position
 
 
+def restore_optimizer(run: Run, saved: Mapping[str, Any]) -> None:
+    """Adam's moments by the names of the tensors: what is trained, and how fast, may have changed."""
+    run.process.say("[Info] Restoring optimizer state...")
+    names = {number: name for group in saved["param_groups"]
+             for number, name in zip(group["params"], group["param_names"], strict=True)}
+    moments = {names[number]: state for number, state in saved["state"].items()}
+    wanted, first = run.optimizer.state_dict(), saved["param_groups"][0]
+    for group in wanted["param_groups"]:
+        group["lr"] = first["lr"] / first.get("lr_scale", 1.0) * group["lr_scale"]
+    wanted["state"] = {number: map_tree(moments[name], Tensor.clone) for group in wanted["param_groups"]
+                       for number, name in zip(group["params"], group["param_names"], strict=True) if name in moments}
+    run.optimizer.load_state_dict(wanted)
+
+
 def global_batch_of(checkpoint: Mapping[str, Any]) -> int:
     config = checkpoint["config"]
     return config["batch_size"] * config["grad_accumulation"] * checkpoint["environment"]["world_size"]
@@ -2695,14 +2762,10 @@ def restore(run: Run, point: ResumePoint) -> None:
 
     Raises: ResumeError with every problem at once.
     """
-    checkpoint, config, state, say = point.checkpoint, run.config, run.state, run.process.say
+    checkpoint, state, say = point.checkpoint, run.state, run.process.say
     require_fit(run, point)
     restore_model(run, point)
-    say("[Info] Restoring optimizer state...")
-    run.optimizer.load_state_dict(map_tree(checkpoint["optimizer"], Tensor.clone))
-    for group in run.optimizer.param_groups:
-        if group["weight_decay"]:
-            group["weight_decay"] = config.weight_decay
+    restore_optimizer(run, checkpoint["optimizer"])
     for name in SAVED_STATE:
         if name in checkpoint and name != "best":
             setattr(state, name, checkpoint[name])
@@ -3026,8 +3089,8 @@ def prepare(typed: Mapping[str, Any], point: ResumePoint | None, output_dir: Pat
     made_with = belongs_together(config, model_config, tokenizer, datasets, content,
                                  say if point is None else lambda line: None)
     model, carried, base_vocab = build_model(config, model_config, train_data, base, fresh=checkpoint is None)
-    if config.freeze_base_vocab and not base_vocab and not (checkpoint or {}).get("base_vocab"):
-        raise UserError("--freeze-base-vocab goes with --base-checkpoint: that file's tokens stay frozen")
+    names = [name for name, _ in model.named_parameters()]
+    factors, base_text_factor = lr_factors(names, config, base_vocab or (checkpoint or {}).get("base_vocab", 0))
     precision = choose_precision(config.amp, device)
     model.to(device)
     attention = choose_attention(model, precision)
@@ -3043,8 +3106,9 @@ def prepare(typed: Mapping[str, Any], point: ResumePoint | None, output_dir: Pat
     gpt_section = {**(section or {}), "number_text_tokens": tokenizer["size"]}
     scaler = torch.amp.GradScaler(device.type, enabled=precision.dtype == torch.float16)
     state = TrainState(base_vocab=base_vocab, first_batch_size=config.batch_size)
-    run = Run(config, output_dir, process, precision, model, make_optimizer(model, config.weight_decay), scaler,
-              carried, gpt_section, tokenizer, made_with, train_data, val_data, state, threads,
+    optimizer = make_optimizer(model, config.weight_decay, factors)
+    run = Run(config, output_dir, process, precision, model, optimizer, scaler, carried, gpt_section, tokenizer,
+              made_with, train_data, val_data, state, threads, base_text_factor=base_text_factor,
               nonfinite=torch.zeros(3, device=device))
     process.run = run
     if point and config.eval_only:
@@ -3054,12 +3118,22 @@ def prepare(typed: Mapping[str, Any], point: ResumePoint | None, output_dir: Pat
         restore(run, point)
     else:
         run.state.schedule = make_schedule(config, run.state.position, epoch_size(train_data.mix))
-    if config.freeze_base_vocab:
-        rows = run.state.base_vocab
-        run.frozen = {name: model.get_parameter(name).detach()[:rows].clone() for name in VOCAB_TENSORS}
     if config.compile:
         model.compile(dynamic=True)
     return run
+
+
+def say_parts(run: Run) -> None:
+    """What --freeze and --lr-scale left of the model: a line for each factor of the learning rate."""
+    if run.base_text_factor != 1:
+        run.process.say(f"[Info] The base checkpoint's {run.state.base_vocab} text tokens: learning rate of their "
+                        f"tensors x {run.base_text_factor:g}")
+    groups = [(group["lr_scale"], group["params"]) for group in run.optimizer.param_groups]
+    groups.append((0.0, [weight for weight in run.model.parameters() if not weight.requires_grad]))
+    counts = Counter({factor: sum(p.numel() for f, params in groups if f == factor for p in params)
+                      for factor, _ in groups})
+    for factor, count in sorted(counts.items()) if len(+counts) > 1 else ():
+        run.process.say(f"[Info] Learning rate x {factor:g}: {count / 1e6:.3f} M values{'' if factor else ', frozen'}")
 
 
 def say_start(run: Run) -> None:
@@ -3071,6 +3145,7 @@ def say_start(run: Run) -> None:
         f"{config.global_batch}; {run.threads} reading thread{'s' * (run.threads > 1)}; peak learning rate "
         f"{config.learning_rate:g}")
     limit = f", --max-steps {config.max_steps}: the smaller one holds" if config.max_steps else ""
+    say_parts(run)
     say(f"[Info] The run ends at step {run.end}: {config.epochs} epochs end at step {to_the_end}{limit}")
     for manifest, (rows, weight) in zip(run.train_data.manifests, run.train_data.mix, strict=True):
         if weight != 1:
