@@ -76,7 +76,7 @@ def test_a_language_that_the_base_knew_and_that_gets_worse_is_warned_of(data, tm
     """The base knows en; then am alone is trained, with other codes."""
     arguments = ["--tokenizer", data / "tokenizer.model", *SETTINGS, "--dropout", 0, "--warmup-steps", 1]
     runs(train_in_process("--train-manifest", data / "train_en.jsonl", "--val-manifest", data / "train_en.jsonl",
-                          *arguments, "--epochs", 15, "--learning-rate", 0.01, "--output-dir", tmp_path / "base"))
+                          *arguments, "--epochs", 80, "--learning-rate", 0.03, "--output-dir", tmp_path / "base"))
     rows = read_jsonl(data / "train_pairs.jsonl")
     write_manifest(data / "train_am.jsonl", [{**row, "target_codes_start": other["target_codes_start"],
                                               "target_code_len": other["target_code_len"]}
@@ -84,7 +84,7 @@ def test_a_language_that_the_base_knew_and_that_gets_worse_is_warned_of(data, tm
     output = runs(train_in_process(
         "--train-manifest", f"{data}/train_am.jsonl::am", "--val-manifest", f"{data}/train_am.jsonl::am",
         "--val-manifest", f"{data}/train_en.jsonl::en", *arguments, "--base-checkpoint", tmp_path / "base/latest.pth",
-        "--learning-rate", 0.01, "--epochs", 10, "--val-interval", 20, "--output-dir", tmp_path / "out"))
+        "--learning-rate", 0.03, "--epochs", 10, "--val-interval", 20, "--output-dir", tmp_path / "out"))
     assert output.index("[Val] epoch=0 step=0 ") < output.index("[Train]")  # what the base knows
     for part in ("en", "am", "train_am.jsonl"):
         assert len(re.findall(rf"\[Val\]   \S*{re.escape(part)} text_loss=", output)) == 3

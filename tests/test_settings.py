@@ -52,6 +52,10 @@ TESTED = {
     "--dropout": "test_settings.py::test_seed_and_dropout_change_what_is_trained",
     "--eval-only": "test_settings.py::test_eval_only_trains_nothing_and_writes_every_row",
     "--accept-changed-data": "test_settings.py::test_changed_data_are_accepted_only_when_that_is_typed",
+    "--freeze": "test_parts.py::test_frozen_tensors_stay_bit_for_bit_and_the_others_learn",
+    "--lr-scale":
+        "test_parts.py::test_the_rows_of_new_tokens_learn_as_many_times_faster_as_was_asked_for",
+    "--patience": "test_mixes.py::test_patience_ends_a_run_that_gets_no_better_and_more_patience_goes_on",
     "--freeze-base-vocab": "test_settings.py::test_a_frozen_vocabulary_stays_and_the_rest_trains",
     "--compile": "test_settings.py::test_compile_compiles",
     "--profile": "test_settings.py::test_profile_writes_a_trace",
