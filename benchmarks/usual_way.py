@@ -71,7 +71,7 @@ class PaddedGPT(nn.Module):
         x = torch.cat([batch["condition"], self.speed.weight.expand(count, -1, -1),
                        self.text(text) + self.text_at(places[: text.shape[1]]),
                        self.mel(mel) + self.mel_at(places[: mel.shape[1]])], dim=1)
-        x = self.norm(self.blocks(x)[:, trainer.LEADING_ROWS :])
+        x = self.norm(self.blocks(x)[:, 34:])
         text_logits, mel_logits = self.text_head(x[:, : text.shape[1]]), self.mel_head(x[:, text.shape[1] :])
         return (0.2 * F.cross_entropy(text_logits.flatten(0, 1).float(), batch["text_targets"].flatten())
                 + 0.8 * F.cross_entropy(mel_logits.flatten(0, 1).float(), batch["mel_targets"].flatten()))

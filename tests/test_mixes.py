@@ -20,7 +20,8 @@ def data(tmp_path: Path) -> Path:
     for name in ("train", "val"):
         rows = read_jsonl(folder / f"{name}_pairs.jsonl")
         for language in ("en", "zh"):
-            write_manifest(folder / f"{name}_{language}.jsonl", [{**row, "id": f"{language}_{row['id']}"} for row in rows])
+            write_manifest(folder / f"{name}_{language}.jsonl",
+                           [{**row, "id": f"{language}_{row['id']}"} for row in rows])
     return folder
 
 

@@ -89,7 +89,8 @@ def test_a_run_with_frozen_and_scaled_parts_that_was_killed_goes_on_bit_for_bit(
 
 
 def test_what_was_frozen_may_be_trained_later_with_the_moments_that_are_known(data, base, tmp_path):
-    args = [*data_args(data), *SETTINGS, "--base-checkpoint", base, "--output-dir", tmp_path / "out", "--resume", "auto"]
+    args = [*data_args(data), *SETTINGS, "--base-checkpoint", base, "--output-dir", tmp_path / "out", "--resume",
+            "auto"]
     runs(train_in_process(*args, "--max-steps", 2, "--freeze", "gpt.h.*"))
     moments = load_checkpoint(tmp_path / "out" / "latest.pth")["optimizer"]
     assert not [name for group in moments["param_groups"] for name in group["param_names"] if name.startswith("gpt.h.")]

@@ -30,7 +30,6 @@ from tools.speech_codec import SpeechCodec, codec_record
 from tools.text_rules import rules_of
 from tools.train_tokenizer import load_tokenizer
 from trainers.train_gpt_v2 import (
-    LEADING_ROWS,
     Block,
     ModelConfig,
     ResumeError,
@@ -158,12 +157,12 @@ class KVCache:
     def __init__(self, model: UnifiedVoiceGPT, sequences: int, rows: int) -> None:
         config = model.config
         shape = (config.layers, sequences, rows, config.heads, config.model_dim // config.heads)
-        self.keys, self.values = (torch.zeros(shape, dtype=model.speed_emb.weight.dtype) for _ in range(2))
+        self.keys, self.values = (torch.zeros(shape, dtype=model.mel_embedding.weight.dtype) for _ in range(2))
 
 
 def lines_at_once(config: ModelConfig, longest: int) -> int:
     """How many lines of `longest` codes are spoken together: as many as CACHE_BYTES hold, at least one. Pure."""
-    rows = LEADING_ROWS + config.max_text_tokens + 2 + longest
+    rows = config.leading_rows + config.max_text_tokens + 2 + longest
     of_a_line = 2 * config.layers * rows * config.model_dim * torch.float64.itemsize
     return max(1, min(LINES_AT_ONCE, CACHE_BYTES // of_a_line))
 
@@ -196,7 +195,7 @@ def prefix_rows(model: UnifiedVoiceGPT, lines: Sequence[Line]) -> tuple[Tensor, 
     samples = [Sample(np.array(line.text_ids, dtype=np.int64), no_codes, line.prompt.condition.numpy(),
                       line.prompt.emo_vec.numpy()) for line in lines]
     batch = collate_packed(samples, model.config)
-    rows = model.embed(batch).to(model.speed_emb.weight.dtype).split(batch.lengths)
+    rows = model.embed(batch).to(model.mel_embedding.weight.dtype).split(batch.lengths)
     without_stop = [sequence[:-1] for sequence in rows]
     return torch.nn.utils.rnn.pad_sequence(without_stop, batch_first=True), torch.tensor(batch.lengths) - 1
 

@@ -74,8 +74,8 @@ from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 FORMAT_VERSION = 2  # of checkpoints; 1 is read too: it had validation_owed, and codec_sha256 instead of made_with
 ARITHMETIC = 1  # raised when the same settings give other bits; said on resume
-CONDITION_ROWS = 32  # the perceiver's latents
-LEADING_ROWS = CONDITION_ROWS + 2  # and the two speed rows
+
+NAMES = ("IndexTTS2", "IndexTTS-2.5")
 MAX_WEIGHT = 1000  # of a training manifest
 MAX_BAD_FRACTION = 0.01  # of a data set's rows may have unreadable feature files
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -306,9 +306,17 @@ def choose_batch_split(batch_size: int, grad_accumulation: int, hardware_batch_s
 # 2. Model: IndexTTS2's UnifiedVoice, the part that training uses; its tensor names are the checkpoint's
 
 
+# The rows of IndexTTS-2.5's lang_embedding, by number; it has one more.
+LANGUAGES = (
+    "en zh de es ru ko fr ja pt tr pl ca nl ar sv it id hi fi vi he uk el ms cs ro da hu ta no th ur hr bg lt la mi ml "
+    "cy sk te fa lv bn sr az sl kn et mk br eu is hy ne mn bs kk sq sw gl mr pa si km sn yo so af oc ka be tg sd gu am "
+    "yi lo uz fo ht ps tk nn mt sa lb my bo tl mg as tt haw ln ha ba jw su yue minnan wuyu dialect zh/en en/zh common"
+).split()
+
+
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and token numbers of the GPT: IndexTTS2's `gpt:` section."""
+    """Sizes and token numbers of the GPT: the `gpt:` section of IndexTTS2 (languages 0) or IndexTTS-2.5."""
 
     model_dim: int
     layers: int
@@ -321,6 +329,17 @@ class ModelConfig:
     stop_text_token: int = 1
     start_mel_token: int = 8192
     stop_mel_token: int = 8193
+    languages: int = 0  # rows of IndexTTS-2.5's lang_embedding
+
+    @property
+    def condition_shape(self) -> tuple[int, int]:
+        """The perceiver's 32 latents; in IndexTTS-2.5 the speaker vector of CAM++."""
+        return (1, 192) if self.languages else (32, self.model_dim)
+
+    @property
+    def leading_rows(self) -> int:
+        """Before the text: the condition, and two rows for speed (zeros in IndexTTS-2.5)."""
+        return self.condition_shape[0] + 2
 
     @property
     def code_count(self) -> int:
@@ -342,7 +361,7 @@ def model_config_from(gpt: Any, source: str, vocab_size: int | None = None) -> M
     values = gpt if vocab_size is None else {**gpt, "number_text_tokens": vocab_size}
     problems, chosen = [], {}
     for item in dataclasses.fields(ModelConfig):
-        value, lowest = values.get(item.name, item.default), 0 if item.name.endswith("_token") else 1
+        value, lowest = values.get(item.name, item.default), 0 if item.name.endswith(("_token", "languages")) else 1
         if value is dataclasses.MISSING:
             problems.append(f"gpt.{item.name} is missing")
         elif not isinstance(value, int) or isinstance(value, bool) or value < lowest:
@@ -363,8 +382,8 @@ def model_config_from(gpt: Any, source: str, vocab_size: int | None = None) -> M
 class PackedBatch:
     """Samples end to end in one flat sequence of `total` rows, no padding; B samples, D = model_dim.
 
-    A sample's rows: 32 condition rows, speed_emb[1], speed_emb[0], t + 2 text rows, c + 2 mel rows. Scored are the
-    first t + 1 text rows and the first c + 1 mel rows.
+    A sample's rows: C condition rows (ModelConfig.condition_shape), speed_emb[1], speed_emb[0], t + 2 text rows, c + 2
+    mel rows. Scored are the first t + 1 text rows and the first c + 1 mel rows.
     """
 
     rows: list[int]  # data set rows, [B]
@@ -373,10 +392,11 @@ class PackedBatch:
     lengths: list[int]  # rows of each sample, [B]
     text_counts: list[int]  # scored text rows of each sample, [B]
     mel_counts: list[int]
-    condition: Tensor  # [B, 32, D] float32
+    condition: Tensor  # [B, 32, D] float32; [B, 1, 192] in IndexTTS-2.5
     emo_vec: Tensor  # [B, D] float32
     text_inputs: Tensor  # [sum(t + 2)]
     text_positions: Tensor
+    text_languages: Tensor  # 0 in IndexTTS2, which has none
     mel_inputs: Tensor  # [sum(c + 2)]
     mel_positions: Tensor
     pack_order: Tensor  # [total] into cat(condition rows, 2 speed rows, text rows, mel rows)
@@ -503,15 +523,23 @@ class UnifiedVoiceGPT(nn.Module):
         self.final_norm = nn.LayerNorm(dim)
         self.text_head = nn.Linear(dim, config.number_text_tokens + 1)
         self.mel_head = nn.Linear(dim, config.number_mel_codes)
-        self.speed_emb = nn.Embedding(2, dim)
+        if config.languages:
+            self.spk_emb_proj = nn.Linear(config.condition_shape[1], dim)
+            self.lang_embedding = nn.Embedding(config.languages, dim)
+        else:
+            self.speed_emb = nn.Embedding(2, dim)
 
     def embed(self, batch: PackedBatch) -> Tensor:
-        """[total, D]: the sequence given to the transformer."""
-        condition = batch.condition + batch.emo_vec.unsqueeze(1)
+        """[total, D]: the sequence given to the transformer; the one place where IndexTTS-2.5 computes otherwise."""
         text = self.text_embedding(batch.text_inputs) + self.text_pos_embedding.emb(batch.text_positions)
         mel = self.mel_embedding(batch.mel_inputs) + self.mel_pos_embedding.emb(batch.mel_positions)
-        rows = torch.cat([condition.flatten(0, 1), self.speed_emb.weight, text, mel])
-        return rows.index_select(0, batch.pack_order)
+        if self.config.languages:
+            text = text + self.lang_embedding(batch.text_languages)
+            condition, speed = self.spk_emb_proj(batch.condition), text.new_zeros(2, self.config.model_dim)
+        else:
+            condition, speed = batch.condition, self.speed_emb.weight
+        condition = condition + batch.emo_vec.unsqueeze(1)
+        return torch.cat([condition.flatten(0, 1), speed, text, mel]).index_select(0, batch.pack_order)
 
     def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """Returns logits at the scored positions: text [sum(t + 1), V + 1] and mel [sum(c + 1), M]."""
@@ -598,13 +626,14 @@ class Row:
 
 @dataclass
 class Sample:
-    """What the model sees of one row: text_ids [t] and codes [c] int64, condition [32, D] and emo_vec [D] float32."""
+    """What the model sees of one row: text_ids [t] and codes [c] int64, condition and emo_vec [D] float32."""
 
     text_ids: np.ndarray
     codes: np.ndarray
-    condition: np.ndarray
+    condition: np.ndarray  # ModelConfig.condition_shape
     emo_vec: np.ndarray
     row: int = 0
+    language: int = 0  # of LANGUAGES
 
 
 @dataclass
@@ -798,6 +827,10 @@ class ManifestDataset:
             raise UserError(f"{self.place(long[0])}: {long[0].text_len} text tokens and {long[0].code_len} codes; the "
                             f"model takes at most {most_text} and {most_codes}. {len(long)} of {len(self)} rows are "
                             "too long: leave them out (tools.build_pairs has length limits)")
+        unknown = next((row for row in self.rows if model.languages and row.language not in LANGUAGES), None)
+        if unknown:
+            raise UserError(f"{self.place(unknown)}: IndexTTS-2.5 has no language {unknown.language!r}. Name one of "
+                            f"its own behind the manifest, such as PATH::am: {', '.join(LANGUAGES)}")
         for kind in KINDS:
             self.check_shards(kind)
         # The first rows that have files of their own are read before anything depends on them.
@@ -865,13 +898,14 @@ class ManifestDataset:
 
     def expected(self, row: Row, kind: str) -> tuple[int, tuple[int, ...]]:
         """Rows of the array that an utterance has, and the shape of each."""
-        counts = {"text_ids": row.text_len, "codes": row.code_len, "condition": CONDITION_ROWS, "emo_vec": 1}
-        return counts[kind], () if kind in ("text_ids", "codes") else (self.model.model_dim,)
+        count, width = self.model.condition_shape
+        return {"text_ids": (row.text_len, ()), "codes": (row.code_len, ()), "condition": (count, (width,)),
+                "emo_vec": (1, (self.model.model_dim,))}[kind]
 
     def check_type(self, file: ArrayFile, row: Row, kind: str) -> None:
         """Raises: UserError for an array that no utterance can be read from."""
         count, shape = self.expected(row, kind)
-        wanted = (count, *shape) if kind == "condition" else shape
+        wanted = (count, *shape) if count > 1 else shape
         found = file.shape if row.parts[KINDS.index(kind)][1] is None else (*wanted[:-1], *file.shape[1:])
         if not shape and (file.dtype.kind not in "iu" or len(file.shape) != 1):
             raise UserError(f"{self.place(row)}: {file.path} is {file.dtype} {list(file.shape)}, not a row of whole "
@@ -908,7 +942,8 @@ class ManifestDataset:
             if index in self.bad_rows:
                 raise BadFeatureFile(self.bad_rows[index])
             text_ids, codes, condition, emo_vec = (self.read_part(self.rows[index], kind) for kind in KINDS)
-            return Sample(text_ids, codes, condition, emo_vec, index)
+            language = LANGUAGES.index(self.rows[index].language) if self.model.languages else 0
+            return Sample(text_ids, codes, condition, emo_vec, index, language)
         except (BadFeatureFile, UserError) as error:  # returned: the other rows of the batch are good
             return BrokenRow(index, str(error), fatal=isinstance(error, UserError))
 
@@ -956,34 +991,36 @@ def collate_packed(samples: Sequence[Sample | BrokenRow], model: ModelConfig) ->
     """Lays samples end to end; broken rows are left out and named in bad_rows."""
     good = [sample for sample in samples if isinstance(sample, Sample)]
     broken = [sample for sample in samples if isinstance(sample, BrokenRow)]
-    speed_at = CONDITION_ROWS * len(good)
+    count = model.condition_shape[0]
+    speed_at = count * len(good)
     text_at = speed_at + 2
     mel_at = text_at + sum(len(s.text_ids) + 2 for s in good)
-    names = ("text_inputs", "text_positions", "mel_inputs", "mel_positions", "pack_order", "text_scored",
-             "text_targets", "mel_scored", "mel_targets")
+    names = ("text_inputs", "text_positions", "text_languages", "mel_inputs", "mel_positions", "pack_order",
+             "text_scored", "text_targets", "mel_scored", "mel_targets")
     parts: dict[str, list[Any]] = {name: [np.zeros(0, dtype=np.int64)] for name in names}
     flat = 0
     for i, s in enumerate(good):
         t, c = len(s.text_ids), len(s.codes)
         text = np.concatenate([[model.start_text_token], s.text_ids, [model.stop_text_token]])
         mel = np.concatenate([[model.start_mel_token], s.codes, [model.stop_mel_token]])
-        text_row = flat + LEADING_ROWS
+        text_row = flat + model.leading_rows
         mel_row = text_row + t + 2
         parts["text_inputs"].append(text)
         parts["text_positions"].append(np.arange(t + 2))
+        parts["text_languages"].append(np.full(t + 2, s.language))
         parts["mel_inputs"].append(mel)
         parts["mel_positions"].append(np.arange(c + 2))
-        parts["pack_order"] += [CONDITION_ROWS * i + np.arange(CONDITION_ROWS), [speed_at + 1, speed_at],
+        parts["pack_order"] += [count * i + np.arange(count), [speed_at + 1, speed_at],
                                 text_at + np.arange(t + 2), mel_at + np.arange(c + 2)]
         parts["text_scored"].append(text_row + np.arange(t + 1))
         parts["text_targets"].append(text[1:])
         parts["mel_scored"].append(mel_row + np.arange(c + 1))
         parts["mel_targets"].append(mel[1:])
         text_at, mel_at, flat = text_at + t + 2, mel_at + c + 2, mel_row + c + 2
-    lengths = [LEADING_ROWS + len(s.text_ids) + 2 + len(s.codes) + 2 for s in good]
+    lengths = [model.leading_rows + len(s.text_ids) + 2 + len(s.codes) + 2 for s in good]
     text_counts, mel_counts = [len(s.text_ids) + 1 for s in good], [len(s.codes) + 1 for s in good]
     groups, ungroup = group_rows(lengths)
-    condition = np.array([s.condition for s in good], dtype=np.float32).reshape(-1, CONDITION_ROWS, model.model_dim)
+    condition = np.array([s.condition for s in good], dtype=np.float32).reshape(-1, *model.condition_shape)
     emo_vec = np.array([s.emo_vec for s in good], dtype=np.float32).reshape(-1, model.model_dim)
     return PackedBatch(
         rows=[s.row for s in good], bad_rows={b.row: b.reason for b in broken if not b.fatal},
@@ -997,8 +1034,8 @@ def collate_packed(samples: Sequence[Sample | BrokenRow], model: ModelConfig) ->
 
 def idle_batch(config: ModelConfig) -> PackedBatch:
     """One sample of nothing, for a rank without samples in a step: gradients are exchanged in the backward pass."""
-    condition = np.zeros((CONDITION_ROWS, config.model_dim), np.float32)
-    sample = Sample(np.zeros(1, np.int64), np.zeros(1, np.int64), condition, condition[0])
+    sample = Sample(np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros(config.condition_shape, np.float32),
+                    np.zeros(config.model_dim, np.float32))
     return collate_packed([sample], config)
 
 
@@ -1751,7 +1788,7 @@ def choose_attention(model: UnifiedVoiceGPT, precision: Precision) -> str:
     if device.type != "cuda" or dtype is None or torch.cuda.get_device_capability(device) < (8, 0):
         return "padded causal SDPA"
     config = model.config
-    sample = Sample(np.zeros(9, np.int64), np.zeros(40, np.int64), np.zeros((CONDITION_ROWS, config.model_dim)),
+    sample = Sample(np.zeros(9, np.int64), np.zeros(40, np.int64), np.zeros(config.condition_shape),
                     np.zeros(config.model_dim))
     short = dataclasses.replace(sample, codes=sample.codes[:5])
     batch = collate_packed([sample, short], config).to(device)
@@ -2143,8 +2180,9 @@ REQUIRED_KEYS = ("model", "optimizer", "epoch", "step")
 COMPLETE_KEYS = ("config", "environment", "sample_in_epoch", "tokenizer", "train_data", "model_config", "manifests",
                  "recent_checkpoints", "rotated_out", "run_dir", "nonfinite", "best", "last_val")
 # The order of names in IndexTTS2's files.
-NAME_ORDER = (*CARRIED_PREFIXES[:4], "text_embedding.", *CARRIED_PREFIXES[4:], "mel_embedding.", "gpt.",
-              "mel_pos_embedding.", "text_pos_embedding.", "final_norm.", "text_head.", "mel_head.", "speed_emb.")
+NAME_ORDER = (*CARRIED_PREFIXES[:2], "spk_emb_proj.", *CARRIED_PREFIXES[2:4], "text_embedding.", "lang_embedding.",
+              *CARRIED_PREFIXES[4:], "mel_embedding.", "gpt.", "mel_pos_embedding.", "text_pos_embedding.",
+              "final_norm.", "text_head.", "mel_head.", "speed_emb.")
 
 
 def in_name_order(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -2861,21 +2899,38 @@ def open_run_dir(run: Run, point: ResumePoint | None, resume: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # 11. Run
 
+TIKTOKEN_SPECIALS = 1673  # of IndexTTS-2.5: languages, events and times, numbered behind the ranks
+
 
 def read_tokenizer(path: str) -> dict[str, Any]:
-    """Returns path, sha256 and size of a SentencePiece model. Raises: UserError."""
+    """Path, sha256 and size of a SentencePiece model, or of IndexTTS-2.5's .tiktoken file. Raises: UserError."""
     import sentencepiece
 
+    size = 0
     try:
         content = Path(path).read_bytes()
-        size = sentencepiece.SentencePieceProcessor(model_proto=content).vocab_size() if content else 0
+        if path.endswith(".tiktoken"):  # a line for every rank: the token in base64, and its number
+            is_whole = re.fullmatch(rb"([A-Za-z0-9+/]+=* [0-9]+\r?\n?)+", content)
+            size = len(content.splitlines()) + TIKTOKEN_SPECIALS if is_whole else 0
+        elif content:
+            size = sentencepiece.SentencePieceProcessor(model_proto=content).vocab_size()
     except OSError as error:
         raise UserError(f"--tokenizer {path}: {error.strerror}. tools.train_tokenizer makes one") from error
     except RuntimeError:
         size = 0
     if not size:
-        raise UserError(f"--tokenizer {path}: not a SentencePiece model. tools.train_tokenizer makes one")
+        raise UserError(f"--tokenizer {path}: neither a SentencePiece model, which tools.train_tokenizer makes, nor "
+                        "IndexTTS-2.5's .tiktoken file")
     return {"path": path, "sha256": hashlib.sha256(content).hexdigest(), "size": size}
+
+
+def read_gpt_section(path: Path) -> Any:
+    """The gpt: section of a YAML file for --config; that of IndexTTS-2.5 knows its languages. Raises: UserError."""
+    content = read_yaml(path)
+    section: Any = content.get("gpt")
+    version = content.get("version", 2)
+    is_25 = isinstance(section, dict) and isinstance(version, (int, float)) and version >= 2.5
+    return {"languages": len(LANGUAGES) + 1, **section} if is_25 else section
 
 
 def find_model_yaml(config: TrainConfig, checkpoint: Mapping[str, Any] | None) -> Path | None:
@@ -2992,7 +3047,10 @@ def load_base_checkpoint(model: UnifiedVoiceGPT, tensors: Mapping[str, Tensor], 
     With another vocabulary size the overlapping rows are copied and the rest stays fresh.
     Raises: UserError that lists all missing tensors and wrong shapes.
     """
-    problems = []
+    problems, is_25 = [], "spk_emb_proj.weight" in tensors
+    if is_25 != (model.config.languages > 0):
+        raise UserError(f"--base-checkpoint {path} is of {NAMES[is_25]}, but --config of {NAMES[not is_25]}. Pass the "
+                        "config.yaml, tokenizer and data that belong to it")
     with torch.no_grad():
         for name, weight in model.state_dict().items():
             source = tensors.get(name)
@@ -3021,9 +3079,10 @@ def check_unrecorded(path: str, rate: float | None, data: ManifestDataset, model
     if data.codes_seen > 1000 and data.highest_code < model.code_count // 2:
         raise UserError(f"{path}: the highest of {data.codes_seen} codes is {data.highest_code}, the model has "
                         f"{model.code_count}: they are another codec's. Preprocess with the features of these weights")
-    if has_base and rate and model.code_count == 8192 and not 40 < rate < 60:
-        raise UserError(f"{path}: {rate:.1f} codes a second (median), IndexTTS2 has 50: they are another codec's, or "
-                        "have padding in them. Preprocess with the features of these weights")
+    known = 25 if model.languages else 50
+    if has_base and rate and model.code_count == 8192 and not 0.8 * known < rate < 1.2 * known:
+        raise UserError(f"{path}: {rate:.1f} codes a second (median), {NAMES[model.languages > 0]} has {known}: they "
+                        "are another codec's, or have padding in them. Preprocess with the features of these weights")
 
 
 def belongs_together(config: TrainConfig, model_config: ModelConfig, tokenizer: Mapping[str, Any],
@@ -3074,9 +3133,13 @@ def prepare(typed: Mapping[str, Any], point: ResumePoint | None, output_dir: Pat
         say_changes(config, checkpoint, device, say)
     say(f"[Info] Config: {config.config or (point.path if point else '')}")
     tokenizer = read_tokenizer(config.tokenizer)
-    section = read_yaml(Path(config.config)).get("gpt") if config.config else (checkpoint or {}).get("model_config")
+    section = read_gpt_section(Path(config.config)) if config.config else (checkpoint or {}).get("model_config")
     source = f"--config {config.config}" if config.config else "the checkpoint's config"
     model_config = model_config_from(section, source, tokenizer["size"])
+    if config.tokenizer.endswith(".tiktoken") and tokenizer["size"] != (section or {}).get("number_text_tokens"):
+        raise UserError(f"--tokenizer {config.tokenizer} has {tokenizer['size']} tokens, {source} says "
+                        f"{(section or {}).get('number_text_tokens')}: it is another model's. Pass the one beside the "
+                        "weights")
     val_data = process.in_thread(lambda: ManifestDataset(config.val_manifest, model_config))
     train_data = val_data if config.eval_only else process.in_thread(
         lambda: ManifestDataset(config.train_manifest, model_config))
@@ -3096,7 +3159,7 @@ def prepare(typed: Mapping[str, Any], point: ResumePoint | None, output_dir: Pat
     attention = choose_attention(model, precision)
     if device.type == "cuda":
         say(f"[Info] Algorithms: {use_deterministic_algorithms(model, precision)}")
-    say(f"[Info] Model: {model_config.layers} layers x {model_config.model_dim}, "
+    say(f"[Info] Model: {NAMES[model_config.languages > 0]}, {model_config.layers} layers x {model_config.model_dim}, "
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, attention: {attention}")
     if checkpoint is None:
         say(f"[Info] Base checkpoint: {config.base_checkpoint or 'none, training from scratch'}")
