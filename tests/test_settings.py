@@ -56,6 +56,10 @@ TESTED = {
     "--lr-scale":
         "test_parts.py::test_the_rows_of_new_tokens_learn_as_many_times_faster_as_was_asked_for",
     "--patience": "test_mixes.py::test_patience_ends_a_run_that_gets_no_better_and_more_patience_goes_on",
+    "--lora-rank": "test_lora.py::test_its_checkpoint_holds_the_small_part_and_what_it_adds_to",
+    "--lora-alpha": "test_lora.py::test_alpha_scales_what_is_added",
+    "--lora-dropout": "test_lora.py::test_dropout_changes_what_is_learned",
+    "--lora-targets": "test_lora.py::test_its_checkpoint_holds_the_small_part_and_what_it_adds_to",
     "--freeze-base-vocab": "test_settings.py::test_a_frozen_vocabulary_stays_and_the_rest_trains",
     "--compile": "test_settings.py::test_compile_compiles",
     "--profile": "test_settings.py::test_profile_writes_a_trace",

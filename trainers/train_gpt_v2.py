@@ -76,6 +76,7 @@ FORMAT_VERSION = 2  # of checkpoints; 1 is read too: it had validation_owed, and
 ARITHMETIC = 1  # raised when the same settings give other bits; said on resume
 
 NAMES = ("IndexTTS2", "IndexTTS-2.5")
+LORA_TARGETS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 MAX_WEIGHT = 1000  # of a training manifest
 MAX_BAD_FRACTION = 0.01  # of a data set's rows may have unreadable feature files
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -170,6 +171,12 @@ class TrainConfig:
     lr_scale: list[str] = setting([], "learning rate of tensors, as a multiple: the same patterns, and the set "
                                   "new-text, such as new-text=10; repeatable", action="append",
                                   metavar="PATTERN=FACTOR")
+    lora_rank: int = setting(0, "train low-rank additions to the base checkpoint's matrices instead of these (0 = no); "
+                             "rows of new text tokens are trained in full", 0, 4096, type=int)
+    lora_alpha: float = setting(0.0, "LoRA's scale times its rank (twice the rank)", 0, type=float)
+    lora_dropout: float = setting(0.0, "before LoRA's first matrix (0)", 0, 0.99, type=float)
+    lora_targets: list[str] = setting([], "layers of a block that get one (attn.c_attn attn.c_proj mlp.c_fc "
+                                      "mlp.c_proj)", nargs="+", choices=LORA_TARGETS, metavar="LAYER")
     compile: bool = setting(False, "torch.compile the model", action=argparse.BooleanOptionalAction)
     profile: bool = setting(False, "write a torch.profiler trace of steps 4 to 6 of this process", action="store_true")
     world_size: int = 1  # processes; torchrun's, not a flag
@@ -245,6 +252,8 @@ def config_problems(config: TrainConfig) -> list[str]:
                             f"{MAX_WEIGHT}")
     problems += [f"--val-manifest {manifest}: validation reads every row once, it takes no weight"
                  for manifest in config.val_manifest if split_manifest(manifest)[2] != 1]
+    if not config.lora_rank and (config.lora_alpha or config.lora_dropout or config.lora_targets):
+        problems.append("--lora-alpha, --lora-dropout and --lora-targets go with --lora-rank")
     if config.dropout == 1:
         problems.append(f"--dropout {config.dropout}: must be below 1")
     if config.text_loss_weight + config.mel_loss_weight == 0:
@@ -417,6 +426,10 @@ class PackedBatch:
         return self.map_tensors(functools.partial(Tensor.to, device=device, non_blocking=True))
 
 
+def lora_scale(rank: int, alpha: float) -> float:
+    return (alpha or 2 * rank) / rank
+
+
 Attention = Callable[[Tensor, PackedBatch], Tensor]
 
 
@@ -445,15 +458,30 @@ def varlen_attention(qkv: Tensor, batch: PackedBatch) -> Tensor:
     return out.flatten(1)
 
 
+class LoRA(nn.Module):
+    """What a low rank adds to a layer: scale * x A B. B starts at zero, so that training starts from the base."""
+
+    def __init__(self, inputs: int, outputs: int, config: TrainConfig, generator: torch.Generator):
+        super().__init__()
+        self.scale, self.dropout = lora_scale(config.lora_rank, config.lora_alpha), config.lora_dropout
+        self.A = nn.Parameter(torch.randn(inputs, config.lora_rank, generator=generator) / math.sqrt(inputs))
+        self.B = nn.Parameter(torch.zeros(config.lora_rank, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * (F.dropout(x, self.dropout, self.training) @ self.A @ self.B)
+
+
 class Conv1D(nn.Module):
     """GPT-2's linear layer: weight [in, out], y = x W + b."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
         self.weight, self.bias = nn.Parameter(torch.empty(inputs, outputs)), nn.Parameter(torch.empty(outputs))
+        self.lora: LoRA | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.addmm(self.bias, x, self.weight)
+        y = torch.addmm(self.bias, x, self.weight)
+        return y if self.lora is None else y + self.lora(x)
 
 
 class CausalSelfAttention(nn.Module):
@@ -590,6 +618,15 @@ def init_fresh_weights(model: UnifiedVoiceGPT, seed: int, codes_per_text_token: 
                 weight.normal_(0, projection_std if name.endswith("c_proj.weight") else 0.02, generator=generator)
         for table, rate in ((model.text_pos_embedding.emb, codes_per_text_token), (model.mel_pos_embedding.emb, 1.0)):
             table.weight.copy_(sinusoids(torch.arange(len(table.weight)) * rate, model.config.model_dim))
+
+
+def add_lora(model: UnifiedVoiceGPT, config: TrainConfig) -> None:
+    """Gives the target layers of every block their low-rank additions."""
+    generator = torch.Generator().manual_seed(config.seed)
+    for name, layer in model.named_modules():
+        if isinstance(layer, Conv1D) and name.endswith(tuple(config.lora_targets or LORA_TARGETS)):
+            inputs, outputs = layer.weight.shape
+            layer.lora = LoRA(inputs, outputs, config, generator)
 
 
 # What the training loss never touches: carried from the base checkpoint unchanged.
@@ -1657,6 +1694,7 @@ class Run:
     ddp: DistributedDataParallel | None = None  # of the model, with several processes
     reader: ReadAhead | None = None  # of the training data, from where the run stands
     metrics: MetricsLog | None = None  # rank 0's
+    lora_base: dict[str, Any] | None = None  # path and sha256 of the weights that LoRA adds to
     base_text_factor: float = 1.0  # of the learning rate, for the base's rows of VOCAB_TENSORS
     # [updates skipped for non-finite gradients, how many in a row now, the longest row]; on the device, read rarely
     nonfinite: Tensor = field(default_factory=lambda: torch.zeros(3))
@@ -1669,6 +1707,11 @@ class Run:
     save_retry_step: int = 0  # after a failed save
     warned_flush: bool = False
     profiler: Any = None
+
+    @functools.cached_property
+    def learned(self) -> set[str]:
+        """Tensors that this run trains, or has trained before it was resumed: all that a checkpoint of LoRA holds."""
+        return {name for name, weight in self.model.named_parameters() if weight.requires_grad}
 
     @property
     def end(self) -> int:
@@ -1836,12 +1879,17 @@ def matching(pattern: str, names: Sequence[str]) -> list[str]:
     return [name for name in names for one in sets.get(pattern, (pattern,)) if fnmatch.fnmatchcase(name, one)]
 
 
-def lr_factors(names: Sequence[str], config: TrainConfig, base_vocab: int) -> tuple[dict[str, float], float]:
-    """What --freeze (0) and --lr-scale make of the learning rate of every tensor; later rules win.
+def lr_factors(names: Sequence[str], config: TrainConfig, base_vocab: int, grows: bool = False
+               ) -> tuple[dict[str, float], float]:
+    """What LoRA, --freeze (0) and --lr-scale make of the learning rate of every tensor; later rules win.
 
-    Returns: the factors, and that of the base checkpoint's text rows as a part of their tensors'. Raises: UserError.
+    grows: the tokenizer has more tokens than the base checkpoint. Returns: the factors, and that of the base
+    checkpoint's text rows as a part of their tensors'. Raises: UserError.
     """
     factors, rows = dict.fromkeys(names, 1.0), {"base-text": 1.0, "new-text": 1.0}
+    if config.lora_rank:
+        factors.update({name: 0.0 for name in names if ".lora." not in name and not (
+            grows and name in VOCAB_TENSORS)})
     rules = [("--lr-scale", *text.rpartition("=")[::2]) for text in config.lr_scale] + [
         ("--freeze", pattern, "0") for pattern in [*config.freeze, *["base-text"] * config.freeze_base_vocab]]
     for flag, pattern, text in rules:
@@ -1968,7 +2016,8 @@ def receive(run: Run, data: ManifestDataset, futures: Sequence[Future[PackedBatc
     bad_rows, *sums = run.process.agree(
         len(data.unreported), *numbers, sum(sum(batch.text_counts) for batch in batches),
         sum(sum(batch.mel_counts) for batch in batches), sum(sum(batch.lengths) for batch in batches),
-        int(step_flops(run.model.config, batches)), error=next((batch.error for batch in batches if batch.error), ""))
+        int(step_flops(run.model.config, batches) * (2 / 3 if run.config.lora_rank else 1)),  # frozen: no gradients
+        error=next((batch.error for batch in batches if batch.error), ""))
     if bad_rows:
         share_bad_rows(run, data)
     return [batch.to(run.precision.device) for batch in batches if batch.rows], sums
@@ -2402,7 +2451,9 @@ def make_checkpoint(run: Run, state: TrainState) -> dict[str, Any]:
         lambda tensor: tensor.detach().to("cpu", copy=True))
     return {
         "format_version": FORMAT_VERSION,
-        "model": in_name_order({**run.carried, **model}),
+        "model": in_name_order({**run.carried, **model} if run.lora_base is None else {
+            name: model[name] for name in model.keys() & run.learned}),
+        "lora_base": run.lora_base,
         "optimizer": optimizer,
         "scheduler": {**dataclasses.asdict(state.schedule), "last_epoch": position.step,
                       "_last_lr": [get_lr(position.step, state.schedule)]},
@@ -2701,11 +2752,14 @@ def require_fit(run: Run, point: ResumePoint) -> None:
     checkpoint, tokenizer, problems = point.checkpoint, run.tokenizer, []
     shapes = {name: tuple(t.shape) for name, t in run.model.state_dict().items()}
     found = {name: tuple(t.shape) for name, t in checkpoint["model"].items() if not name.startswith(CARRIED_PREFIXES)}
+    if run.lora_base and checkpoint.get("lora_base"):  # what it does not hold is the base's
+        shapes = {name: shape for name, shape in shapes.items() if name in found or ".lora." in name}
     differing = [name for name in {**shapes, **found} if found.get(name) != shapes.get(name)]
     if differing:
         name = differing[0]
         problems.append(f"model: {len(differing)} tensors have another shape, e.g. {name} {found.get(name)} in the "
-                        f"checkpoint, {shapes.get(name)} here. Resume with the --config and --tokenizer of the run")
+                        f"checkpoint, {shapes.get(name)} here. Resume with the --config, --tokenizer and --lora-rank "
+                        "of the run")
     then, now = checkpoint["model_config"], dataclasses.asdict(run.model.config)
     changed = [f"{name} {then[name]} -> {value}" for name, value in now.items()
                if name in then and then[name] != value and name != "number_text_tokens"]
@@ -2733,6 +2787,7 @@ def restore_model(run: Run, point: ResumePoint) -> None:
         for name, tensor in point.checkpoint["model"].items():
             if name in own:
                 own[name].copy_(tensor)
+                run.learned.add(name)
             else:
                 run.carried[name] = tensor.clone()
     run.state.position = point.position
@@ -3038,6 +3093,40 @@ def read_base_checkpoint(path: Path) -> tuple[dict[str, Tensor], Mapping[str, An
     return tensors, content
 
 
+def check_lora_base(path: str, known: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Path and sha256 of the file that LoRA adds to. Raises: UserError where it is gone, or not the known one."""
+    try:
+        with open(path, "rb") as handle:
+            digest = hashlib.file_digest(handle, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}. LoRA adds to these weights, a checkpoint does not hold them: bring "
+                        "the file back, or name where it is with --base-checkpoint") from error
+    if known and digest != known["sha256"]:
+        raise UserError(f"{path} (sha256 {digest[:12]}) is not the file that this LoRA was trained on (sha256 "
+                        f"{known['sha256'][:12]}, then {known['path']}). Name that one with --base-checkpoint")
+    return {"path": path, "sha256": digest}
+
+
+def merged_tensors(checkpoint: Mapping[str, Any], base_checkpoint: str = "") -> dict[str, Tensor]:
+    """IndexTTS2's tensors of a checkpoint; those of LoRA are merged into their base (base_checkpoint, if it moved).
+
+    Raises: UserError where that is gone or another file.
+    """
+    known, config = checkpoint.get("lora_base"), checkpoint["config"]
+    if not known:
+        return checkpoint["model"]
+    path, learned = base_checkpoint or known["path"], checkpoint["model"]
+    check_lora_base(path, known)
+    tensors = {name: tensor.float() for name, tensor in read_base_checkpoint(Path(path))[0].items()
+               if name.startswith(NAME_ORDER)}
+    tensors.update({name: tensor for name, tensor in learned.items() if ".lora." not in name})
+    for name in (name.removesuffix(".lora.A") for name in learned if name.endswith(".lora.A")):
+        product = learned[f"{name}.lora.A"] @ learned[f"{name}.lora.B"]
+        tensors[f"{name}.weight"] = tensors[f"{name}.weight"] + product * lora_scale(
+            config["lora_rank"], config["lora_alpha"])
+    return in_name_order(tensors)
+
+
 def load_base_checkpoint(model: UnifiedVoiceGPT, tensors: Mapping[str, Tensor], path: Path
                          ) -> tuple[dict[str, Tensor], int]:
     """Fills the model from a base checkpoint's tensors.
@@ -3146,14 +3235,21 @@ def prepare(typed: Mapping[str, Any], point: ResumePoint | None, output_dir: Pat
     datasets = [val_data] if config.eval_only else [train_data, val_data]
     for manifest in (manifest for data in datasets for manifest in data.manifests):
         say(f"[Info] {manifest['path']}: {manifest['rows']} rows")
-    base, content = None, None
-    if checkpoint is None and config.base_checkpoint:
+    base, content, lora_base = None, None, (checkpoint or {}).get("lora_base")
+    if config.lora_rank and not config.base_checkpoint:
+        raise UserError("--lora-rank goes with --base-checkpoint: the weights that it adds to")
+    if config.lora_rank:
+        lora_base = process.in_thread(lambda: check_lora_base(config.base_checkpoint, lora_base))
+    if config.base_checkpoint and (checkpoint is None or config.lora_rank):
         base, content = read_base_checkpoint(Path(config.base_checkpoint))
     made_with = belongs_together(config, model_config, tokenizer, datasets, content,
                                  say if point is None else lambda line: None)
     model, carried, base_vocab = build_model(config, model_config, train_data, base, fresh=checkpoint is None)
+    if config.lora_rank:
+        add_lora(model, config)
     names = [name for name, _ in model.named_parameters()]
-    factors, base_text_factor = lr_factors(names, config, base_vocab or (checkpoint or {}).get("base_vocab", 0))
+    base_vocab = base_vocab or (checkpoint or {}).get("base_vocab", 0)
+    factors, base_text_factor = lr_factors(names, config, base_vocab, 0 < base_vocab < tokenizer["size"])
     precision = choose_precision(config.amp, device)
     model.to(device)
     attention = choose_attention(model, precision)
@@ -3171,7 +3267,7 @@ def prepare(typed: Mapping[str, Any], point: ResumePoint | None, output_dir: Pat
     state = TrainState(base_vocab=base_vocab, first_batch_size=config.batch_size)
     optimizer = make_optimizer(model, config.weight_decay, factors)
     run = Run(config, output_dir, process, precision, model, optimizer, scaler, carried, gpt_section, tokenizer,
-              made_with, train_data, val_data, state, threads, base_text_factor=base_text_factor,
+              made_with, train_data, val_data, state, threads, base_text_factor=base_text_factor, lora_base=lora_base,
               nonfinite=torch.zeros(3, device=device))
     process.run = run
     if point and config.eval_only:
