@@ -648,7 +648,7 @@ CHECKED_ROWS = 1000  # rows with files of their own that are read before trainin
 # What codes, conditions and text ids were made with; recorded beside manifests, in checkpoints and in exports.
 MADE_WITH = {"features": "features", "codec_sha256": "codec", "num_codes": "number of codes",
              "codes_per_second": "codes a second", "tokenizer_sha256": "tokenizer", "text_rules": "text rules",
-             "front_end": "front end"}
+             "front_end": "front end", "conditioning_sha256": "conditioning modules"}
 
 
 @dataclass(slots=True)
@@ -2268,6 +2268,19 @@ NAME_ORDER = (*CARRIED_PREFIXES[:2], "spk_emb_proj.", *CARRIED_PREFIXES[2:4], "t
               "final_norm.", "text_head.", "mel_head.", "speed_emb.")
 
 
+def conditioning_record(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """For a record: which modules make the conditions that these weights know; nothing where the file has none.
+
+    A SHA-256 over a line "NAME [SHAPE]" and the values as float32, little-endian, of each carried tensor by name.
+    """
+    digest, names = hashlib.sha256(), sorted(name for name in tensors if name.startswith(CARRIED_PREFIXES))
+    for name in names:
+        values = tensors[name].float().numpy().astype("<f4", copy=False)
+        digest.update(f"{name} {list(values.shape)}\n".encode())
+        digest.update(np.ascontiguousarray(values).data.cast("B"))
+    return {"conditioning_sha256": digest.hexdigest()} if names else {}
+
+
 def in_name_order(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     def rank(name: str) -> int:
         return next((i for i, prefix in enumerate(NAME_ORDER) if name.startswith(prefix)), len(NAME_ORDER))
@@ -2805,6 +2818,8 @@ def require_fit(run: Run, point: ResumePoint) -> None:
                         f"{tokenizer['sha256'][:12]} here). Pass --tokenizer {checkpoint['tokenizer']['path']} as it "
                         "was, or start a new run with --base-checkpoint")
     made_with = {key: value for key, value in recorded_in(checkpoint).items() if key != "tokenizer_sha256"}
+    if "conditioning_sha256" in run.made_with and "conditioning_sha256" not in made_with:
+        made_with |= conditioning_record(checkpoint["model"])
     problems += compare_made_with([("the data here", run.made_with), (f"{point.path}", made_with)])[1]
     any_data = run.config.eval_only or run.config.accept_changed_data
     if not any_data and run.train_data.fingerprint != checkpoint["train_data"]["fingerprint"]:
@@ -3204,7 +3219,7 @@ def load_base_checkpoint(model: UnifiedVoiceGPT, tensors: Mapping[str, Tensor], 
     With a larger tokenizer the rows of new pieces start as start_new_rows says; the last row of each table, which no
     token uses, is not copied then. Raises: UserError that lists all missing tensors and wrong shapes.
     """
-    problems, base_vocab, is_25 = [], len(tensors.get("text_embedding.weight", ())) - 1, "spk_emb_proj.weight" in tensors
+    is_25, problems, base_vocab = "spk_emb_proj.weight" in tensors, [], len(tensors.get("text_embedding.weight", ())) - 1
     if is_25 != (model.config.languages > 0):
         raise UserError(f"--base-checkpoint {path} is of {NAMES[is_25]}, but --config of {NAMES[not is_25]}. Pass the "
                         "config.yaml, tokenizer and data that belong to it")
@@ -3247,15 +3262,18 @@ def check_unrecorded(path: str, rate: float | None, data: ManifestDataset, model
 
 
 def belongs_together(config: TrainConfig, model_config: ModelConfig, tokenizer: Mapping[str, Any],
-                     datasets: Sequence[ManifestDataset], base: Mapping[str, Any] | None, say: Callable[[str], None]
-                     ) -> dict[str, Any]:
-    """What data, tokenizer, model and base checkpoint (the whole file) were made with.
+                     datasets: Sequence[ManifestDataset], base: Mapping[str, Any] | None,
+                     base_tensors: Mapping[str, Tensor] | None, say: Callable[[str], None]) -> dict[str, Any]:
+    """What data, tokenizer, model and base checkpoint (the whole file, and its tensors) were made with.
 
     Returns: what is known of it. Raises: UserError where two of them do not belong together.
     """
     of_base = None if base is None else (f"--base-checkpoint {config.base_checkpoint}", recorded_in(base))
     manifests = [(manifest, rate, data) for data in datasets
                  for manifest, rate in zip(data.manifests, data.rates, strict=True)]
+    if of_base and "conditioning_sha256" not in of_base[1] and any(
+            "conditioning_sha256" in manifest["made_with"] for manifest, _, _ in manifests):
+        of_base[1].update(conditioning_record(base_tensors or {}))
     known, problems = compare_made_with([
         (f"--tokenizer {tokenizer['path']}", {"tokenizer_sha256": tokenizer["sha256"]}),
         (f"--config {config.config}" if config.config else "the checkpoint's config",
@@ -3314,7 +3332,7 @@ def prepare(typed: Mapping[str, Any], point: ResumePoint | None, output_dir: Pat
         lora_base = process.in_thread(lambda: check_lora_base(config.base_checkpoint, lora_base))
     if config.base_checkpoint and (checkpoint is None or config.lora_rank):
         base, content = read_base_checkpoint(Path(config.base_checkpoint))
-    made_with = belongs_together(config, model_config, tokenizer, datasets, content,
+    made_with = belongs_together(config, model_config, tokenizer, datasets, content, base,
                                  say if point is None else lambda line: None)
     model, carried, base_vocab = build_model(config, model_config, train_data, base, fresh=checkpoint is None)
     if config.lora_rank:
