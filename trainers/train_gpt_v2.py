@@ -75,6 +75,8 @@ FORMAT_VERSION = 2  # of checkpoints; 1 is read too: it had validation_owed, and
 ARITHMETIC = 1  # raised when the same settings give other bits; said on resume
 CONDITION_ROWS = 32  # the perceiver's latents
 LEADING_ROWS = CONDITION_ROWS + 2  # and the two speed rows
+NO_TARGET_EMO = ("no target_emo_vec_path, which --emo-source target and mixed need. Preprocess with the emo_vec of "
+                 "every utterance and build the pairs again, or take --emo-source prompt")
 MAX_BAD_FRACTION = 0.01  # of a data set's rows may have unreadable feature files
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -156,6 +158,8 @@ class TrainConfig:
     eval_only: bool = setting(False, "print the [Val] line, write eval.jsonl, train nothing", action="store_true")
     accept_changed_data: bool = setting(False, "resume although the training data changed; the epoch starts anew",
                                         action="store_true")
+    emo_source: str = setting("prompt", "whose emo_vec a pair takes: the prompt's, the target's, or one of the two, "
+                              "drawn anew for every row and epoch (prompt)", choices=("prompt", "target", "mixed"))
     freeze_base_vocab: bool = setting(False, "leave the base checkpoint's text tokens as they are",
                                       action=argparse.BooleanOptionalAction)
     compile: bool = setting(False, "torch.compile the model", action=argparse.BooleanOptionalAction)
@@ -551,7 +555,7 @@ def init_fresh_weights(model: UnifiedVoiceGPT, seed: int, codes_per_text_token: 
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. Data
 
-KINDS = ("text_ids", "codes", "condition", "emo_vec")
+KINDS = ("text_ids", "codes", "condition", "emo_vec", "target_emo_vec")  # the last one is for --emo-source mixed
 NOT_FINITE_TWICE = "its loss was not finite twice"
 CHECKED_ROWS = 1000  # rows with files of their own that are read before training starts
 # What codes, conditions and text ids were made with; recorded beside manifests, in checkpoints and in exports.
@@ -647,14 +651,27 @@ def split_language(manifest: str) -> tuple[str, str | None]:
     return manifest, None
 
 
-def parse_row(record: Any, manifest: int, line: int, folder: Path) -> Row:
+def emo_vecs(record: Mapping[str, Any], emo_source: str) -> tuple[str, str]:
+    """Whose emo_vec a row takes, and whose where --emo-source mixed draws the target's: names in the manifest.
+
+    A row that has only one of the two takes that, but for --emo-source target, which wants the target's in every row.
+    """
+    prompt, target = "prompt_emo_vec", "target_emo_vec"
+    if emo_source == "target":
+        return target, target
+    usual = prompt if record.get(f"{prompt}_path") else target
+    return usual, target if emo_source == "mixed" and record.get(f"{target}_path") else usual
+
+
+def parse_row(record: Any, manifest: int, line: int, folder: Path, emo_source: str = "prompt") -> Row:
     """Raises: UserError that names what is missing or wrong in the row, without its place."""
     if not isinstance(record, dict):
         raise UserError("not a JSON object. Each line is one pair, as tools.build_pairs writes it")
-    emo = "prompt_emo_vec" if record.get("prompt_emo_vec_path") else "target_emo_vec"
-    names = ("target_text_ids", "target_codes", "prompt_condition", emo)
+    names = ("target_text_ids", "target_codes", "prompt_condition", *emo_vecs(record, emo_source))
     missing = [key for key in ("id", "target_text_len", "target_code_len") if record.get(key) in (None, "")]
-    missing += [f"{name}_path" for name in names if not isinstance(record.get(f"{name}_path"), str)]
+    missing += [f"{name}_path" for name in dict.fromkeys(names) if not isinstance(record.get(f"{name}_path"), str)]
+    if missing == ["target_emo_vec_path"] and emo_source == "target":
+        raise UserError(NO_TARGET_EMO)
     if missing:
         hint = ("A manifest of single clips? Pair it with tools.build_pairs" if "codes_path" in record else
                 "Build the manifest with tools.build_pairs, or delete the line")
@@ -669,22 +686,23 @@ def parse_row(record: Any, manifest: int, line: int, folder: Path) -> Row:
     return Row(str(record["id"]), manifest, line, record["target_text_len"], record["target_code_len"], parts)
 
 
-def read_manifest(path: Path, number: int) -> tuple[list[Row], float | None]:
+def read_manifest(path: Path, number: int, emo_source: str = "prompt") -> tuple[list[Row], float | None]:
     """Returns the rows, and the median of codes a second over prompts that are targets too, where lengths tell it.
 
     Raises: UserError for a missing or empty file, and for a bad line with its number.
     """
-    rows, seconds, codes, line = [], {}, {}, 0
+    rows, seconds, codes, line, has_target_emo = [], {}, {}, 0, False
     try:
         with path.open(encoding="utf-8-sig") as handle:
             for line, text in enumerate(handle, 1):
                 if not text.strip():
                     continue
                 record = json.loads(text)
-                rows.append(parse_row(record, number, line, path.parent))
+                rows.append(parse_row(record, number, line, path.parent, emo_source))
                 if isinstance(record.get("prompt_duration"), (int, float)):
                     seconds[str(record.get("prompt_id"))] = record["prompt_duration"]
                 codes[str(record.get("target_id"))] = rows[-1].code_len
+                has_target_emo = has_target_emo or bool(record.get("target_emo_vec_path"))
     except UserError as error:
         raise UserError(f"{path}:{line}: {error}") from error
     except (json.JSONDecodeError, RecursionError) as error:
@@ -696,6 +714,8 @@ def read_manifest(path: Path, number: int) -> tuple[list[Row], float | None]:
         raise UserError(f"manifest {path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     if not rows:
         raise UserError(f"manifest {path}: no rows. Build it with tools.build_pairs")
+    if emo_source == "mixed" and not has_target_emo:
+        raise UserError(f"manifest {path}: {NO_TARGET_EMO}")
     rates = [codes[id] / duration for id, duration in seconds.items() if id in codes and duration > 0]
     return rows, float(np.median(rates)) if rates else None
 
@@ -757,12 +777,13 @@ class ArrayFile:
 
 
 class ManifestDataset:
-    """Rows of one or more manifests; item i is a Sample, or a BrokenRow. Several threads may read.
+    """Rows of one or more manifests; item i is a Sample, or a BrokenRow; item ~i is row i with its target's emo_vec
+    (--emo-source mixed). Several threads may read.
 
     Raises: UserError for bad manifests, and for files of which many rows would miss something.
     """
 
-    def __init__(self, manifests: Sequence[str], model: ModelConfig):
+    def __init__(self, manifests: Sequence[str], model: ModelConfig, emo_source: str = "prompt"):
         self.model = model
         self.rows: list[Row] = []
         self.manifests: list[dict[str, Any]] = []
@@ -773,7 +794,7 @@ class ManifestDataset:
         self.unreported: dict[int, str] = {}  # met by this process, not yet known to the others
         for number, manifest in enumerate(manifests):
             path, language = split_language(manifest)
-            rows, rate = read_manifest(Path(path), number)
+            rows, rate = read_manifest(Path(path), number, emo_source)
             self.rows += rows
             self.rates.append(rate)
             self.manifests.append({"path": path, "language": language, "rows": len(rows),
@@ -849,8 +870,8 @@ class ManifestDataset:
 
     def expected(self, row: Row, kind: str) -> tuple[int, tuple[int, ...]]:
         """Rows of the array that an utterance has, and the shape of each."""
-        counts = {"text_ids": row.text_len, "codes": row.code_len, "condition": CONDITION_ROWS, "emo_vec": 1}
-        return counts[kind], () if kind in ("text_ids", "codes") else (self.model.model_dim,)
+        counts = {"text_ids": row.text_len, "codes": row.code_len, "condition": CONDITION_ROWS}
+        return counts.get(kind, 1), () if kind in ("text_ids", "codes") else (self.model.model_dim,)
 
     def check_type(self, file: ArrayFile, row: Row, kind: str) -> None:
         """Raises: UserError for an array that no utterance can be read from."""
@@ -891,11 +912,13 @@ class ManifestDataset:
             self.check_values(values, kind, path, [row], np.array([0]), np.array([count]))
         return values.astype(np.int64)
 
-    def __getitem__(self, index: int) -> Sample | BrokenRow:
+    def __getitem__(self, item: int) -> Sample | BrokenRow:
+        index, emo = (item, "emo_vec") if item >= 0 else (~item, "target_emo_vec")
         try:
             if index in self.bad_rows:
                 raise BadFeatureFile(self.bad_rows[index])
-            text_ids, codes, condition, emo_vec = (self.read_part(self.rows[index], kind) for kind in KINDS)
+            text_ids, codes, condition, emo_vec = (self.read_part(self.rows[index], kind)
+                                                   for kind in (*KINDS[:3], emo))
             return Sample(text_ids, codes, condition, emo_vec, index)
         except (BadFeatureFile, UserError) as error:  # returned: the other rows of the batch are good
             return BrokenRow(index, str(error), fatal=isinstance(error, UserError))
@@ -1004,6 +1027,15 @@ def split_micro_batches(indices: np.ndarray, batch_size: int) -> list[list[int]]
     return [indices[i : i + batch_size].tolist() for i in range(0, len(indices), batch_size)]
 
 
+def draw_emo(rows: np.ndarray, config: TrainConfig, epoch: int) -> np.ndarray:
+    """Rows as items of a data set: with --emo-source mixed, ~row where the row takes its target's emo_vec in this
+    epoch. Depends on seed, epoch and row alone."""
+    if config.emo_source != "mixed" or not len(rows):
+        return rows
+    draws = np.random.Generator(np.random.PCG64([config.seed, epoch, 1])).random(int(rows.max()) + 1)
+    return np.where(draws[rows] < 0.5, ~rows, rows)
+
+
 def evenly_spread(num_samples: int, count: int) -> np.ndarray:
     """`count` of the samples 0 .. num_samples - 1, ascending and evenly spread; all of them for 0 or for too many."""
     if not count or count >= num_samples:
@@ -1051,13 +1083,13 @@ def end_of_run(position: Position, num_samples: int, config: TrainConfig) -> int
 
 
 def steps_from(position: Position, num_samples: int, config: TrainConfig, rank: int = 0) -> Iterator[list[list[int]]]:
-    """Every step from a position to the end of the last epoch: one process's micro-batches, as sample indices.
+    """Every step from a position to the end of the last epoch: one process's micro-batches, as items of the data set.
 
     A step takes the next global_batch samples of the epoch, or what is left of it; each process a contiguous part of
     them, which may be empty.
     """
     while position.epoch < config.epochs:
-        order = epoch_sample_order(num_samples, config.seed, position.epoch)
+        order = draw_emo(epoch_sample_order(num_samples, config.seed, position.epoch), config, position.epoch)
         epoch = position.epoch
         while position.epoch == epoch:
             samples = order[position.sample_in_epoch : position.sample_in_epoch + config.global_batch]
@@ -1989,7 +2021,8 @@ def in_halves(run: Run, data: ManifestDataset, batch: PackedBatch) -> list[Packe
     middle = len(batch.rows) // 2
     run.process.say(f"[Warn] Out of GPU memory: a validation batch of {len(batch.rows)} is split in two")
     halves = (batch.rows[:middle], batch.rows[middle:])
-    return [collate_packed([data[row] for row in rows], data.model).to(run.precision.device) for rows in halves]
+    return [collate_packed([data[item] for item in draw_emo(np.array(rows), run.config, 0).tolist()], data.model).to(
+        run.precision.device) for rows in halves]
 
 
 def validation_rows(run: Run) -> np.ndarray:
@@ -2032,7 +2065,8 @@ def evaluate(run: Run, on_row: Callable[[dict[str, Any]], None] | None = None) -
     on_row receives a dict for every row: id, mean and per-token losses, token counts. Raises: Stopped, UserError.
     """
     data, world, device = run.val_data, run.process.world, run.precision.device
-    batches = split_micro_batches(validation_rows(run), run.config.val_batch_size or run.config.batch_size)
+    items = draw_emo(validation_rows(run), run.config, 0)  # the same at every validation
+    batches = split_micro_batches(items, run.config.val_batch_size or run.config.batch_size)
     rounds = math.ceil(len(batches) / world.size)
     reader = ReadAhead(iter([[batch] for batch in batches[world.rank :: world.size]]), make_reader(run, data),
                        run.threads)
@@ -2417,7 +2451,8 @@ def is_better(loss: float, best: Mapping[str, Any] | None) -> bool:
 def measured_on(run: Run) -> str:
     """What a validation loss depends on besides the model: rows, their choice, and the weights of the losses."""
     config = run.config
-    parts = [run.val_data.fingerprint, len(validation_rows(run)), config.text_loss_weight, config.mel_loss_weight]
+    parts = [run.val_data.fingerprint, len(validation_rows(run)), config.text_loss_weight, config.mel_loss_weight,
+             *([config.emo_source] if config.emo_source != "prompt" else [])]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -2845,7 +2880,7 @@ def resolve_config(typed: Mapping[str, Any], checkpoint: Mapping[str, Any] | Non
 def say_changes(config: TrainConfig, checkpoint: Mapping[str, Any], device: torch.device, say: Callable[[str], None]
                 ) -> None:
     """Names every setting, and everything of the machine, that differs from the checkpoint's."""
-    for name, old in checkpoint["config"].items():
+    for name, old in {"emo_source": "prompt", **checkpoint["config"]}.items():  # older checkpoints do not say it
         new = getattr(config, name, old)
         if new != old and name not in ("config", "base_checkpoint"):
             say(f"[Info] {name}: {old} -> {new}")
@@ -2978,9 +3013,9 @@ def prepare(typed: Mapping[str, Any], point: ResumePoint | None, output_dir: Pat
     section = read_yaml(Path(config.config)).get("gpt") if config.config else (checkpoint or {}).get("model_config")
     source = f"--config {config.config}" if config.config else "the checkpoint's config"
     model_config = model_config_from(section, source, tokenizer["size"])
-    val_data = process.in_thread(lambda: ManifestDataset(config.val_manifest, model_config))
+    val_data = process.in_thread(lambda: ManifestDataset(config.val_manifest, model_config, config.emo_source))
     train_data = val_data if config.eval_only else process.in_thread(
-        lambda: ManifestDataset(config.train_manifest, model_config))
+        lambda: ManifestDataset(config.train_manifest, model_config, config.emo_source))
     datasets = [val_data] if config.eval_only else [train_data, val_data]
     for manifest in (manifest for data in datasets for manifest in data.manifests):
         say(f"[Info] {manifest['path']}: {manifest['rows']} rows")
