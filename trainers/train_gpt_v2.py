@@ -78,6 +78,7 @@ LEADING_ROWS = CONDITION_ROWS + 2  # and the two speed rows
 NO_TARGET_EMO = ("no target_emo_vec_path, which --emo-source target and mixed need. Preprocess with the emo_vec of "
                  "every utterance and build the pairs again, or take --emo-source prompt")
 MAX_BAD_FRACTION = 0.01  # of a data set's rows may have unreadable feature files
+NEW_ROW_NOISE = 0.1  # of rows of new text tokens, in standard deviations of the base's rows
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -560,7 +561,8 @@ NOT_FINITE_TWICE = "its loss was not finite twice"
 CHECKED_ROWS = 1000  # rows with files of their own that are read before training starts
 # What codes, conditions and text ids were made with; recorded beside manifests, in checkpoints and in exports.
 MADE_WITH = {"features": "features", "codec_sha256": "codec", "num_codes": "number of codes",
-             "codes_per_second": "codes a second", "tokenizer_sha256": "tokenizer", "text_rules": "text rules"}
+             "codes_per_second": "codes a second", "tokenizer_sha256": "tokenizer", "text_rules": "text rules",
+             "front_end": "front end"}
 
 
 @dataclass(slots=True)
@@ -2919,24 +2921,61 @@ def read_base_checkpoint(path: Path) -> tuple[dict[str, Tensor], Mapping[str, An
     return tensors, content
 
 
-def load_base_checkpoint(model: UnifiedVoiceGPT, tensors: Mapping[str, Tensor], path: Path
+def read_by_base(tokenizer: str, base_vocab: int) -> tuple[list[list[int]], list[int]]:
+    """How the base's tokenizer, which is the first base_vocab pieces of this one, would read the new pieces.
+
+    Returns: of each new piece the ids of two or more base pieces that its text would otherwise be, [] where the base
+    has no such; and the ids of all base pieces that stand for text. Raises: UserError.
+    """
+    from sentencepiece import SentencePieceProcessor
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+    proto = ModelProto.FromString(Path(tokenizer).read_bytes())
+    new = [piece.piece for piece in proto.pieces[base_vocab:]]
+    del proto.pieces[base_vocab:]
+    proto.normalizer_spec.add_dummy_prefix = proto.normalizer_spec.remove_extra_whitespaces = False
+    try:
+        base = SentencePieceProcessor(model_proto=proto.SerializeToString())
+        parts = base.encode(new)
+    except RuntimeError as error:
+        raise UserError(f"--tokenizer {tokenizer}: its first {base_vocab} pieces, as many as the base checkpoint has, "
+                        "are no tokenizer. Extend the base's with tools.train_tokenizer --extend") from error
+    of_text = [i for i in range(base_vocab) if not (base.is_control(i) or base.is_unknown(i) or base.is_unused(i))]
+    return [ids if len(ids) > 1 and base.unk_id() not in ids else [] for ids in parts], of_text
+
+
+def start_new_rows(rows: Tensor, source: Tensor, parts: Sequence[list[int]], of_text: Sequence[int], seed: int) -> None:
+    """Rows [new, ...] of pieces that the base does not have start from the mean of the base's rows (of `source`) of
+    their parts, or of all text where they have none; a little noise tells them apart. knowledge.md has figures."""
+    generator, text = torch.Generator().manual_seed(seed), source[list(of_text)].float()
+    middle, spread = text.mean(0), NEW_ROW_NOISE * text.std(0)
+    for row, ids in zip(rows, parts, strict=False):
+        noise = spread * torch.randn(row.shape, generator=generator)
+        row.copy_((source[ids].float().mean(0) if ids else middle) + noise)
+
+
+def load_base_checkpoint(model: UnifiedVoiceGPT, tensors: Mapping[str, Tensor], path: Path, tokenizer: str, seed: int
                          ) -> tuple[dict[str, Tensor], int]:
     """Fills the model from a base checkpoint's tensors.
 
     Returns: the tensors to carry along, and the base's number of text tokens. Whatever else is in the file (the
     inference wrapper's gpt.wte and inference_model, old transformers' masks) is dropped.
-    With another vocabulary size the overlapping rows are copied and the rest stays fresh.
-    Raises: UserError that lists all missing tensors and wrong shapes.
+    With a larger tokenizer the rows of new pieces start as start_new_rows says; the last row of each table, which no
+    token uses, is not copied then. Raises: UserError that lists all missing tensors and wrong shapes.
     """
-    problems = []
+    problems, base_vocab = [], len(tensors.get("text_embedding.weight", ())) - 1
+    is_larger = 0 < base_vocab < model.config.number_text_tokens
+    parts, of_text = read_by_base(tokenizer, base_vocab) if is_larger else ([], [])
     with torch.no_grad():
         for name, weight in model.state_dict().items():
             source = tensors.get(name)
             if source is None:
                 problems.append(f"{name} is missing")
-            elif name in VOCAB_TENSORS and source.shape[1:] == weight.shape[1:]:
-                overlap = min(len(source), len(weight))
+            elif name in VOCAB_TENSORS and source.shape == (base_vocab + 1, *weight.shape[1:]):
+                overlap = base_vocab if is_larger else min(len(source), len(weight))
                 weight[:overlap].copy_(source[:overlap])
+                if is_larger:
+                    start_new_rows(weight[overlap:], source, parts, of_text, seed)
             elif source.shape != weight.shape:
                 problems.append(f"{name} is {list(source.shape)}, the config says {list(weight.shape)}")
             else:
@@ -2946,7 +2985,7 @@ def load_base_checkpoint(model: UnifiedVoiceGPT, tensors: Mapping[str, Tensor], 
                         + (f"; and {len(problems) - 8} more" if len(problems) > 8 else ""))
     carried = {name: t.to(torch.float32 if t.is_floating_point() else t.dtype, copy=True)
                for name, t in tensors.items() if name.startswith(CARRIED_PREFIXES)}
-    return carried, len(tensors["text_embedding.weight"]) - 1
+    return carried, base_vocab
 
 
 def check_unrecorded(path: str, rate: float | None, data: ManifestDataset, model: ModelConfig, has_base: bool,
@@ -2999,7 +3038,7 @@ def build_model(config: TrainConfig, model_config: ModelConfig, train_data: Mani
         init_fresh_weights(model, config.seed, ratio)
     if base is None:
         return model, {}, 0
-    return model, *load_base_checkpoint(model, base, Path(config.base_checkpoint))
+    return model, *load_base_checkpoint(model, base, Path(config.base_checkpoint), config.tokenizer, config.seed)
 
 
 def prepare(typed: Mapping[str, Any], point: ResumePoint | None, output_dir: Path, process: Process) -> Run:
@@ -3027,6 +3066,8 @@ def prepare(typed: Mapping[str, Any], point: ResumePoint | None, output_dir: Pat
     model, carried, base_vocab = build_model(config, model_config, train_data, base, fresh=checkpoint is None)
     if config.freeze_base_vocab and not base_vocab and not (checkpoint or {}).get("base_vocab"):
         raise UserError("--freeze-base-vocab goes with --base-checkpoint: that file's tokens stay frozen")
+    if base is not None and base_vocab < tokenizer["size"]:
+        say(f"[Info] {tokenizer['size'] - base_vocab} text tokens are new; their rows start from means of the base's")
     precision = choose_precision(config.amp, device)
     model.to(device)
     attention = choose_attention(model, precision)
