@@ -277,7 +277,7 @@ def check_shards(data_dir: Path, utterances: Sequence[dict[str, Any]]) -> None:
     for path in sorted(data_dir / folder / "shard.json" for folder in folders):
         shard = read_yaml(path)  # JSON is YAML
         found = recorded({"codec_sha256": shard.get("--codec"), "tokenizer_sha256": shard.get("--tokenizer"),
-                          "text_rules": shard.get("text rules")})
+                          "text_rules": shard.get("text rules"), "front_end": shard.get("front end")})
         require_same(str(data_dir / "config.yaml"), merged, str(path), found,
                      remedy="Run all shards again with the same files, then tools.preprocess --merge")
 

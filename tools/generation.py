@@ -27,7 +27,7 @@ from tools.made_with import of_checkpoint, require_same
 from tools.preprocess import text_ids_of
 from tools.sound_files import load_recording
 from tools.speech_codec import SpeechCodec, codec_record
-from tools.text_rules import rules_of
+from tools.text_rules import front_end_of, rules_of
 from tools.train_tokenizer import load_tokenizer
 from trainers.train_gpt_v2 import (
     LEADING_ROWS,
@@ -300,12 +300,15 @@ class Synthesizer:
     codec: SpeechCodec
     rules: int
     """Version of the text rules that the checkpoint's texts were read by."""
+    front_end: str
+    """As whose front end they were then written, "" for none."""
 
     def __init__(self, checkpoint_path: Path, codec_path: Path, tokenizer_path: Path | None) -> None:
         """Raises: ToolError when a file is missing or damaged, or one does not fit the others."""
         self.model, self.checkpoint = load_model(checkpoint_path)
         record = of_checkpoint(self.checkpoint)
         self.rules = rules_of(record, str(checkpoint_path))
+        self.front_end = front_end_of(record, str(checkpoint_path))
         path = tokenizer_path or Path(self.checkpoint["tokenizer"]["path"])
         self.tokenizer = load_tokenizer(path)
         require_same(str(checkpoint_path), record, f"--tokenizer {path}", {"tokenizer_sha256": sha256_of(path)},
@@ -332,7 +335,7 @@ class Synthesizer:
     def line(self, text: str, prompt: Prompt, place: str, language: str = "am") -> Line:
         """`place` is for the message, `language` the text's. Raises: ToolError for one that the model cannot read."""
         reading = read_aloud(text, language, self.rules)
-        text_ids = text_ids_of(reading.text, self.tokenizer, place)
+        text_ids = text_ids_of(reading.text, self.tokenizer, place, self.front_end)
         longest = self.model.config.max_text_tokens
         if len(text_ids) > longest:
             raise ToolError(f"{place}: {len(text_ids)} tokens, the model takes {longest}. Split it")

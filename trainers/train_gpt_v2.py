@@ -2928,7 +2928,7 @@ def read_by_base(tokenizer: str, base_vocab: int) -> tuple[list[list[int]], list
     has no such; and the ids of all base pieces that stand for text. Raises: UserError.
     """
     from sentencepiece import SentencePieceProcessor
-    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
     proto = ModelProto.FromString(Path(tokenizer).read_bytes())
     new = [piece.piece for piece in proto.pieces[base_vocab:]]
