@@ -119,6 +119,21 @@ def test_the_record_names_base_rules_and_front_end(pair):
     assert text_rules.front_end_for_new(extended) == "indextts2"
 
 
+def test_a_tokenizer_that_does_not_extend_the_bases_is_refused_for_its_weights(pair, tmp_path: Path):
+    base, extended, _ = pair
+    train_tokenizer.require_extension(base, base)
+    train_tokenizer.require_extension(extended, base)
+    other = ModelProto.FromString(extended.read_bytes())
+    other.pieces[7].piece, other.pieces[8].piece = other.pieces[8].piece, other.pieces[7].piece
+    (tmp_path / "other.model").write_bytes(other.SerializeToString())
+    for tokenizer, place in ((tmp_path / "other.model", 7), (TOKENIZER, 3)):
+        with pytest.raises(ToolError, match=f"--tokenizer .*{tokenizer.name}: does not extend .*bpe.model, whose piece "
+                                            f"{place} is .* Make one with"):
+            train_tokenizer.require_extension(tokenizer, base)
+    with pytest.raises(ToolError, match="does not extend .*am.model, whose piece 400 is"):
+        train_tokenizer.require_extension(base, extended)
+
+
 def refusal(tmp_path: Path, base: Path, texts: str = "\n".join(AMHARIC[:200]), size: int = 1000, *flags: str) -> str:
     (tmp_path / "t.txt").write_text(texts)
     with pytest.raises(ToolError) as raised:

@@ -328,7 +328,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     source = FeatureSource.of(args.codec, width if isinstance(width, int) else 0)
     gpt, model = complete_gpt_section(section, load_features(source), tokenizer.get_piece_size(),
                                       f"--config {args.config}" if args.config else f"--model-dim {args.model_dim}")
-    rules, front_end = rules_for_new(args.tokenizer), front_end_for_new(args.tokenizer)
+    rules, front_end = rules_for_new(args.tokenizer), front_end_for_new(args.tokenizer, load_features(source).name)
     items, skipped = plan_items(rows, args.recordings, model, rules, front_end, tokenizer, args)
     made_with = {
         "format": FORMAT, "--recordings": sha256_of(args.recordings), "--codec": source.sha256,

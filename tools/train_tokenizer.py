@@ -136,6 +136,22 @@ def extend_tokenizer(content: bytes, texts: Sequence[str], target_size: int, nam
     return bytes(proto.SerializeToString())
 
 
+def pieces_in(path: Path) -> Sequence[Any]:
+    """Raises: ToolError for what is no tokenizer of ours."""
+    load_tokenizer(path)
+    return ModelProto.FromString(path.read_bytes()).pieces
+
+
+def require_extension(tokenizer: Path, base: Path) -> None:
+    """For data of released weights: their tokenizer as it is, or one that extends it. Raises: ToolError for another."""
+    own, known = pieces_in(tokenizer), pieces_in(base)
+    differing = next((i for i, piece in enumerate(known) if i >= len(own) or own[i] != piece), None)
+    if differing is not None:
+        raise ToolError(f"--tokenizer {tokenizer}: does not extend {base}, whose piece {differing} is "
+                        f"{known[differing].piece!r}: the weights would read other texts than they learned. Make one "
+                        "with `python -m tools.train_tokenizer --extend`")
+
+
 def say_extension(base: bytes, extended: bytes, texts: Sequence[str]) -> None:
     """Pieces a word before and after. Raises: ToolError for a text that the extended tokenizer loses a part of."""
     before, after = (sentencepiece.SentencePieceProcessor(model_proto=content) for content in (base, extended))
