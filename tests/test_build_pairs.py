@@ -276,3 +276,37 @@ def test_a_mistyped_folder_is_named_and_not_made(tmp_path: Path):
     with pytest.raises(ToolError, match="gone/utterances.jsonl: no such file. tools.preprocess writes it"):
         build_pairs.main(["--data-dir", str(tmp_path / "gone")])
     assert not list(tmp_path.iterdir())
+
+
+def emo_of(pair: dict[str, Any]) -> dict[str, Any]:
+    return {key.replace("_emo_vec", ""): value for key, value in pair.items() if "emo_vec" in key}
+
+
+@pytest.mark.parametrize(("flags", "shares"), [
+    ((), {"both": 1}), (("--emo-source", "target"), {"target": 1}),
+    (("--emo-source", "mixed"), {"prompt": 0.5, "target": 0.5}),
+])
+def test_the_emo_vec_of_a_pair_is_the_prompts_the_targets_or_half_of_each(tmp_path: Path, flags, shares):
+    rows = [row | {"emo_vec_start": 7 * i} for i, row in enumerate(corpus())]
+    start = {row["id"]: row["emo_vec_start"] for row in rows}
+    _, training, validation = run(tmp_path, rows, *flags)
+    taken: Counter[str] = Counter()
+    for pair in training + validation:
+        prompt = {"prompt_path": "emo_vec.npy", "prompt_start": start[pair["prompt_id"]]}
+        target = {"target_path": "emo_vec.npy", "target_start": start[pair["target_id"]]}
+        kinds = {"both": prompt | target, "prompt": prompt, "target": target}
+        taken.update(kind for kind, fields in kinds.items() if emo_of(pair) == fields)
+    assert {kind: count / 120 for kind, count in taken.items()} == pytest.approx(shares, abs=0.15)
+    assert run(tmp_path, rows, *flags)[1:] == (training, validation)
+    if "mixed" in flags:
+        assert list(map(emo_of, run(tmp_path, rows, *flags, "--seed", 5)[1])) != list(map(emo_of, training))
+
+
+def test_pairs_of_data_with_the_prompts_emo_vecs_alone_are_as_they_were_and_target_is_refused(tmp_path: Path):
+    _, training, validation = run(tmp_path, corpus())
+    assert not any("target_emo_vec_path" in pair for pair in training + validation)
+    for source in ("target", "mixed"):
+        with pytest.raises(ToolError, match=f"--emo-source {source}: 110 of 120 utterances have no emo_vec, 's05' first"
+                                            ".* take --emo-source prompt"):
+            run(tmp_path, corpus(), "--emo-source", source)
+    assert read_jsonl(tmp_path / "train_pairs.jsonl") == training

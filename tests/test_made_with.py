@@ -14,11 +14,13 @@ from conftest import ROOT, trainer
 from tools import made_with
 from tools._common import ToolError
 
-ALL = made_with.record("embedded", "a" * 64, 1024, 21.533203125, "b" * 64, 1)
+ALL = made_with.record("embedded", "a" * 64, 1024, 21.533203125, "b" * 64, 1, "indextts2")
 
 
-def test_a_record_holds_all_six_and_survives_yaml(tmp_path: Path):
+def test_a_record_holds_all_seven_or_six_without_a_front_end_and_survives_yaml(tmp_path: Path):
     assert list(ALL) == list(made_with.KEYS)
+    plain = made_with.record("embedded", "a" * 64, 1024, 21.533203125, "b" * 64, 1)
+    assert plain == {key: value for key, value in ALL.items() if key != "front_end"}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"dataset": ALL | {"name": "x"}}))
     for manifest in ("train_pairs.jsonl", "train_pairs.jsonl::am"):
         assert made_with.of_manifest(f"{tmp_path}/{manifest}") == ALL
@@ -45,6 +47,7 @@ def test_a_record_that_cannot_be_read_is_one_error(tmp_path: Path):
     ("codes_per_second", 25.0, "codes_per_second is 21.5332 in A, but 25 in B"),
     ("tokenizer_sha256", "c" * 64, "tokenizer_sha256 is bbbbbbbbbbbb in A, but cccccccccccc in B"),
     ("text_rules", 2, "text_rules is 1 in A, but 2 in B"),
+    ("front_end", "another", "front_end is indextts2 in A, but another in B"),
 ])
 def test_every_key_that_differs_is_named_with_both_sides(key: str, other: Any, said: str):
     assert made_with.differences("A", ALL, "B", ALL | {key: other}) == [said]

@@ -38,6 +38,7 @@ TESTED = {
     "--log-interval": "test_settings.py::test_intervals_decide_what_is_logged_validated_and_saved",
     "--val-interval": "test_settings.py::test_intervals_decide_what_is_logged_validated_and_saved",
     "--save-interval": "test_settings.py::test_intervals_decide_what_is_logged_validated_and_saved",
+    "--emo-source": "test_emo_source.py::test_target_trains_the_bits_that_rows_with_the_targets_alone_train",
     "--save-minutes": "test_schedule_and_small_runs.py::test_a_checkpoint_is_written_at_least_every_thirty_minutes",
     "--val-batch-size": "test_settings.py::test_the_validation_batch_has_the_size_that_was_typed",
     "--max-val-batches": "test_settings.py::test_a_validation_ends_after_the_batches_that_were_typed",

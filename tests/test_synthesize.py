@@ -378,11 +378,28 @@ def test_a_large_model_speaks_fewer_lines_at_once():
     assert generation.lines_at_once(large, 100) == 5
 
 
-def test_texts_as_long_as_the_model_allows_are_spoken_and_longer_ones_refused(trained, tmp_path):
+def test_texts_as_long_as_the_model_allows_are_spoken_and_longer_words_refused(trained, tmp_path):
     output = ["--output", tmp_path / "a.wav"]
     synthesize.main([str(arg) for arg in [*trained.arguments(), *output, "--text", text_of(30), "--max-length", 3]])
     message = error_of(*trained.arguments(), *output, "--text", text_of(31))
     assert message == "--text: 31 tokens, the model takes 30. Split it"
+
+
+def test_a_long_text_is_spoken_sentence_by_sentence_with_pauses_whatever_is_beside_it(trained):
+    synthesizer = Synthesizer(trained.checkpoint, trained.codec, None)
+    prompt, sampling = synthesizer.prompt(trained.data / "0.wav"), Sampling(max_length=4, seed=3)
+    sentences = ["ሰላም ቤት ውሃ ልጅ።", "መንገድ ፀሐይ አበባ!", "ከተማ ሰላም ውሃ፣ ልጅ።"]
+    long = synthesizer.line(" ".join(sentences), prompt, "--text")
+    assert len(long.text_ids) > GPT["max_text_tokens"] and long.text == " ".join(sentences)
+    assert [part.text for part in long.parts] == [" ".join(sentences[:2]), sentences[2]]
+    short = [synthesizer.line(part.text, prompt, "--text") for part in long.parts]
+    assert not any(line.parts for line in short)
+    (whole, sound), *alone = synthesizer.speak([long, *short], sampling)
+    assert whole.codes == alone[0][0].codes + alone[1][0].codes
+    silence = torch.zeros(round(generation.PAUSE * synthesizer.codec.config.sample_rate))
+    assert torch.equal(sound, torch.cat([alone[0][1], silence, alone[1][1]]))
+    silent = generation.joined([(generation.Spoken([], True), torch.zeros(0)), alone[0]], 5)
+    assert not silent[0].stopped and len(silent[1]) == 5 + len(alone[0][1])
 
 
 @pytest.mark.parametrize(("text", "message"), [

@@ -10,6 +10,9 @@ one). Where sentences forbid that, no pair is left whose prompt is used over one
 its place. Validation pairs stay as drawn: those of old recordings do not change when new ones come, unless these change
 the speaker's prompts, which tools.preprocess draws from the longer half.
 
+The emo_vec of a pair is its prompt's or its target's, as --emo-source says. With --emo-source prompt rows have both
+where all utterances have an emo_vec: every trainer takes the prompt's then, unless ours is told otherwise.
+
 Left out, counted and named: targets beyond --max-text-tokens or --max-codes, and speakers who have no prompt left: one
 clip alone, or all prompts outside --min-prompt-seconds to --max-prompt-seconds.
 """
@@ -31,7 +34,7 @@ from typing import Any
 from tools._common import Progress, ToolError, info, make_parser, read_jsonl, run_program, warn, write_jsonl, writing_to
 from tools.amharic_text import TEXT_RULES, letters_of
 from tools.made_with import of_manifest, read_yaml, recorded, require_same
-from tools.preprocess import locked
+from tools.preprocess import locked, share_of
 from tools.text_rules import language_of, rules_of
 
 FIRST_COMMAND = "python -m tools.build_pairs --data-dir build/arrays"
@@ -49,7 +52,19 @@ class Limits:
     max_prompt_seconds: float = math.inf
 
 
-def pair_row(prompt: dict[str, Any], target: dict[str, Any], shipped: set[str] | None) -> dict[str, Any]:
+def emo_fields(prompt: dict[str, Any], target: dict[str, Any], emo_source: str, seed: int) -> dict[str, Any]:
+    """Where the emo_vec of a pair lies; for "both" its target's too. "mixed" depends on seed and pair alone."""
+    if emo_source == "mixed":
+        emo_source = "target" if share_of(f"{seed} emo {target['id']} {prompt['id']}") < 0.5 else "prompt"
+    chosen = {"prompt": {"prompt": prompt}, "target": {"target": target},
+              "both": {"prompt": prompt, "target": target}}[emo_source]
+    return {key: value for name, row in chosen.items() for key, value in (
+        (f"{name}_emo_vec_path", row.get("emo_vec_path", "emo_vec.npy")),
+        (f"{name}_emo_vec_start", row["emo_vec_start"]))}
+
+
+def pair_row(prompt: dict[str, Any], target: dict[str, Any], shipped: set[str] | None, emo_source: str = "prompt",
+             seed: int = 0) -> dict[str, Any]:
     """One manifest row. An audio path outside `shipped` (None = everything is there) is written as an empty string."""
     def audio(utterance: dict[str, Any]) -> str:
         path = utterance.get("audio", "")
@@ -62,8 +77,7 @@ def pair_row(prompt: dict[str, Any], target: dict[str, Any], shipped: set[str] |
         "prompt_id": prompt["id"], "prompt_audio_path": audio(prompt), "prompt_duration": prompt["duration"],
         "prompt_condition_path": prompt.get("condition_path", "condition.npy"),
         "prompt_condition_start": prompt["condition_start"], "prompt_condition_len": prompt["condition_len"],
-        "prompt_emo_vec_path": prompt.get("emo_vec_path", "emo_vec.npy"),
-        "prompt_emo_vec_start": prompt["emo_vec_start"],
+        **emo_fields(prompt, target, emo_source, seed),
         "target_id": target["id"], "target_audio_path": audio(target), "target_text": target["text"],
         "target_text_ids_path": target.get("text_ids_path", "text_ids.npy"),
         "target_text_ids_start": target["text_ids_start"], "target_text_len": target["text_len"],
@@ -209,7 +223,8 @@ def is_prompt(row: dict[str, Any], limits: Limits) -> bool:
 
 
 def build_pairs(utterances: Sequence[dict[str, Any]], split: str, pairs_per_target: int, seed: int,
-                shipped: set[str] | None = None, limits: Limits = Limits()) -> list[dict[str, Any]]:
+                shipped: set[str] | None = None, limits: Limits = Limits(), emo_source: str = "prompt"
+                ) -> list[dict[str, Any]]:
     """Rows of one split in the utterances' order. Targets beyond the limits or without a prompt have none."""
     pairs: dict[str, list[dict[str, Any]]] = {}
     for rows in by_speaker(with_keys(utterances)).values():
@@ -219,7 +234,7 @@ def build_pairs(utterances: Sequence[dict[str, Any]], split: str, pairs_per_targ
         if split == "train":
             even_out(drawn, prompts, targets)
         for target, chosen in zip(targets, drawn, strict=True):
-            pairs[target["id"]] = [pair_row(prompts[i], target, shipped) for i in chosen]
+            pairs[target["id"]] = [pair_row(prompts[i], target, shipped, emo_source, seed) for i in chosen]
     return [pair for row in utterances for pair in pairs.get(row["id"], [])]
 
 
@@ -270,6 +285,16 @@ def check_utterances(utterances: Sequence[dict[str, Any]], path: Path) -> None:
                             f"{row['text']!r}. Mark splits in the recordings file and run tools.preprocess again")
 
 
+def choose_emo_source(utterances: Sequence[dict[str, Any]], asked: str, path: Path) -> str:
+    """That of the rows: "both" for prompt where every utterance has an emo_vec. Raises: ToolError."""
+    without = [row["id"] for row in utterances if "emo_vec_start" not in row]
+    if asked != "prompt" and without:
+        raise ToolError(f"--emo-source {asked}: {len(without)} of {len(utterances)} utterances have no emo_vec, "
+                        f"{without[0]!r} first ({path}). Preprocess with the emo_vec of every utterance, or take "
+                        "--emo-source prompt")
+    return "both" if asked == "prompt" and not without else asked
+
+
 def check_shards(data_dir: Path, utterances: Sequence[dict[str, Any]]) -> None:
     """What the rows point into was made as config.yaml says. Raises: ToolError naming both."""
     folders = {Path(row["codes_path"]).parent for row in utterances if "codes_path" in row}
@@ -277,7 +302,7 @@ def check_shards(data_dir: Path, utterances: Sequence[dict[str, Any]]) -> None:
     for path in sorted(data_dir / folder / "shard.json" for folder in folders):
         shard = read_yaml(path)  # JSON is YAML
         found = recorded({"codec_sha256": shard.get("--codec"), "tokenizer_sha256": shard.get("--tokenizer"),
-                          "text_rules": shard.get("text rules")})
+                          "text_rules": shard.get("text rules"), "front_end": shard.get("front end")})
         require_same(str(data_dir / "config.yaml"), merged, str(path), found,
                      remedy="Run all shards again with the same files, then tools.preprocess --merge")
 
@@ -291,6 +316,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-codes", type=int, default=0, help="of a target, 0 = as preprocess let through (0)")
     parser.add_argument("--min-prompt-seconds", type=float, default=0.0, help="shorter recordings are no prompts (0)")
     parser.add_argument("--max-prompt-seconds", type=float, default=0.0, help="nor are longer ones, 0 = no limit (0)")
+    parser.add_argument("--emo-source", choices=["prompt", "target", "mixed"], default="prompt",
+                        help="whose emo_vec a pair takes; mixed: half of the pairs the target's, for good, where the "
+                        "trainer's own --emo-source mixed draws anew in every epoch (prompt)")
     parser.add_argument("--seed", type=int, default=1234, help="of the draw (1234)")
     args = parser.parse_args(argv)
     if args.pairs_per_target < 1:
@@ -327,7 +355,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         utterances = with_keys(read_jsonl(path, UTTERANCE_KEYS, REMEDY), rules)
         check_utterances(utterances, path)
         check_shards(args.data_dir, utterances)
-        pairs = {split: build_pairs(utterances, split, args.pairs_per_target, args.seed, limits=limits)
+        emo_source = choose_emo_source(utterances, args.emo_source, path)
+        pairs = {split: build_pairs(utterances, split, args.pairs_per_target, args.seed, None, limits, emo_source)
                  for split in ("train", "val")}
         say_summary(utterances, pairs, limits)
         for split, rows in pairs.items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -25,9 +26,10 @@ from tools._common import ToolError, sha256_of, warn
 from tools.amharic_text import read_aloud, shown
 from tools.made_with import of_checkpoint, require_same
 from tools.preprocess import text_ids_of
+from tools.sentences import cut_at_pauses
 from tools.sound_files import load_recording
 from tools.speech_codec import SpeechCodec, codec_record
-from tools.text_rules import rules_of
+from tools.text_rules import INDEXTTS2, front_end_of, rules_of, written_for
 from tools.train_tokenizer import load_tokenizer
 from trainers.train_gpt_v2 import (
     Block,
@@ -41,6 +43,8 @@ from trainers.train_gpt_v2 import (
 )
 
 SHORTEST_PROMPT = 0.5  # seconds
+LONGEST_PART = {INDEXTTS2: 120}  # text tokens: as its own inference cuts; 600, which it takes, are over 36 s of codes
+PAUSE = 0.3  # seconds between the parts of a long text
 LINES_AT_ONCE = 16  # at most
 CACHE_BYTES = 2 << 30  # of their keys and values
 
@@ -130,6 +134,8 @@ class Line:
     text: str
     text_ids: list[int]
     prompt: Prompt
+    parts: list[Line] = field(default_factory=list)
+    """Of a text that is longer than the model takes: what is spoken one after the other."""
 
 
 @dataclass
@@ -145,6 +151,16 @@ class Spoken:
     def likelihood(self) -> tuple[bool, float]:
         """To compare takes of a line by: one that ended itself first, then the mean log-probability."""
         return self.stopped, self.log_probability / max(1, len(self.codes) + self.stopped)
+
+
+def joined(parts: Sequence[tuple[Spoken, Tensor]], pause: int) -> tuple[Spoken, Tensor]:
+    """The parts of a line with `pause` samples of silence between them. Without a code in each it has not stopped."""
+    if len(parts) == 1:
+        return parts[0]
+    spoken = [part for part, _ in parts]
+    sounds = [sound for _, waveform in parts for sound in (torch.zeros(pause), waveform)]
+    return Spoken([code for part in spoken for code in part.codes], all(part.stopped and part.codes for part in spoken),
+                  sum(part.log_probability for part in spoken)), torch.cat(sounds[1:])
 
 
 class KVCache:
@@ -299,12 +315,15 @@ class Synthesizer:
     codec: SpeechCodec
     rules: int
     """Version of the text rules that the checkpoint's texts were read by."""
+    front_end: str
+    """As whose front end they were then written, "" for none."""
 
     def __init__(self, checkpoint_path: Path, codec_path: Path, tokenizer_path: Path | None) -> None:
         """Raises: ToolError when a file is missing or damaged, or one does not fit the others."""
         self.model, self.checkpoint = load_model(checkpoint_path)
         record = of_checkpoint(self.checkpoint)
         self.rules = rules_of(record, str(checkpoint_path))
+        self.front_end = front_end_of(record, str(checkpoint_path))
         path = tokenizer_path or Path(self.checkpoint["tokenizer"]["path"])
         self.tokenizer = load_tokenizer(path)
         require_same(str(checkpoint_path), record, f"--tokenizer {path}", {"tokenizer_sha256": sha256_of(path)},
@@ -331,16 +350,29 @@ class Synthesizer:
     def line(self, text: str, prompt: Prompt, place: str, language: str = "am") -> Line:
         """`place` is for the message, `language` the text's. Raises: ToolError for one that the model cannot read."""
         reading = read_aloud(text, language, self.rules)
-        text_ids = text_ids_of(reading.text, self.tokenizer, place)
-        longest = self.model.config.max_text_tokens
-        if len(text_ids) > longest:
-            raise ToolError(f"{place}: {len(text_ids)} tokens, the model takes {longest}. Split it")
+        line = Line(reading.text, text_ids_of(reading.text, self.tokenizer, place, self.front_end), prompt)
+        most = self.model.config.max_text_tokens
+        longest = min(most, LONGEST_PART.get(self.front_end, most))
+        if len(line.text_ids) > longest:
+            cut = cut_at_pauses(line.text, lambda text: len(self.tokenizer.encode(written_for(self.front_end, text))),
+                                longest)
+            line.parts = [Line(part, text_ids_of(part, self.tokenizer, place, self.front_end), prompt) for part in cut]
+            beyond = [part for part in line.parts if len(part.text_ids) > most]
+            if beyond:
+                raise ToolError(f"{place}: {len(beyond[0].text_ids)} tokens, the model takes {most}. Split it")
         if reading.unsaid:
             warn(f"{place}: not said: {' '.join(map(shown, reading.unsaid))}")
-        return Line(reading.text, text_ids, prompt)
+        return line
 
     def speak(self, lines: Sequence[Line], sampling: Sampling) -> Iterator[tuple[Spoken, Tensor]]:
-        """Codes and waveform [samples] of every line, lines_at_once() together. Raises: ToolError."""
+        """Codes and waveform [samples] of every line, of long ones part by part. Raises: ToolError."""
+        sounds = self.speak_parts([part for line in lines for part in line.parts or [line]], sampling)
+        for line in lines:
+            yield joined(list(itertools.islice(sounds, len(line.parts) or 1)),
+                         round(PAUSE * self.codec.config.sample_rate))
+
+    def speak_parts(self, lines: Sequence[Line], sampling: Sampling) -> Iterator[tuple[Spoken, Tensor]]:
+        """The same of lines that the model takes at once, lines_at_once() together. Raises: ToolError."""
         config = self.model.config
         problems = sampling_problems(sampling, config.max_code_len)
         if problems:

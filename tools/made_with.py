@@ -9,6 +9,7 @@ A data set says it in the `dataset:` section of the config.yaml beside its manif
   codes_per_second
   tokenizer_sha256  of the SentencePiece model
   text_rules        by which the transcripts were read (tools.text_rules); not recorded under version 1
+  front_end         as whose front end texts are written for the tokenizer ("indextts2"); not recorded where as they are
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from tools._common import ToolError
 from tools.run_files import split_manifest
 
 KEYS = {"features": str, "codec_sha256": str, "num_codes": int, "codes_per_second": float, "tokenizer_sha256": str,
-        "text_rules": int}
+        "text_rules": int, "front_end": str}
 OF_SOUND = ("features", "codec_sha256", "num_codes", "codes_per_second")
 """All that matters where texts are written anew."""
 EMBEDDED = "embedded"
@@ -45,11 +46,11 @@ def recorded(values: object) -> MadeWith:
 
 
 def record(features: str, codec_sha256: str, num_codes: int, codes_per_second: float, tokenizer_sha256: str,
-           text_rules: int) -> MadeWith:
-    """All six, as a data set keeps them."""
+           text_rules: int, front_end: str = "") -> MadeWith:
+    """All seven, as a data set keeps them; without a front end six."""
     return {"features": features, "codec_sha256": codec_sha256, "num_codes": num_codes,
             "codes_per_second": round(codes_per_second, 4), "tokenizer_sha256": tokenizer_sha256,
-            "text_rules": text_rules}
+            "text_rules": text_rules, **({"front_end": front_end} if front_end else {})}
 
 
 def read_yaml(path: Path, remedy: str = MEND_YAML) -> dict[str, Any]:

@@ -32,7 +32,7 @@ such as emoji and stars, is passed over and counted); training rows with a sente
 are not JSON or lack a field, ids that occur twice, data without a training or a validation row.
 
 Texts are read by the text rules of the tokenizer's record (the file with the ending .yaml beside it), without one by
-today's; the data records which.
+today's, and written for the tokenizer as the front end of that record; the data records which.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ from tools.features import (
 from tools.made_with import INDEXTTS2_CODES, record
 from tools.recordings import is_sound_name, read_recordings, why_left_out
 from tools.sound_files import Unusable
-from tools.text_rules import Tally, language_of, lost_signs, rules_for_new
+from tools.text_rules import Tally, front_end_for_new, language_of, lost_signs, rules_for_new, written_for
 from tools.train_tokenizer import load_tokenizer
 from trainers.train_gpt_v2 import ModelConfig, UserError, lock_output_dir, model_config_from, use_glibc_heap
 
@@ -102,8 +102,10 @@ ETHIOPIC = re.compile("[\u1200-\u139f\u2d80-\u2ddf\uab00-\uab2f]")
 # Texts and splits (pure, but for one warning)
 
 
-def text_ids_of(text: str, tokenizer: sentencepiece.SentencePieceProcessor, place: str) -> list[int]:
+def text_ids_of(text: str, tokenizer: sentencepiece.SentencePieceProcessor, place: str, front_end: str = ""
+                ) -> list[int]:
     """Token ids of a normalised transcript, without <s> and </s>. Raises ToolError for an empty or unknown text."""
+    text = written_for(front_end, text)
     ids = tokenizer.encode(text)
     if not ids:
         raise ToolError(f"{place}: the transcript is empty. Write what is said, or remove the row")
@@ -207,7 +209,7 @@ class Plan:
 
 
 def text_ids_or_why_not(row: dict[str, Any], reading: Reading, place: str, model: ModelConfig,
-                        tokenizer: sentencepiece.SentencePieceProcessor) -> list[int]:
+                        tokenizer: sentencepiece.SentencePieceProcessor, front_end: str) -> list[int]:
     """Raises: Unusable."""
     text, lost = reading.text, lost_signs(reading)
     fault = why_left_out(row)
@@ -221,7 +223,7 @@ def text_ids_or_why_not(row: dict[str, Any], reading: Reading, place: str, model
         raise Unusable("signs that cannot be said", f"{place}: {lost} in {row['text']!r}. Write the words that are "
                                                     "said for it, or remove it")
     try:
-        ids = text_ids_of(text, tokenizer, place)
+        ids = text_ids_of(text, tokenizer, place, front_end)
     except ToolError as error:
         raise Unusable("letters without a token", str(error)) from error
     if len(ids) > model.max_text_tokens:
@@ -234,7 +236,7 @@ def skipped_row(number: int, row_id: str, reason: str, detail: str) -> dict[str,
     return {"row": number, "id": row_id, "reason": reason, "detail": detail}
 
 
-def plan_items(rows: Sequence[dict[str, Any]], recordings: Path, model: ModelConfig, rules: int,
+def plan_items(rows: Sequence[dict[str, Any]], recordings: Path, model: ModelConfig, rules: int, front_end: str,
                tokenizer: sentencepiece.SentencePieceProcessor, args: argparse.Namespace
                ) -> tuple[list[Item], list[dict[str, Any]]]:
     """All transcripts before any sound: a fault among them shows within seconds, not after hours of audio."""
@@ -244,7 +246,8 @@ def plan_items(rows: Sequence[dict[str, Any]], recordings: Path, model: ModelCon
         reading = read_aloud(row["text"], language_of(row), rules)
         tally.add(reading)
         try:
-            ids = text_ids_or_why_not(row, reading, f"{recordings}, row {number} ({row['id']})", model, tokenizer)
+            ids = text_ids_or_why_not(row, reading, f"{recordings}, row {number} ({row['id']})", model, tokenizer,
+                                      front_end)
             items.append(Item(number, row, reading.text, ids, ""))
         except Unusable as fault:
             skipped.append(skipped_row(number, row["id"], fault.reason, fault.detail))
@@ -325,11 +328,12 @@ def make_plan(args: argparse.Namespace) -> Plan:
     source = FeatureSource.of(args.codec, width if isinstance(width, int) else 0)
     gpt, model = complete_gpt_section(section, load_features(source), tokenizer.get_piece_size(),
                                       f"--config {args.config}" if args.config else f"--model-dim {args.model_dim}")
-    rules = rules_for_new(args.tokenizer)
-    items, skipped = plan_items(rows, args.recordings, model, rules, tokenizer, args)
+    rules, front_end = rules_for_new(args.tokenizer), front_end_for_new(args.tokenizer, load_features(source).name)
+    items, skipped = plan_items(rows, args.recordings, model, rules, front_end, tokenizer, args)
     made_with = {
         "format": FORMAT, "--recordings": sha256_of(args.recordings), "--codec": source.sha256,
-        "--tokenizer": sha256_of(args.tokenizer), "text rules": rules, "--num-shards": args.num_shards,
+        "--tokenizer": sha256_of(args.tokenizer), "text rules": rules, "front end": front_end or None,
+        "--num-shards": args.num_shards,
         "--seed": args.seed,
         "--config or --model-dim": [model.model_dim, model.max_text_tokens, model.max_mel_tokens],
         "--prompts-per-speaker": args.prompts_per_speaker, "--val-share": args.val_share,
@@ -472,7 +476,7 @@ def dataset_config(plan: Plan, tokenizer: Path, utterances: Sequence[dict[str, A
         "tokenizer": tokenizer.name, "codec": plan.source.codec.name,
         **record(features.name, plan.source.sha256, features.num_codes,
                  features.sample_rate / features.samples_per_code, plan.made_with["--tokenizer"],
-                 plan.made_with["text rules"]),
+                 plan.made_with["text rules"], plan.made_with["front end"] or ""),
         "sample_rate": features.sample_rate, "speakers": sorted({row["speaker"] for row in utterances}),
     }}
 

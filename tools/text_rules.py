@@ -1,14 +1,17 @@
-"""Which version of the text rules a text is read by, for every program; and what of a text no voice says.
+"""Which version of the text rules a text is read by, and as whose front end it is then written for the tokenizer, for
+every program; and what of a text no voice says.
 
   made anew   a tokenizer's texts, data: TEXT_RULES; but with a tokenizer that was trained under others, those
   in use      of a data set or checkpoint: the version that it records; none was recorded under version 1
 
-A tokenizer's record is the file of its name with the ending .yaml beside it: sha256 (of the model), text_rules,
-languages. No torch in here.
+A front end is recorded in the same places. Without one the tokenizer gets a text as it is read. A tokenizer's record is
+the file of its name with the ending .yaml beside it: sha256 (of the model), text_rules, languages, and for one that
+extends a released tokenizer front_end and extends (the sha256 of that one). No torch in here.
 """
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -20,8 +23,16 @@ import yaml
 
 from tools._common import ToolError, sha256_of
 from tools.amharic_text import KNOWN_RULES, TEXT_RULES, Reading, shown
-from tools.made_with import read_yaml
+from tools.made_with import EMBEDDED, read_yaml
 
+INDEXTTS2 = "indextts2"
+FRONT_ENDS = ("", INDEXTTS2)
+# What IndexTTS2's front end hands to its tokenizer: no semicolon, colon, bracket or quotation mark of any kind.
+INDEXTTS2_MARKS = {ord(mark): plain for marks, plain in (
+    ("።。", "."), ("፣፤፥:;：；，、", ","), ("！", "!"), ("？", "?"), ("—~～·", "-"), ("“”\"‘’()（）[]【】《》「」", "'"))
+    for mark in marks}
+CHINESE = re.compile("([\u1100-\u11ff\u2e80-\ua4cf\uac00-\ud7af\uf900-\ufaff\ufe30-\ufe4f\uff65-\uffdc"
+                     "\U00020000-\U0002ffff])")  # and Japanese and Korean
 REMEDY = "Mend it, or train the tokenizer again"
 KINDS = {
     "lost": "lose signs that cannot be said",
@@ -51,13 +62,37 @@ def rules_of(record: Mapping[str, Any], source: str) -> int:
     return known_rules(record.get("text_rules", 1), source)
 
 
+def front_end_of(record: Mapping[str, Any], source: str) -> str:
+    """That of a tokenizer's record, or of a data set or checkpoint, whose `record` made_with gives; "" for none.
+
+    Raises: ToolError naming the source.
+    """
+    front_end = record.get("front_end") or ""
+    if front_end not in FRONT_ENDS:
+        raise ToolError(f"{source}: made for the front end {front_end}, and this program knows {INDEXTTS2}. Take a "
+                        "newer version of this program")
+    return str(front_end)
+
+
+def written_for(front_end: str, text: str) -> str:
+    """A text that was read aloud, as the tokenizer gets it.
+
+    For IndexTTS2: pauses as . and , (it knows no Ethiopic mark, and no ; or :), capital letters, and Chinese characters
+    one by one. In any language: a comma stays one.
+    """
+    if not front_end:
+        return text
+    return " ".join(CHINESE.sub(r" \1 ", text.translate(INDEXTTS2_MARKS).upper()).split())
+
+
 def record_path(tokenizer: Path) -> Path:
     return tokenizer.with_suffix(".yaml")
 
 
-def tokenizer_record(digest: str, rules: int, languages: Iterable[str]) -> str:
-    """The record's text; `digest` is the model's SHA-256."""
-    return yaml.safe_dump({"sha256": digest, "text_rules": rules, "languages": sorted(set(languages))},
+def tokenizer_record(digest: str, rules: int, languages: Iterable[str], extends: str = "") -> str:
+    """The record's text; `digest` is the model's SHA-256, `extends` that of the released tokenizer which it extends."""
+    front_end = {"front_end": INDEXTTS2, "extends": extends} if extends else {}
+    return yaml.safe_dump({"sha256": digest, "text_rules": rules, "languages": sorted(set(languages)), **front_end},
                           sort_keys=False)
 
 
@@ -67,15 +102,25 @@ def read_record(tokenizer: Path) -> dict[str, Any]:
     return content if {"sha256", "text_rules"} <= content.keys() else {}
 
 
-def rules_for_new(tokenizer: Path) -> int:
-    """Those for data made anew with a tokenizer. Raises: ToolError for a record that is another tokenizer's."""
+def own_record(tokenizer: Path) -> dict[str, Any]:
+    """As read_record. Raises: ToolError for a record that is another tokenizer's."""
     record, path = read_record(tokenizer), record_path(tokenizer)
-    if not record:
-        return TEXT_RULES
-    if record["sha256"] != sha256_of(tokenizer):
+    if record and record["sha256"] != sha256_of(tokenizer):
         raise ToolError(f"{path}: is the record of another tokenizer than {tokenizer}. Put back the one that belongs "
                         f"to it, or remove it to read texts by rules {TEXT_RULES}")
-    return known_rules(record["text_rules"], str(path))
+    return record
+
+
+def rules_for_new(tokenizer: Path) -> int:
+    """Those for data made anew with a tokenizer. Raises: ToolError for a record that is another tokenizer's."""
+    return known_rules(own_record(tokenizer).get("text_rules", TEXT_RULES), str(record_path(tokenizer)))
+
+
+def front_end_for_new(tokenizer: Path, features: str = EMBEDDED) -> str:
+    """That for data made anew with a tokenizer: its record's, or, of a released tokenizer as it is, which has none,
+    that of the `features`. Raises: ToolError for a record that is another tokenizer's, or an unknown front end."""
+    record = own_record(tokenizer) or {"front_end": features if features in FRONT_ENDS else ""}
+    return front_end_of(record, str(record_path(tokenizer)))
 
 
 def findings(reading: Reading) -> dict[str, tuple[str, ...]]:
