@@ -556,7 +556,8 @@ NOT_FINITE_TWICE = "its loss was not finite twice"
 CHECKED_ROWS = 1000  # rows with files of their own that are read before training starts
 # What codes, conditions and text ids were made with; recorded beside manifests, in checkpoints and in exports.
 MADE_WITH = {"features": "features", "codec_sha256": "codec", "num_codes": "number of codes",
-             "codes_per_second": "codes a second", "tokenizer_sha256": "tokenizer", "text_rules": "text rules"}
+             "codes_per_second": "codes a second", "tokenizer_sha256": "tokenizer", "text_rules": "text rules",
+             "conditioning_sha256": "conditioning modules"}
 
 
 @dataclass(slots=True)
@@ -2074,6 +2075,21 @@ CARRIED_PREFIXES = ("conditioning_encoder.", "perceiver_encoder.", "emo_conditio
 # The order of names in IndexTTS2's files.
 NAME_ORDER = (*CARRIED_PREFIXES[:4], "text_embedding.", *CARRIED_PREFIXES[4:], "mel_embedding.", "gpt.",
               "mel_pos_embedding.", "text_pos_embedding.", "final_norm.", "text_head.", "mel_head.", "speed_emb.")
+
+
+def conditioning_record(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """For a record: which modules make the conditions that these weights know; nothing where the file has none.
+
+    A SHA-256 over a line "NAME [SHAPE]" and the values as float32, little-endian, of each carried tensor by name.
+    """
+    digest, names = hashlib.sha256(), sorted(name for name in tensors if name.startswith(CARRIED_PREFIXES))
+    for name in names:
+        values = tensors[name].float().numpy().astype("<f4", copy=False)
+        digest.update(f"{name} {list(values.shape)}\n".encode())
+        digest.update(np.ascontiguousarray(values).data.cast("B"))
+    return {"conditioning_sha256": digest.hexdigest()} if names else {}
+
+
 VOCAB_TENSORS = ("text_embedding.weight", "text_head.weight", "text_head.bias")
 
 
@@ -2590,6 +2606,8 @@ def require_fit(run: Run, point: ResumePoint) -> None:
                         f"{tokenizer['sha256'][:12]} here). Pass --tokenizer {checkpoint['tokenizer']['path']} as it "
                         "was, or start a new run with --base-checkpoint")
     made_with = {key: value for key, value in recorded_in(checkpoint).items() if key != "tokenizer_sha256"}
+    if "conditioning_sha256" in run.made_with and "conditioning_sha256" not in made_with:
+        made_with |= conditioning_record(checkpoint["model"])
     problems += compare_made_with([("the data here", run.made_with), (f"{point.path}", made_with)])[1]
     any_data = run.config.eval_only or run.config.accept_changed_data
     if not any_data and run.train_data.fingerprint != checkpoint["train_data"]["fingerprint"]:
@@ -2928,15 +2946,18 @@ def check_unrecorded(path: str, rate: float | None, data: ManifestDataset, model
 
 
 def belongs_together(config: TrainConfig, model_config: ModelConfig, tokenizer: Mapping[str, Any],
-                     datasets: Sequence[ManifestDataset], base: Mapping[str, Any] | None, say: Callable[[str], None]
-                     ) -> dict[str, Any]:
-    """What data, tokenizer, model and base checkpoint (the whole file) were made with.
+                     datasets: Sequence[ManifestDataset], base: Mapping[str, Any] | None,
+                     base_tensors: Mapping[str, Tensor] | None, say: Callable[[str], None]) -> dict[str, Any]:
+    """What data, tokenizer, model and base checkpoint (the whole file, and its tensors) were made with.
 
     Returns: what is known of it. Raises: UserError where two of them do not belong together.
     """
     of_base = None if base is None else (f"--base-checkpoint {config.base_checkpoint}", recorded_in(base))
     manifests = [(manifest, rate, data) for data in datasets
                  for manifest, rate in zip(data.manifests, data.rates, strict=True)]
+    if of_base and "conditioning_sha256" not in of_base[1] and any(
+            "conditioning_sha256" in manifest["made_with"] for manifest, _, _ in manifests):
+        of_base[1].update(conditioning_record(base_tensors or {}))
     known, problems = compare_made_with([
         (f"--tokenizer {tokenizer['path']}", {"tokenizer_sha256": tokenizer["sha256"]}),
         (f"--config {config.config}" if config.config else "the checkpoint's config",
@@ -2987,7 +3008,7 @@ def prepare(typed: Mapping[str, Any], point: ResumePoint | None, output_dir: Pat
     base, content = None, None
     if checkpoint is None and config.base_checkpoint:
         base, content = read_base_checkpoint(Path(config.base_checkpoint))
-    made_with = belongs_together(config, model_config, tokenizer, datasets, content,
+    made_with = belongs_together(config, model_config, tokenizer, datasets, content, base,
                                  say if point is None else lambda line: None)
     model, carried, base_vocab = build_model(config, model_config, train_data, base, fresh=checkpoint is None)
     if config.freeze_base_vocab and not base_vocab and not (checkpoint or {}).get("base_vocab"):
