@@ -375,11 +375,9 @@ class Part:
     codes: list[np.ndarray] = field(default_factory=list)
     text_ids: list[np.ndarray] = field(default_factory=list)
     """All three for each utterance; empty in a merge, whose shards have them."""
-    conditions: FeatureCache | None = None
-    """Has the conditions of the prompts; None in a shard that leaves them to the merge."""
-    prompts: list[Clip] = field(default_factory=list)
-    emo_vecs: tuple[FeatureCache, list[Clip]] | None = None
-    """Has the emotion vectors: of all clips, or of the prompts."""
+    streams: list[tuple[FeatureCache, list[Clip], tuple[str, ...]]] = field(default_factory=list)
+    """The other arrays by name: of which clips they are, one after another, and where their features lie. Without
+    conditions in a shard that leaves them to the merge."""
     in_use: list[tuple[FeatureCache, list[Clip]]] = field(default_factory=list)
     """For prune_caches."""
 
@@ -431,7 +429,8 @@ def work_out(plan: Plan, items: Sequence[Item], folder: Path, jobs: int) -> Part
         part.text_ids.append(ids)
         codes_start, ids_start = codes_start + len(codes), ids_start + len(ids)
     part.in_use.append((cache, [clips[number] for number in usable]))
-    part.emo_vecs = (cache, part.clips) if plan.source.emo_vec_kind == "codes" else None
+    if plan.source.emo_vec_kind == "codes":
+        part.streams.append((cache, part.clips, ("emo_vec",)))
     return part
 
 
@@ -447,14 +446,13 @@ def work_out_prompts(plan: Plan, part: Part, prompts: Sequence[int], folder: Pat
         raise ToolError(f"a prompt's recording: {fault.detail}. The merge, too, needs the recordings") from fault
     for _, detail in fill_cache(cache, clips, plan.audio_dir, jobs).values():
         raise ToolError(f"a prompt's recording: {detail}. If it was changed meanwhile, run the same command again")
+    names = ("condition", "emo_vec") if plan.source.emo_vec_kind == "condition" else ("condition",)
     for rank, index in enumerate(prompts):
         part.utterances[index] |= {"condition_start": rank * CONDITION_ROWS, "condition_len": CONDITION_ROWS}
-        if plan.source.emo_vec_kind == "condition":
+        if "emo_vec" in names:
             part.utterances[index]["emo_vec_start"] = rank
     part.in_use.append((cache, clips))
-    part.conditions, part.prompts = cache, clips
-    if plan.source.emo_vec_kind == "condition":
-        part.emo_vecs = cache, clips
+    part.streams.append((cache, clips, names))
 
 
 def prune_caches(plan: Plan, part: Part) -> None:
@@ -481,19 +479,20 @@ def new_array(path: Path, shape: tuple[int, ...], dtype: type) -> Iterator[Calla
 
 
 def save_arrays(staging: Path, part: Part, width: int) -> None:
-    """codes and text_ids [total] int32; condition [32 * prompts, width] and emo_vec [vectors, width] float32."""
+    """codes and text_ids [total] int32; condition [32 * clips, width] and emo_vec [clips, width] float32."""
     for name, parts in (("codes", part.codes), ("text_ids", part.text_ids)):
         if parts:
             with new_array(staging / f"{name}.npy", (sum(map(len, parts)),), np.int32) as put:
                 for row, values in zip(part.utterances, parts, strict=True):
                     put(row[f"{name}_start"], values)
-    of_prompts = (part.conditions, part.prompts) if part.conditions else None
-    for name, rows, found in (("condition", CONDITION_ROWS, of_prompts), ("emo_vec", 1, part.emo_vecs)):
-        if found:
-            cache, clips = found
-            with new_array(staging / f"{name}.npy", (rows * len(clips), width), np.float32) as put:
-                for rank, features in cache.read(clips):
-                    put(rows * rank, features[name])
+    for cache, clips, names in part.streams:
+        with contextlib.ExitStack() as files:
+            rows = {name: CONDITION_ROWS if name == "condition" else 1 for name in names}
+            puts = {name: files.enter_context(new_array(staging / f"{name}.npy", (count * len(clips), width),
+                                                        np.float32)) for name, count in rows.items()}
+            for rank, features in cache.read(clips):
+                for name, put in puts.items():
+                    put(rows[name] * rank, features[name])
 
 
 def dataset_config(plan: Plan, tokenizer: Path, utterances: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -791,10 +790,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--recordings", type=Path, required=True, help="the recordings.jsonl to read")
     parser.add_argument("--features", choices=(EMBEDDED, INDEXTTS2), default=EMBEDDED, help="of this project's own "
                         "codec, or of IndexTTS2's released weights (embedded)")
-    parser.add_argument("--codec", type=Path, help="embedded: what `python -m tools.speech_codec train` wrote")
-    parser.add_argument("--model-dir", type=Path, help="indextts2: the folder of IndexTTS-2; its config.yaml is "
-                                                       "the model to train")
-    parser.add_argument("--device", default="auto", help="indextts2: cpu or cuda (auto)")
+    parser.add_argument("--codec", type=Path, help="what `python -m tools.speech_codec train` wrote (embedded)")
+    parser.add_argument("--model-dir", type=Path, help="folder of IndexTTS-2, whose config.yaml is the model to "
+                                                       "train (indextts2)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda, for indextts2 (auto)")
     parser.add_argument("--tokenizer", type=Path, required=True, help="SentencePiece model of the transcripts' letters")
     parser.add_argument("--output-dir", type=Path, required=True, help="gets the files named above")
     parser.add_argument("--audio-dir", type=Path, help="holds all recordings (the folder of --recordings)")
