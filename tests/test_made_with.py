@@ -14,13 +14,13 @@ from conftest import ROOT, trainer
 from tools import made_with
 from tools._common import ToolError
 
-ALL = made_with.record("embedded", "a" * 64, 1024, 21.533203125, "b" * 64, 1, "indextts2")
+ALL = made_with.record("embedded", "a" * 64, 1024, 21.533203125, "b" * 64, 1, "indextts2", "d" * 64)
 
 
-def test_a_record_holds_all_seven_or_six_without_a_front_end_and_survives_yaml(tmp_path: Path):
+def test_a_record_holds_every_key_but_those_without_a_value_and_survives_yaml(tmp_path: Path):
     assert list(ALL) == list(made_with.KEYS)
     plain = made_with.record("embedded", "a" * 64, 1024, 21.533203125, "b" * 64, 1)
-    assert plain == {key: value for key, value in ALL.items() if key != "front_end"}
+    assert plain == {key: value for key, value in ALL.items() if key not in ("front_end", "conditioning_sha256")}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"dataset": ALL | {"name": "x"}}))
     for manifest in ("train_pairs.jsonl", "train_pairs.jsonl::am"):
         assert made_with.of_manifest(f"{tmp_path}/{manifest}") == ALL
@@ -87,7 +87,8 @@ def test_nobody_loads_torch_to_compare():
 def test_the_trainer_which_has_its_own_version_decides_alike(tmp_path: Path):
     assert list(trainer.MADE_WITH) == list(made_with.KEYS)
     changed = [ALL | {key: other} for key, other in (("features", "indextts2"), ("codec_sha256", "c" * 64),
-               ("num_codes", 8192), ("codes_per_second", 25.0), ("tokenizer_sha256", "c" * 64), ("text_rules", 2))]
+               ("num_codes", 8192), ("codes_per_second", 25.0), ("tokenizer_sha256", "c" * 64), ("text_rules", 2),
+               ("conditioning_sha256", "c" * 64))]
     for other in (ALL, {}, {"num_codes": 1024}, *changed):
         problems = trainer.compare_made_with([("A", ALL), ("B", other)])[1]
         assert len(problems) == len(made_with.differences("A", ALL, "B", other))

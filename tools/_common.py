@@ -237,7 +237,8 @@ def text_fault(row: dict[str, Any]) -> str:
 
 def sha256_of(path: Path) -> str:
     """The hexadecimal SHA-256 of a file's bytes."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    with Path(path).open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 class Progress:

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -30,8 +31,6 @@ from tools.sound_files import Unusable, load_recording, path_within
 from tools.speech_codec import SpeechCodec
 from trainers.train_gpt_v2 import available_cores
 
-LARGEST_CHUNK = 128  # recordings; what a kill can cost each process
-WORTH_A_PROCESS = 64  # recordings; for fewer, a process would take longer to start than to work
 FORMAT = 2  # of chunks; counted up when their content changes, so that older ones are not used
 DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)  # what np.load makes of a broken chunk
 
@@ -41,69 +40,112 @@ Result = dict[str, np.ndarray] | tuple[str, str]
 
 
 class Features(Protocol):
-    """Turns sound into what the model reads. `audio` is mono [samples], float32, at sample_rate."""
+    """Turns sound into what the model reads."""
 
-    name: str
-    sample_rate: int
-    samples_per_code: int
-    num_codes: int
-    model_dim: int
+    def arrays(self, audio: Tensor, kind: str) -> dict[str, np.ndarray]:
+        """Of mono `audio` [samples], float32, at the source's sample_rate. kind "codes": codes [c], int32, 0 to
+        num_codes - 1; "condition": condition [32, model_dim], float32, what the model knows of a prompt's voice; and
+        with one of the two (emo_vec_kind) the emotion vector emo_vec [1, model_dim], float32.
+        """
 
-    def codes(self, audio: Tensor) -> np.ndarray:
-        """Speech codes [c], int32, 0 to num_codes - 1."""
 
-    def condition(self, audio: Tensor) -> np.ndarray:
-        """What the model knows of a prompt's voice: [32, model_dim], float32."""
+class FeatureSource(Protocol):
+    """What a worker process needs to make its own Features. Can be hashed and pickled."""
 
-    def emo_vec(self, audio: Tensor) -> np.ndarray:
-        """Emotion vector of a prompt [model_dim], float32."""
+    def __hash__(self) -> int: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def codec(self) -> Path: ...
+    @property
+    def sha256(self) -> str:
+        """Of the codec."""
+    @property
+    def conditioning_sha256(self) -> str:
+        """See tools.made_with; "" where there is none."""
+    @property
+    def sample_rate(self) -> int: ...
+    @property
+    def samples_per_code(self) -> int: ...
+    @property
+    def num_codes(self) -> int: ...
+    @property
+    def model_dim(self) -> int: ...
+    @property
+    def trims(self) -> bool:
+        """Whether silence at both ends is cut off."""
+    @property
+    def most_samples(self) -> float:
+        """Longer recordings are refused before anything is computed."""
+    @property
+    def emo_vec_kind(self) -> str:
+        """"codes": every utterance has an emotion vector; "condition": only prompts do."""
+    @property
+    def worth_a_process(self) -> int:
+        """Recordings; for fewer, a process would take longer to start than to work."""
+    @property
+    def jobs(self) -> int:
+        """Processes where the user gives no number; 0 = one per core."""
+    @property
+    def largest_chunk(self) -> int:
+        """Recordings; what a kill can cost each process."""
+
+    def fingerprint(self, kind: str) -> str:
+        """Equal for equal features."""
+
+    def load(self) -> Features:
+        """Raises: ToolError naming the file."""
 
 
 class EmbeddedFeatures:
     """Those of tools.speech_codec, which needs no download."""
 
-    name = EMBEDDED
-
     def __init__(self, codec: SpeechCodec, model_dim: int):
         self.codec, self.model_dim = codec, model_dim
-        self.sample_rate, self.num_codes = codec.config.sample_rate, codec.config.num_codes
-        self.samples_per_code = codec.config.samples_per_code
 
-    def codes(self, audio: Tensor) -> np.ndarray:
-        return self.codec.encode(audio).numpy().astype(np.int32)
-
-    def condition(self, audio: Tensor) -> np.ndarray:
-        return self.codec.condition(audio, self.model_dim)[0].numpy()
-
-    def emo_vec(self, audio: Tensor) -> np.ndarray:
-        return self.codec.condition(audio, self.model_dim)[1].numpy()
+    def arrays(self, audio: Tensor, kind: str) -> dict[str, np.ndarray]:
+        if kind == "codes":
+            return {"codes": self.codec.encode(audio).numpy().astype(np.int32)}
+        condition, emo_vec = self.codec.condition(audio, self.model_dim)
+        return {"condition": condition.numpy(), "emo_vec": emo_vec.numpy()[None]}
 
 
 @dataclass(frozen=True)
-class FeatureSource:
-    """What a worker process needs to make its own Features."""
+class EmbeddedSource:
+    """The FeatureSource of a codec file."""
 
     codec: Path
     sha256: str
     model_dim: int
+    sample_rate: int
+    samples_per_code: int
+    num_codes: int
+
+    name, conditioning_sha256 = EMBEDDED, ""
+    trims, most_samples, emo_vec_kind = True, math.inf, "condition"
+    jobs, worth_a_process, largest_chunk = 0, 64, 128
 
     @classmethod
-    def of(cls, codec: Path, model_dim: int) -> FeatureSource:
-        """Raises: ToolError for a missing codec."""
+    def of(cls, codec: Path, model_dim: int) -> EmbeddedSource:
+        """Raises: ToolError for a missing codec, or what is none."""
         if not codec.is_file():
             raise ToolError(f"{codec}: no such codec. `python -m tools.speech_codec train` writes one")
-        return cls(codec, sha256_of(codec), model_dim)
+        config = SpeechCodec.load(codec).config
+        return cls(codec, sha256_of(codec), model_dim, config.sample_rate, config.samples_per_code, config.num_codes)
 
     def fingerprint(self, kind: str) -> str:
-        """Equal for equal features; codes do not depend on the model's width."""
+        """Codes do not depend on the model's width."""
         width = self.model_dim if kind == "condition" else ""
-        return hashlib.sha256(f"{FORMAT} {EmbeddedFeatures.name} {self.sha256} {kind} {width}".encode()).hexdigest()
+        return hashlib.sha256(f"{FORMAT} {EMBEDDED} {self.sha256} {kind} {width}".encode()).hexdigest()
+
+    def load(self) -> EmbeddedFeatures:
+        return EmbeddedFeatures(SpeechCodec.load(self.codec), self.model_dim)
 
 
 @functools.lru_cache(maxsize=1)
 def load_features(source: FeatureSource) -> Features:
-    """Raises: ToolError naming the codec."""
-    return EmbeddedFeatures(SpeechCodec.load(source.codec), source.model_dim)
+    """Raises: ToolError naming the file."""
+    return source.load()
 
 
 class Clip(NamedTuple):
@@ -131,18 +173,19 @@ def find_clip(audio: str, audio_dir: Path) -> Clip:
 
 
 def features_of(path: Path, source: FeatureSource, kind: str) -> dict[str, np.ndarray]:
-    """kind "codes": codes [c] and samples [1]; "condition": condition [32, D] and emo_vec [1, D]. Raises: Unusable."""
+    """Those of its kind, samples [1] (their number) and sha256 [32] of the file. Raises: Unusable."""
     features = load_features(source)
-    audio = load_recording(path, features.sample_rate)
-    if kind == "codes":
-        found = {"codes": features.codes(audio), "samples": np.array([len(audio)])}
-    else:
-        found = {"condition": features.condition(audio), "emo_vec": features.emo_vec(audio)[None]}
+    audio = load_recording(path, source.sample_rate, source.trims)
+    if kind == "codes" and len(audio) > source.most_samples:
+        raise Unusable("recording too long", f"{path}: {len(audio) / source.sample_rate:.1f} s, the model takes "
+                                             f"{source.most_samples / source.sample_rate:.1f}. Cut it into sentences")
+    found = features.arrays(audio, kind)
     for name, values in found.items():
         if not np.isfinite(values).all():
             raise Unusable("unusable sound", f"{path}: its {name} holds numbers that are not finite. Export the "
                                              "recording again")
-    return found
+    digest = np.frombuffer(bytes.fromhex(sha256_of(path)), np.uint8)
+    return found | {"samples": np.array([len(audio)]), "sha256": digest}
 
 
 def compute_chunk(clips: Sequence[Clip], audio_dir: Path, source: FeatureSource, kind: str) -> list[Result]:
@@ -153,6 +196,9 @@ def compute_chunk(clips: Sequence[Clip], audio_dir: Path, source: FeatureSource,
             results.append(features_of(audio_dir / clip.audio, source, kind))
         except Unusable as fault:
             results.append((fault.reason, fault.detail))
+        except torch.cuda.OutOfMemoryError as error:
+            raise ToolError(f"{audio_dir / clip.audio}: the GPU's memory is full. Give fewer --jobs, or --device cpu; "
+                            "what is computed is kept") from error
     return results
 
 
@@ -202,6 +248,8 @@ class FeatureCache:
         self.folder, self.kind, self.source = folder, kind, source
         self.stem = f"{kind}_{source.fingerprint(kind)[:16]}"
         self.places: dict[Clip, tuple[Path, int]] = {}
+        self.contents: dict[tuple[int, bytes], tuple[Path, int]] = {}
+        """By size and SHA-256 of the sound file."""
         paths = sorted(folder.glob(f"{self.stem}_*.npz"))
         progress = Progress(f"finished chunks of {kind}", len(paths))
         for done, path in enumerate(paths, 1):
@@ -209,10 +257,27 @@ class FeatureCache:
             try:
                 with np.load(path) as arrays:
                     clips = json.loads(arrays["clips"].tobytes())
+                    digests = arrays["sha256"] if "sha256" in arrays.files else np.zeros(0, np.uint8)
             except DAMAGED as error:
                 warn(f"{path}: damaged ({error}); its recordings are computed again")
                 continue
             self.places.update({Clip(*clip): (path, i) for i, clip in enumerate(clips)})
+            self.contents.update({(Clip(*clips[i]).size, digest.tobytes()): (path, i)
+                                  for i, digest in enumerate(digests.reshape(-1, 32))})
+
+    def find_moved(self, clips: Sequence[Clip], audio_dir: Path) -> None:
+        """Gives clips that were copied, renamed or touched the features of the file that had their very bytes."""
+        sizes = {size for size, _ in self.contents}
+        alike = [clip for clip in clips if clip not in self.places and clip.size in sizes]
+        progress = Progress("comparing recordings with finished ones", len(alike))
+        for done, clip in enumerate(alike, 1):
+            try:
+                digest = bytes.fromhex(sha256_of(audio_dir / clip.audio))
+            except OSError:  # it is named when its turn comes
+                continue
+            if (clip.size, digest) in self.contents:
+                self.places[clip] = self.contents[clip.size, digest]
+            progress.update(done)
 
     def load_chunk(self, path: Path) -> dict[str, list[np.ndarray]]:
         try:
@@ -262,9 +327,9 @@ class FeatureCache:
                 path.unlink()
 
 
-def chunk_size(pending: int, jobs: int) -> int:
+def chunk_size(pending: int, jobs: int, largest: int) -> int:
     """Recordings per chunk: small enough to deal the work evenly, and to lose little to a kill."""
-    return max(4, min(LARGEST_CHUNK, pending // (8 * jobs)))
+    return max(4, min(largest, pending // (8 * jobs)))
 
 
 def fill_cache(cache: FeatureCache, clips: Sequence[Clip], audio_dir: Path, jobs: int) -> dict[Clip, tuple[str, str]]:
@@ -272,18 +337,20 @@ def fill_cache(cache: FeatureCache, clips: Sequence[Clip], audio_dir: Path, jobs
 
     Returns (reason, detail) of those that cannot be used.
     """
+    cache.find_moved(clips, audio_dir)
     pending = [clip for clip in dict.fromkeys(clips) if clip not in cache.places]
-    jobs = min(jobs or available_cores(), max(1, len(pending) // WORTH_A_PROCESS))
-    size = chunk_size(len(pending), jobs)
+    source = cache.source
+    jobs = min(jobs or source.jobs or available_cores(), max(1, len(pending) // source.worth_a_process))
+    size = chunk_size(len(pending), jobs, source.largest_chunk)
     chunks = [pending[i : i + size] for i in range(0, len(pending), size)]
     if pending:
         info(f"{cache.kind}: {len(pending)} of {len(set(clips))} recordings to compute, {min(jobs, len(chunks))} at a "
              "time")
     faults: dict[Clip, tuple[str, str]] = {}
     progress = Progress(cache.kind, len(pending))
-    done = 0
+    done, samples = 0, 0
     # Closed at once when a chunk cannot be written: else the other chunks would be computed first.
-    compute = functools.partial(compute_chunk, audio_dir=audio_dir, source=cache.source, kind=cache.kind)
+    compute = functools.partial(compute_chunk, audio_dir=audio_dir, source=source, kind=cache.kind)
     with contextlib.closing(compute_chunks(compute, chunks, jobs)) as computed:
         for chunk, results in computed:
             good = {clip: r for clip, r in zip(chunk, results, strict=True) if isinstance(r, dict)}
@@ -291,5 +358,6 @@ def fill_cache(cache: FeatureCache, clips: Sequence[Clip], audio_dir: Path, jobs
             if good:
                 cache.add(list(good), list(good.values()))
             done += len(chunk)
-            progress.update(done)
+            samples += sum(int(r["samples"][0]) for r in good.values())
+            progress.update(done, f"{samples / source.sample_rate / 3600:.2f} hours of speech")
     return faults

@@ -10,6 +10,8 @@ A data set says it in the `dataset:` section of the config.yaml beside its manif
   tokenizer_sha256  of the SentencePiece model
   text_rules        by which the transcripts were read (tools.text_rules); not recorded under version 1
   front_end         as whose front end texts are written for the tokenizer ("indextts2"); not recorded where as they are
+  conditioning_sha256  of IndexTTS2's conditioning modules, which made conditions and emotion vectors, and are needed
+                    with the weights (tools.indextts2_features); the embedded features have none
 """
 
 from __future__ import annotations
@@ -25,10 +27,11 @@ from tools._common import ToolError
 from tools.run_files import split_manifest
 
 KEYS = {"features": str, "codec_sha256": str, "num_codes": int, "codes_per_second": float, "tokenizer_sha256": str,
-        "text_rules": int, "front_end": str}
-OF_SOUND = ("features", "codec_sha256", "num_codes", "codes_per_second")
+        "text_rules": int, "front_end": str, "conditioning_sha256": str}
+OF_SOUND = ("features", "codec_sha256", "num_codes", "codes_per_second", "conditioning_sha256")
 """All that matters where texts are written anew."""
 EMBEDDED = "embedded"
+INDEXTTS2 = "indextts2"
 INDEXTTS2_CODES = 8192
 MEND_YAML = "Mend it, or run tools.preprocess again"
 REMEDY = ("Give files that belong together: the codec, the tokenizer and the data that these weights were trained "
@@ -46,11 +49,11 @@ def recorded(values: object) -> MadeWith:
 
 
 def record(features: str, codec_sha256: str, num_codes: int, codes_per_second: float, tokenizer_sha256: str,
-           text_rules: int, front_end: str = "") -> MadeWith:
-    """All seven, as a data set keeps them; without a front end six."""
-    return {"features": features, "codec_sha256": codec_sha256, "num_codes": num_codes,
-            "codes_per_second": round(codes_per_second, 4), "tokenizer_sha256": tokenizer_sha256,
-            "text_rules": text_rules, **({"front_end": front_end} if front_end else {})}
+           text_rules: int, front_end: str = "", conditioning_sha256: str = "") -> MadeWith:
+    """All of KEYS that there are, as a data set keeps them."""
+    return recorded({"features": features, "codec_sha256": codec_sha256, "num_codes": num_codes,
+                     "codes_per_second": round(codes_per_second, 4), "tokenizer_sha256": tokenizer_sha256,
+                     "text_rules": text_rules, "front_end": front_end, "conditioning_sha256": conditioning_sha256})
 
 
 def read_yaml(path: Path, remedy: str = MEND_YAML) -> dict[str, Any]:

@@ -75,14 +75,14 @@ from tools.amharic_text import Reading, is_amharic, letters_of, read_aloud
 from tools.features import (
     FORMAT,
     Clip,
+    EmbeddedSource,
     FeatureCache,
-    Features,
     FeatureSource,
     fill_cache,
     find_clip,
-    load_features,
 )
-from tools.made_with import INDEXTTS2_CODES, record
+from tools.indextts2_features import IndexTTS2Source, require_indextts2
+from tools.made_with import EMBEDDED, INDEXTTS2, INDEXTTS2_CODES, read_yaml, record
 from tools.recordings import is_sound_name, read_recordings, why_left_out
 from tools.sound_files import Unusable
 from tools.text_rules import Tally, front_end_for_new, language_of, lost_signs, rules_for_new, written_for
@@ -202,7 +202,8 @@ class Plan:
     named: set[str]
     """Every audio path of the recordings file."""
     source: FeatureSource
-    gpt: dict[str, Any]
+    config: dict[str, Any]
+    """The model to train (gpt:), and what else its config.yaml has."""
     model: ModelConfig
     audio_dir: Path
     made_with: dict[str, Any]
@@ -294,41 +295,59 @@ def read_gpt_section(config: Path | None) -> dict[str, Any]:
     return section
 
 
-def complete_gpt_section(section: dict[str, Any], features: Features, vocab_size: int, source: str
+def complete_gpt_section(section: dict[str, Any], source: FeatureSource, vocab_size: int, place: str
                          ) -> tuple[dict[str, Any], ModelConfig]:
     """The section with tokenizer's and features' numbers in it. Raises: ToolError for a model that cannot be, or whose
     codes are not those of the features."""
-    codes = features.num_codes
+    codes = source.num_codes
     of_codes = {"number_mel_codes": codes + 2, "start_mel_token": codes, "stop_mel_token": codes + 1}
     differing = [f"gpt.{key} is {section[key]}, these features need {value}" for key, value in of_codes.items()
                  if section.get(key, value) != value]
     if differing:
-        raise ToolError(f"{source}: {'; '.join(differing)}: it is the model of other codes. " + (
-            "These features are not those of IndexTTS2's weights, which need data made with their own (this project "
-            "does not make those yet). " if INDEXTTS2_CODES in map(section.get, of_codes) else "") +
+        raise ToolError(f"{place}: {'; '.join(differing)}: it is the model of other codes. " + (
+            "These features are not those of IndexTTS2's weights, which need data made with their own "
+            "(--features indextts2 --model-dir FOLDER). " if INDEXTTS2_CODES in map(section.get, of_codes) else "") +
             f"To train from scratch leave {', '.join(of_codes)} out of it, or give the codec that they belong to as "
             "--codec")
-    section = section | of_codes | {
-        "number_text_tokens": vocab_size, "start_text_token": 0, "stop_text_token": 1,
-        "mel_length_compression": features.samples_per_code,
-    }
+    section = section | {"number_text_tokens": vocab_size}
+    if source.name == EMBEDDED:  # of released weights, all else stays as it is
+        section |= of_codes | {"start_text_token": 0, "stop_text_token": 1,
+                               "mel_length_compression": source.samples_per_code}
     try:
-        return section, model_config_from(section, source)
+        return section, model_config_from(section, place)
     except UserError as error:
         raise ToolError(str(error)) from error
+
+
+def source_and_config(args: argparse.Namespace) -> tuple[FeatureSource, dict[str, Any], str]:
+    """Where the features come from, the config.yaml of the model to train, and what names it in an error.
+
+    Raises: ToolError.
+    """
+    if args.features == INDEXTTS2:
+        require_indextts2(args.model_dir)
+        place = args.model_dir / "config.yaml"
+        config = read_yaml(place)
+        try:
+            most_codes = model_config_from(config["gpt"], str(place)).max_code_len
+        except UserError as error:
+            raise ToolError(str(error)) from error
+        return IndexTTS2Source.of(args.model_dir, args.device, most_codes), config, str(place)
+    section = read_gpt_section(args.config)
+    if args.model_dim:
+        section["model_dim"] = args.model_dim
+    width = section.get("model_dim")
+    source = EmbeddedSource.of(args.codec, width if isinstance(width, int) else 0)
+    return source, {"gpt": section}, f"--config {args.config}" if args.config else f"--model-dim {args.model_dim}"
 
 
 def make_plan(args: argparse.Namespace) -> Plan:
     """Reads and checks everything but the sounds. Raises: ToolError."""
     rows = read_recordings(args.recordings)
-    tokenizer, section = load_tokenizer(args.tokenizer), read_gpt_section(args.config)
-    if args.model_dim:
-        section["model_dim"] = args.model_dim
-    width = section.get("model_dim")
-    source = FeatureSource.of(args.codec, width if isinstance(width, int) else 0)
-    gpt, model = complete_gpt_section(section, load_features(source), tokenizer.get_piece_size(),
-                                      f"--config {args.config}" if args.config else f"--model-dim {args.model_dim}")
-    rules, front_end = rules_for_new(args.tokenizer), front_end_for_new(args.tokenizer, load_features(source).name)
+    tokenizer = load_tokenizer(args.tokenizer)
+    source, config, place = source_and_config(args)
+    gpt, model = complete_gpt_section(config["gpt"], source, tokenizer.get_piece_size(), place)
+    rules, front_end = rules_for_new(args.tokenizer), front_end_for_new(args.tokenizer, source.name)
     items, skipped = plan_items(rows, args.recordings, model, rules, front_end, tokenizer, args)
     made_with = {
         "format": FORMAT, "--recordings": sha256_of(args.recordings), "--codec": source.sha256,
@@ -339,8 +358,11 @@ def make_plan(args: argparse.Namespace) -> Plan:
         "--prompts-per-speaker": args.prompts_per_speaker, "--val-share": args.val_share,
         "--val-speakers": sorted(args.val_speakers),
     }
+    if source.name != EMBEDDED:
+        made_with |= {"--features": source.name, "--model-dir": source.fingerprint("codes")}
     audio_dir = Path(os.path.realpath(args.audio_dir or args.recordings.parent))
-    return Plan(items, skipped, {row["audio"] for row in rows}, source, gpt, model, audio_dir, made_with)
+    return Plan(items, skipped, {row["audio"] for row in rows}, source, {**config, "gpt": gpt}, model, audio_dir,
+                made_with)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -357,9 +379,9 @@ class Part:
     codes: list[np.ndarray] = field(default_factory=list)
     text_ids: list[np.ndarray] = field(default_factory=list)
     """All three for each utterance; empty in a merge, whose shards have them."""
-    conditions: FeatureCache | None = None
-    """Has condition and emo_vec of the prompts; None in a shard that leaves them to the merge."""
-    prompts: list[Clip] = field(default_factory=list)
+    streams: list[tuple[FeatureCache, list[Clip], tuple[str, ...]]] = field(default_factory=list)
+    """The other arrays by name: of which clips they are, one after another, and where their features lie. Without
+    conditions in a shard that leaves them to the merge."""
     in_use: list[tuple[FeatureCache, list[Clip]]] = field(default_factory=list)
     """For prune_caches."""
 
@@ -385,13 +407,14 @@ def work_out(plan: Plan, items: Sequence[Item], folder: Path, jobs: int) -> Part
     unusable = fill_cache(cache, list(clips.values()), plan.audio_dir, jobs)
     faults |= {number: unusable[clip] for number, clip in clips.items() if clip in unusable}
     usable = [number for number in clips if number not in faults]
-    found = {usable[i]: features for i, features in cache.read([clips[number] for number in usable])}
-    sample_rate, most = load_features(plan.source).sample_rate, plan.model.max_code_len
+    found = {usable[i]: (features["codes"], int(features["samples"][0]))
+             for i, features in cache.read([clips[number] for number in usable])}
+    sample_rate, most = plan.source.sample_rate, plan.model.max_code_len
     part, codes_start, ids_start = Part([], []), 0, 0
     for item in items:
         row, ids = item.row, np.array(item.text_ids, dtype=np.int32)
         if item.number not in faults:
-            codes, seconds = found[item.number]["codes"], int(found[item.number]["samples"][0]) / sample_rate
+            codes, samples = found[item.number]
             if len(codes) > most:
                 faults[item.number] = "recording too long", (f"{plan.audio_dir / row['audio']}: {len(codes)} codes, "
                                                              f"the model takes {most}. Cut it into sentences")
@@ -400,14 +423,18 @@ def work_out(plan: Plan, items: Sequence[Item], folder: Path, jobs: int) -> Part
             continue
         part.utterances.append({
             "id": row["id"], "speaker": row.get("speaker", ""), "language": language_of(row),
-            "split": item.split, "text": item.text, "audio": row["audio"], "duration": round(seconds, 3),
+            "split": item.split, "text": item.text, "audio": row["audio"], "duration": round(samples / sample_rate, 3),
             "text_ids_start": ids_start, "text_len": len(ids), "codes_start": codes_start, "code_len": len(codes),
         })
+        if plan.source.emo_vec_kind == "codes":
+            part.utterances[-1]["emo_vec_start"] = len(part.utterances) - 1
         part.clips.append(clips[item.number])
         part.codes.append(codes)
         part.text_ids.append(ids)
         codes_start, ids_start = codes_start + len(codes), ids_start + len(ids)
     part.in_use.append((cache, [clips[number] for number in usable]))
+    if plan.source.emo_vec_kind == "codes":
+        part.streams.append((cache, part.clips, ("emo_vec",)))
     return part
 
 
@@ -423,11 +450,13 @@ def work_out_prompts(plan: Plan, part: Part, prompts: Sequence[int], folder: Pat
         raise ToolError(f"a prompt's recording: {fault.detail}. The merge, too, needs the recordings") from fault
     for _, detail in fill_cache(cache, clips, plan.audio_dir, jobs).values():
         raise ToolError(f"a prompt's recording: {detail}. If it was changed meanwhile, run the same command again")
+    names = ("condition", "emo_vec") if plan.source.emo_vec_kind == "condition" else ("condition",)
     for rank, index in enumerate(prompts):
-        part.utterances[index] |= {"condition_start": rank * CONDITION_ROWS, "condition_len": CONDITION_ROWS,
-                                   "emo_vec_start": rank}
+        part.utterances[index] |= {"condition_start": rank * CONDITION_ROWS, "condition_len": CONDITION_ROWS}
+        if "emo_vec" in names:
+            part.utterances[index]["emo_vec_start"] = rank
     part.in_use.append((cache, clips))
-    part.conditions, part.prompts = cache, clips
+    part.streams.append((cache, clips, names))
 
 
 def prune_caches(plan: Plan, part: Part) -> None:
@@ -453,31 +482,34 @@ def new_array(path: Path, shape: tuple[int, ...], dtype: type) -> Iterator[Calla
         os.fsync(handle.fileno())
 
 
-def save_arrays(staging: Path, part: Part) -> None:
-    """codes and text_ids [total] int32; condition [32 * prompts, D] and emo_vec [prompts, D] float32."""
+def save_arrays(staging: Path, part: Part, width: int) -> None:
+    """codes and text_ids [total] int32; condition [32 * clips, width] and emo_vec [clips, width] float32."""
     for name, parts in (("codes", part.codes), ("text_ids", part.text_ids)):
         if parts:
             with new_array(staging / f"{name}.npy", (sum(map(len, parts)),), np.int32) as put:
                 for row, values in zip(part.utterances, parts, strict=True):
                     put(row[f"{name}_start"], values)
-    if part.conditions:
-        count, width = len(part.prompts), part.conditions.source.model_dim
-        with (new_array(staging / "condition.npy", (CONDITION_ROWS * count, width), np.float32) as put_condition,
-              new_array(staging / "emo_vec.npy", (count, width), np.float32) as put_emo_vec):
-            for rank, features in part.conditions.read(part.prompts):
-                put_condition(CONDITION_ROWS * rank, features["condition"])
-                put_emo_vec(rank, features["emo_vec"])
+    for cache, clips, names in part.streams:
+        with contextlib.ExitStack() as files:
+            rows = {name: CONDITION_ROWS if name == "condition" else 1 for name in names}
+            puts = {name: files.enter_context(new_array(staging / f"{name}.npy", (count * len(clips), width),
+                                                        np.float32)) for name, count in rows.items()}
+            for rank, features in cache.read(clips):
+                for name, put in puts.items():
+                    put(rows[name] * rank, features[name])
 
 
 def dataset_config(plan: Plan, tokenizer: Path, utterances: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """config.yaml: the model (`gpt:`, IndexTTS2's names) and what the data was made with (`dataset:`)."""
-    features = load_features(plan.source)
-    return {"gpt": plan.gpt, "dataset": {
-        "tokenizer": tokenizer.name, "codec": plan.source.codec.name,
-        **record(features.name, plan.source.sha256, features.num_codes,
-                 features.sample_rate / features.samples_per_code, plan.made_with["--tokenizer"],
-                 plan.made_with["text rules"], plan.made_with["front end"] or ""),
-        "sample_rate": features.sample_rate, "speakers": sorted({row["speaker"] for row in utterances}),
+    """config.yaml: the model (`gpt:`, IndexTTS2's names), what else its own config.yaml has, and what the data was
+    made with (`dataset:`)."""
+    source, section = plan.source, plan.config.get("dataset")
+    return {**plan.config, "dataset": {
+        "sample_rate": source.sample_rate, **(section if isinstance(section, dict) else {}),
+        "tokenizer": tokenizer.name, "codec": source.codec.name,
+        **record(source.name, source.sha256, source.num_codes, source.sample_rate / source.samples_per_code,
+                 plan.made_with["--tokenizer"], plan.made_with["text rules"], plan.made_with["front end"] or "",
+                 source.conditioning_sha256),
+        "speakers": sorted({row["speaker"] for row in utterances}),
     }}
 
 
@@ -536,7 +568,7 @@ def choose_and_publish(plan: Plan, part: Part, args: argparse.Namespace) -> None
         prompts = choose_prompts(part.utterances, trained, args.prompts_per_speaker, args.seed)
         work_out_prompts(plan, part, prompts, args.output_dir, args.jobs)
     with publishing(args.output_dir, args.output_dir) as staging:
-        save_arrays(staging, part)
+        save_arrays(staging, part, plan.model.model_dim)
         config = dataset_config(plan, args.tokenizer, part.utterances)
         write_text(staging / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=120))
         write_jsonl(staging / "skipped.jsonl", sorted(part.skipped, key=lambda row: row["row"]))
@@ -568,7 +600,7 @@ def run_shard(plan: Plan, args: argparse.Namespace) -> Part:
         prompts = choose_prompts(part.utterances, trained, 0, args.seed)
         work_out_prompts(plan, part, prompts, folder, args.jobs)
     with publishing(folder, args.output_dir) as staging:
-        save_arrays(staging, part)
+        save_arrays(staging, part, plan.model.model_dim)
         write_jsonl(staging / "skipped.jsonl", part.skipped)
         sizes = (clip.size for clip in part.clips)  # for the merge to compare
         write_jsonl(staging / "utterances.jsonl", ({**row, "size": size} for row, size in
@@ -598,10 +630,11 @@ def read_shard(folder: Path, plan: Plan) -> tuple[list[dict[str, Any]], list[dic
     if differing:
         raise ToolError(f"{folder.name} was made with another {', '.join(differing)}")
     utterances = read_lines(folder / "utterances.jsonl", ["id", "audio", "size", "code_len", "text_len"])
-    prompts, width = sum("condition_start" in row for row in utterances), plan.model.model_dim
+    prompts, vectors = (sum(key in row for row in utterances) for key in ("condition_start", "emo_vec_start"))
+    width = plan.model.model_dim
     shapes = {"codes": (sum(row["code_len"] for row in utterances),),
               "text_ids": (sum(row["text_len"] for row in utterances),),
-              "condition": (CONDITION_ROWS * prompts, width), "emo_vec": (prompts, width)}
+              "condition": (CONDITION_ROWS * prompts, width), "emo_vec": (vectors, width)}
     for name, shape in shapes.items():
         if shape[0] and array_shape(folder / f"{name}.npy") != shape:
             raise ToolError(f"{folder.name}/{name}.npy is not whole")
@@ -612,8 +645,8 @@ def read_shard(folder: Path, plan: Plan) -> tuple[list[dict[str, Any]], list[dic
     for row in utterances:
         del row["size"]
         row |= {"text_ids_path": f"{folder.name}/text_ids.npy", "codes_path": f"{folder.name}/codes.npy"}
-        if "condition_start" in row:
-            row |= {"condition_path": f"{folder.name}/condition.npy", "emo_vec_path": f"{folder.name}/emo_vec.npy"}
+        row |= {f"{name}_path": f"{folder.name}/{name}.npy" for name in ("condition", "emo_vec")
+                if f"{name}_start" in row}
     return utterances, read_lines(folder / "skipped.jsonl", ["id", "reason", "detail"])
 
 
@@ -707,13 +740,13 @@ def sounds_without_row(plan: Plan) -> list[str]:
 
 
 def say_summary(plan: Plan, part: Part, folder: Path) -> None:
-    rows, features = part.utterances, load_features(plan.source)
+    rows = part.utterances
     seconds, codes = sum(row["duration"] for row in rows), sum(row["code_len"] for row in rows)
     files = sorted({row.get("codes_path", "codes.npy") for row in rows})
     used = set().union(*(np.unique(np.load(folder / name)).tolist() for name in files))
     splits = collections.Counter(row["split"] for row in rows)
     info(f"{len(rows)} utterances of {len({row['speaker'] for row in rows})} speakers, {seconds / 3600:.2f} hours, "
-         f"{codes} codes ({codes / max(seconds, 1e-9):.1f} a second, {len(used)} of {features.num_codes} in use)")
+         f"{codes} codes ({codes / max(seconds, 1e-9):.1f} a second, {len(used)} of {plan.source.num_codes} in use)")
     prompts = sum("condition_start" in row for row in rows)
     sentences = len({row["text"] for row in rows if row["split"] == "val"})
     info(f"{splits['train']} for training, {splits['val']} for validation ({sentences} texts), {prompts} prompts")
@@ -726,6 +759,21 @@ def say_summary(plan: Plan, part: Part, folder: Path) -> None:
         warn(f"{nameless} rows name no speaker: they are taken for one voice")
 
 
+def check_kind_of_features(args: argparse.Namespace) -> None:
+    """Raises: ToolError naming a flag that is missing, or that goes with other features."""
+    needed, others, remedy = "codec", ["model_dir"], "--features indextts2 takes it"
+    if args.features == INDEXTTS2:
+        needed, others = "model_dir", ["codec", "config", "model_dim"]
+        remedy = "codec and model are those of the folder, leave it out"
+    for name in others:
+        if getattr(args, name):
+            raise ToolError(f"--{name.replace('_', '-')} does not go with --features {args.features}: {remedy}")
+    if not getattr(args, needed):
+        raise ToolError(f"--features {args.features} needs --{needed.replace('_', '-')}" + (
+            ", the codec that `python -m tools.speech_codec train` wrote" if needed == "codec" else
+            ", the folder of IndexTTS-2: `hf download IndexTeam/IndexTTS-2 --local-dir checkpoints`"))
+
+
 def check_arguments(args: argparse.Namespace) -> None:
     """Raises: ToolError naming the flag."""
     for name in ("prompts_per_speaker", "jobs", "model_dim"):
@@ -733,6 +781,7 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise ToolError(f"--{name.replace('_', '-')} {getattr(args, name)}: give 0 or more")
     if not 0 < args.val_share < 1:
         raise ToolError(f"--val-share {args.val_share}: give a number between 0 and 1, such as 0.02")
+    check_kind_of_features(args)
     if args.num_shards < 0 or (args.merge and args.shard_index is not None):
         raise ToolError("give --num-shards N with --shard-index 0 ... N-1 for a part, or with --merge for the end")
     if bool(args.num_shards) != (args.merge or args.shard_index is not None):
@@ -744,7 +793,12 @@ def check_arguments(args: argparse.Namespace) -> None:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__, FIRST_COMMAND)
     parser.add_argument("--recordings", type=Path, required=True, help="the recordings.jsonl to read")
-    parser.add_argument("--codec", type=Path, required=True, help="what `python -m tools.speech_codec train` wrote")
+    parser.add_argument("--features", choices=(EMBEDDED, INDEXTTS2), default=EMBEDDED, help="of this project's own "
+                        "codec, or of IndexTTS2's released weights (embedded)")
+    parser.add_argument("--codec", type=Path, help="what `python -m tools.speech_codec train` wrote (embedded)")
+    parser.add_argument("--model-dir", type=Path, help="folder of IndexTTS-2, whose config.yaml is the model to "
+                                                       "train (indextts2)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda, for indextts2 (auto)")
     parser.add_argument("--tokenizer", type=Path, required=True, help="SentencePiece model of the transcripts' letters")
     parser.add_argument("--output-dir", type=Path, required=True, help="gets the files named above")
     parser.add_argument("--audio-dir", type=Path, help="holds all recordings (the folder of --recordings)")
@@ -756,7 +810,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--val-share", type=float, default=0.02, help="of sentences, if nothing is marked val (0.02)")
     parser.add_argument("--val-speakers", nargs="+", default=[], metavar="NAME", help="kept for validation (none)")
     parser.add_argument("--jobs", type=int, default=0, help="at most so many processes of one thread each, 0 = one per "
-                                                            "core (0)")
+                                                            "core, on a GPU one (0)")
     parser.add_argument("--shard-index", type=int, help="compute only this part of --num-shards, from 0 (all)")
     parser.add_argument("--num-shards", type=int, default=0, help="parts to divide the work into, 0 = undivided (0)")
     parser.add_argument("--merge", action="store_true", help="check that all shards are there and join them")

@@ -240,8 +240,8 @@ def trim_silence(waveform: np.ndarray, sample_rate: int, threshold: float = 0.01
     return waveform[max(0, loud[0] - keep) : loud[-1] + 1 + keep]
 
 
-def load_recording(path: Path, sample_rate: int) -> Tensor:
-    """A sound file -> mono waveform [samples] at `sample_rate`, silence trimmed.
+def load_recording(path: Path, sample_rate: int, trim: bool = True) -> Tensor:
+    """A sound file -> mono waveform [samples] at `sample_rate`, silence trimmed or not.
 
     Raises: Unusable naming the file, for one that check_recording refuses or whose sound is none.
     """
@@ -260,7 +260,7 @@ def load_recording(path: Path, sample_rate: int) -> Tensor:
         raise Unusable("unusable sound", f"{path}: under 0.1 s of sound once silence is trimmed. Remove this recording")
     if trimmed.std() < QUIETEST:
         raise Unusable("unusable sound", f"{path}: practically silent, under -60 dBFS. Remove this recording")
-    waveform = torch.from_numpy(np.ascontiguousarray(trimmed))
+    waveform = torch.from_numpy(np.ascontiguousarray(trimmed if trim else mono))
     return torchaudio.functional.resample(waveform, rate, sample_rate) if rate != sample_rate else waveform
 
 
