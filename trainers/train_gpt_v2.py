@@ -88,6 +88,14 @@ class ResumeError(UserError):
     """A checkpoint that cannot be resumed from."""
 
 
+class ForeignCheckpoint(ResumeError):
+    """A checkpoint of another trainer; carries what is in it."""
+
+    def __init__(self, message: str, content: dict[str, Any]):
+        super().__init__(message)
+        self.content = content
+
+
 class SaidByRank0(Exception):
     """This rank of a torchrun ends because of a fault that rank 0 reports."""
 
@@ -2189,8 +2197,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise ResumeError(f"Checkpoint missing required keys: {missing} ({path})")
     from_weights = f"start from its weights: --base-checkpoint {path}, with a new --output-dir"
     if "digests" not in checkpoint:
-        raise ResumeError(f"{path} was not written by this trainer (it has no digests; a checkpoint of the IndexTTS2 "
-                          f"fork?). Instead {from_weights}")
+        raise ForeignCheckpoint(f"{path} was not written by this trainer (it has no digests). Instead {from_weights}",
+                                checkpoint)
     if checkpoint.get("format_version") not in (1, FORMAT_VERSION):
         raise ResumeError(f"{path} has format {checkpoint.get('format_version')}, this trainer reads {FORMAT_VERSION} "
                           "and earlier ones. Use the version of the trainer that wrote it")
@@ -2462,6 +2470,156 @@ class ResumePoint:
         return Position(self.checkpoint["epoch"], self.checkpoint["sample_in_epoch"], self.checkpoint["step"])
 
 
+# From a fork: RobelAdugna/Indextts_Am-V2 and JarodMica/index-tts give their checkpoints the names of ours. These files
+# are read, never written to. Only the first one's have batch_idx; the other restarts an epoch that was interrupted.
+
+FORK_FROZEN = 12_000  # text tokens that the first one freezes once the tokenizer has more
+
+
+def read_fork(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
+    """What goes on of a fork's checkpoint: weights, Adam's moments by the tensors' names, plain values.
+
+    Raises: ResumeError for a damaged file; LookupError, TypeError, ValueError or AttributeError for one that is no
+    fork's, or whose moments are not those of its tensors.
+    """
+    with zipfile.ZipFile(path) as archive:  # no digests, but checksums
+        damaged = archive.testzip()
+    model, optimizer, schedule, beside = content["model"], content["optimizer"], content["scheduler"], content
+    if damaged or not all(tensor.isfinite().all() for tensor in model.values()):
+        raise ResumeError(f"{path} is damaged: {damaged or 'weights that are not finite'}. Use another checkpoint")
+    (group,) = optimizer["param_groups"]
+    names = [name for name in model if not name.endswith(".pos_enc.pe")]  # AdamW numbers parameters, not buffers
+    moments = {names[number]: state for number, state in optimizer["state"].items()}
+    if len(names) != len(group["params"]) or any(
+            moment.shape != model[name].shape for name, state in moments.items()
+            for moment in (state["exp_avg"], state["exp_avg_sq"])):
+        raise ValueError("Adam's moments are not those of its tensors")
+    if "batch_idx" in content and "batch_size" not in content:  # a model_step file: latest.pth tells it
+        with contextlib.suppress(UserError):
+            beside = read_torch_file(path.with_name("latest.pth"))
+    counts = {"epoch": content["epoch"], "step": content["step"], "batch_idx": content.get("batch_idx", 0),
+              "batch_size": beside.get("batch_size", 0), "grad_accumulation": beside.get("grad_accumulation", 0)}
+    base_lr, lr, decay = float(schedule["base_lrs"][0]), float(schedule["_last_lr"][0]), float(group["weight_decay"])
+    if any(type(count) is not int or count < 0 for count in counts.values()) or not 0 <= lr <= base_lr != 0:
+        raise ValueError(f"{counts}, learning rate {lr:g} of {base_lr:g}")
+    manifests = content.get("manifests") or content.get("extra", {}).get("manifests") or {"train": ()}
+    freezes = "batch_idx" in content and len(model["text_head.bias"]) > FORK_FROZEN + 1
+    return {**counts, "has_position": "batch_idx" in content, "lr": lr, "moments": moments,
+            "model": {name: tensor for name, tensor in model.items() if name.startswith(NAME_ORDER)},
+            "scaler": content.get("scaler"), "rows": sum(entry["count"] for entry in manifests["train"]),
+            "base_vocab": FORK_FROZEN if freezes else 0,
+            "config": {"learning_rate": base_lr, "weight_decay": decay, "freeze_base_vocab": freezes,
+                       "base_checkpoint": str(path)}}
+
+
+def read_resumable(path: Path) -> dict[str, Any]:
+    """A checkpoint of ours, or what read_fork makes of a fork's. Raises: ResumeError."""
+    try:
+        return read_checkpoint(path)
+    except ForeignCheckpoint as foreign:
+        try:
+            return read_fork(path, foreign.content)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise ResumeError(f"{foreign}. Nor is it a fork's that can be gone on from: {first_line(error)}") from error
+
+
+def settings_of_fork(typed: Mapping[str, Any], point: ResumePoint, device: torch.device) -> dict[str, Any]:
+    """Returns the typed settings, and completes a fork's checkpoint for resolve_config: where the file holds no batch
+    size it is what is typed, else that trainer's default."""
+    fork, typed = point.checkpoint, dict(typed)
+    batch, accumulation = fork["batch_size"], fork["grad_accumulation"]
+    is_guessed = not batch and not typed.get("batch_size")
+    if not batch:
+        batch = typed.get("batch_size") or (32 if fork["has_position"] else 4)
+        accumulation = typed.get("grad_accumulation") or (max(1, 32 // batch) if fork["has_position"] else 1)
+        typed |= {"batch_size": batch, "grad_accumulation": accumulation}
+    config = {**fork["config"], "batch_size": batch, "grad_accumulation": max(1, accumulation)}
+    point.checkpoint = {**fork, "config": config, "is_guessed": is_guessed, "environment": environment(device, 1)}
+    return typed
+
+
+def position_of_fork(fork: Mapping[str, Any], rows: int) -> tuple[Position, str]:
+    """Where the run goes on in this trainer's order of `rows` samples, and what that means."""
+    batch, accumulation = fork["config"]["batch_size"], fork["config"]["grad_accumulation"]
+    step, epoch, sample = fork["step"], fork["epoch"], fork["batch_idx"] * batch
+    steps_an_epoch = max(1, math.ceil(rows / batch) // accumulation)
+    done = step - epoch * steps_an_epoch
+    if (sample == 0 and done < 0) if fork["has_position"] else 0 <= done <= steps_an_epoch:
+        # By the steps: the first one's last file names the last epoch, also where --max-steps ended the run before.
+        epoch, sample = step // steps_an_epoch, step % steps_an_epoch * accumulation * batch
+    elif not fork["has_position"] or fork["is_guessed"]:
+        return Position(epoch, 0, step), f"Epoch {epoch} starts anew, as the file does not tell how far it was"
+    if sample >= rows:
+        epoch, sample = epoch + 1, 0
+    return Position(epoch, sample, step), f"Epoch {epoch} goes on " + (
+        f"after {sample} of {rows} samples, in another order than before: some samples of this epoch come twice, "
+        "others not at all" if sample else "with its first sample")
+
+
+def schedule_of_fork(fork: Mapping[str, Any], warmup: int, total: int) -> Schedule | None:
+    """Its file holds peak, step and rate, but neither warm-up nor length: those given, if they lead to this rate, else
+    one of them with a whole number for the other, else the shortest warm-up that goes with a whole length."""
+    base_lr, lr, step = fork["config"]["learning_rate"], fork["lr"], fork["step"]
+    share = math.acos(2 * lr / base_lr - 1) / math.pi  # of the decay, that lies behind
+    pairs: list[tuple[float, float]] = [(warmup, total), (step * base_lr / lr if lr else step, total)]
+    if share:
+        solved = [(step - share * total) / (1 - share)] if share < 1 else []
+        pairs += [(round(w), w + (step - w) / share) for w in (*solved, warmup, *range(step))]
+    schedules = (Schedule(base_lr, round(w), round(t)) for w, t in pairs if w >= 0 and t >= 1)
+    return next((s for s in schedules if abs(get_lr(step, s) - lr) <= 2e-15 * base_lr), None)
+
+
+def fit_fork(run: Run, point: ResumePoint, typed: Mapping[str, Any]) -> None:
+    """Makes a fork's checkpoint one that restore() takes; says how it goes on, and what does not."""
+    fork, config, rows = point.checkpoint, run.config, len(run.train_data)
+    then, say = fork["config"], (lambda line: None) if config.eval_only else run.process.say
+    optimizer = run.optimizer.state_dict()
+    own = {name: number for group in optimizer["param_groups"]
+           for number, name in zip(group["params"], group["param_names"], strict=True)}
+    optimizer["state"] = {own[name]: state for name, state in fork["moments"].items() if name in own}
+    position, how = position_of_fork(fork, rows)
+    say(f"[Info] {point.path} is a fork's. From it: weights, Adam's moments of {len(optimizer['state'])} of {len(own)} "
+        f"tensors, step, learning rate. {how}")
+    warmup = 1000 if config.warmup_steps is None else config.warmup_steps  # the forks' default
+    total = config.max_steps or max(1, config.epochs * math.ceil(rows / then["batch_size"])
+                                    // then["grad_accumulation"])
+    found, changed = schedule_of_fork(fork, warmup, total), {"warmup_steps": -1, "max_steps": -1, "epochs": -1}
+    if found and typed.get("warmup_steps", found.warmup_steps) == found.warmup_steps and (
+            found.total_steps == total or not (typed.get("max_steps") or "epochs" in typed)):
+        config = dataclasses.replace(config, warmup_steps=found.warmup_steps)
+        if found.total_steps != total:
+            left = math.ceil((found.total_steps - position.step) * config.global_batch / rows)
+            config = dataclasses.replace(config, max_steps=found.total_steps,
+                                         epochs=max(config.epochs, position.epoch + 1 + left))
+        changed, run.config = {name: getattr(config, name) for name in changed}, config
+        say(f"[Info] Its schedule goes on: warm-up {found.warmup_steps}, {found.total_steps} steps"
+            + ("" if (found.warmup_steps, found.total_steps) == (warmup, total) else ", which its learning rate fits. "
+               "If it was another, type --warmup-steps and --epochs or --max-steps"))
+    if fork["is_guessed"]:
+        say(f"[Warn] It does not hold its batch size: {then['batch_size']} x {then['grad_accumulation']} is taken, the "
+            "default there. If that run had another, type --batch-size and --grad-accumulation")
+    if fork["base_vocab"]:
+        say(f"[Info] Its first {FORK_FROZEN} text tokens stay frozen, as there; --no-freeze-base-vocab trains them")
+    say("[Warn] Not carried over: random numbers, order of samples, best loss, logs; weight decay on biases, norms and "
+        "embeddings; dropout on attention probabilities. The fork's files keep their content, none is ever deleted")
+    point.checkpoint = {
+        **fork, "config": {**then, **changed}, "optimizer": optimizer, "tokenizer": run.tokenizer,
+        "scheduler": dataclasses.asdict(found or Schedule(fork["lr"], 0, 2**62)),
+        "epoch": position.epoch, "sample_in_epoch": position.sample_in_epoch,
+        "train_data": {"fingerprint": run.train_data.fingerprint if fork["rows"] in (0, rows) else "", "rows": rows},
+        "model_config": dataclasses.asdict(run.model.config), "made_with": {}, "nonfinite": torch.zeros(3),
+        "last_val": {"step": position.step, "loss": math.nan},  # so that none is owed: its save has this file's name
+        "best": None, "recent_checkpoints": [], "run_dir": time.strftime("logs/run_%Y%m%d_%H%M%S")}
+
+
+def keep_forks_latest(run: Run) -> None:
+    """Gives a fork's latest.pth another name too, before the first save takes that one."""
+    latest, kept = run.output_dir / "latest.pth", run.output_dir / f"fork_latest_step{run.saved_step}.pth"
+    if latest.is_file() and latest.stat().st_nlink == 1 and not kept.exists():
+        link_checkpoint(latest, kept)
+        run.process.say(f"[Info] The fork's latest.pth is {kept} too: the first save here takes the name latest.pth")
+
+
 def step_inside(path: Path) -> float:
     """The step that an unverified file claims; a damaged one counts as the newest."""
     try:
@@ -2493,7 +2651,7 @@ def find_resumable(output_dir: Path) -> ResumePoint | None:
     latest, skipped = output_dir / "latest.pth", list[str]()
     for path in candidates(output_dir):
         try:
-            checkpoint = read_checkpoint(path)
+            checkpoint = read_resumable(path)
             if checkpoint_step(path.name) in (None, checkpoint["step"]):
                 return ResumePoint(path, checkpoint, skipped)
             skipped.append(f"{path} was renamed: it holds step {checkpoint['step']}. To go on from it: --resume {path}")
@@ -2510,12 +2668,12 @@ def find_resumable(output_dir: Path) -> ResumePoint | None:
 def read_explicit(path: Path) -> dict[str, Any]:
     """Reads the file that was typed. Raises: ResumeError that lists the valid ones beside it."""
     try:
-        return read_checkpoint(path)
+        return read_resumable(path)
     except ResumeError as error:
         valid = []
         for other in list_checkpoints(path.parent):
             with contextlib.suppress(ResumeError):
-                read_checkpoint(other)
+                read_resumable(other)
                 valid.append(str(other))
         hint = f". Valid checkpoints there: {', '.join(valid)}" if valid else f". No valid checkpoint in {path.parent}"
         raise ResumeError(f"{error}{hint}") from error
@@ -2566,7 +2724,7 @@ def find_resume_point(resume: str, output_dir: Path, process: Process) -> Resume
     path = process.world.from_rank_0(str(point.path) if point else None)
     with process.failing_together():
         if process.world.rank > 0 and path:
-            point = ResumePoint(Path(path), read_checkpoint(Path(path)))
+            point = ResumePoint(Path(path), read_resumable(Path(path)))
     return point
 
 
@@ -2752,6 +2910,8 @@ def open_run_dir(run: Run, point: ResumePoint | None, resume: str) -> None:
     else:
         if resume != "auto":
             go_back(run, point.path)
+        if "moments" in point.checkpoint:
+            keep_forks_latest(run)
         finish_links(run, point.path)
         cut_metrics(output_dir / state.run_dir / "metrics.jsonl", state.position.step, run.validation_owed)
     with writing_to(output_dir / state.run_dir):
@@ -2786,7 +2946,7 @@ def find_model_yaml(config: TrainConfig, checkpoint: Mapping[str, Any] | None) -
     """
     if config.config:
         return Path(config.config)
-    if checkpoint is not None:
+    if checkpoint is not None and "moments" not in checkpoint:  # a fork's holds no config
         return None
     manifest = Path(split_language((config.train_manifest or config.val_manifest)[0])[0])
     if manifest.is_dir():
@@ -2969,7 +3129,9 @@ def build_model(config: TrainConfig, model_config: ModelConfig, train_data: Mani
 
 def prepare(typed: Mapping[str, Any], point: ResumePoint | None, output_dir: Path, process: Process) -> Run:
     """Settings, data and model of a run; a checkpoint is applied. Raises: UserError, Stopped."""
-    checkpoint, say, device = point.checkpoint if point else None, process.say, setup_device()
+    say, device, fork = process.say, setup_device(), point if point and "moments" in point.checkpoint else None
+    typed = settings_of_fork(typed, fork, device) if fork else typed
+    checkpoint = point.checkpoint if point else None
     config, threads = resolve_config(typed, checkpoint, device, process.world)
     if checkpoint and not config.eval_only:
         say_changes(config, checkpoint, device, say)
@@ -2984,11 +3146,10 @@ def prepare(typed: Mapping[str, Any], point: ResumePoint | None, output_dir: Pat
     datasets = [val_data] if config.eval_only else [train_data, val_data]
     for manifest in (manifest for data in datasets for manifest in data.manifests):
         say(f"[Info] {manifest['path']}: {manifest['rows']} rows")
-    base, content = None, None
-    if checkpoint is None and config.base_checkpoint:
-        base, content = read_base_checkpoint(Path(config.base_checkpoint))
+    base, content = read_base_checkpoint(Path(config.base_checkpoint)) if (
+        checkpoint is None and config.base_checkpoint) else (None, fork.checkpoint if fork else None)
     made_with = belongs_together(config, model_config, tokenizer, datasets, content,
-                                 say if point is None else lambda line: None)
+                                 say if point is None or fork else lambda line: None)
     model, carried, base_vocab = build_model(config, model_config, train_data, base, fresh=checkpoint is None)
     if config.freeze_base_vocab and not base_vocab and not (checkpoint or {}).get("base_vocab"):
         raise UserError("--freeze-base-vocab goes with --base-checkpoint: that file's tokens stay frozen")
@@ -3011,6 +3172,8 @@ def prepare(typed: Mapping[str, Any], point: ResumePoint | None, output_dir: Pat
               carried, gpt_section, tokenizer, made_with, train_data, val_data, state, threads,
               nonfinite=torch.zeros(3, device=device))
     process.run = run
+    if fork:
+        fit_fork(run, fork, typed)
     if point and config.eval_only:
         require_fit(run, point)
         restore_model(run, point)
