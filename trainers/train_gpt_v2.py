@@ -677,8 +677,9 @@ def parse_row(record: Any, manifest: int, line: int, folder: Path) -> Row:
     return Row(str(record["id"]), manifest, line, record["target_text_len"], record["target_code_len"], parts)
 
 
-def read_manifest(path: Path, number: int) -> tuple[list[Row], float | None]:
-    """Returns the rows, and the median of codes a second over prompts that are targets too, where lengths tell it.
+def read_manifest(path: Path, number: int) -> tuple[list[Row], list[float]]:
+    """Returns the rows, and codes a second, over prompts that are targets too: what a fifth of them is below, the
+    median, what a fifth is above (a length in whole seconds may have been cut to that); [] where lengths tell nothing.
 
     Raises: UserError for a missing or empty file, and for a bad line with its number.
     """
@@ -704,8 +705,11 @@ def read_manifest(path: Path, number: int) -> tuple[list[Row], float | None]:
         raise UserError(f"manifest {path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     if not rows:
         raise UserError(f"manifest {path}: no rows. Build it with tools.build_pairs")
-    rates = [codes[id] / duration for id, duration in seconds.items() if id in codes and duration > 0]
-    return rows, float(np.median(rates)) if rates else None
+    both = [(codes[id], duration) for id, duration in seconds.items() if id in codes and duration > 0]
+    rates = sorted(count / duration for count, duration in both)
+    least = sorted(count / (duration + (duration % 1 == 0)) for count, duration in both)
+    fifth = len(both) // 5
+    return rows, [rates[fifth], float(np.median(rates)), least[-1 - fifth] if fifth else rates[0]] if both else []
 
 
 class ArrayFile:
@@ -774,16 +778,16 @@ class ManifestDataset:
         self.model = model
         self.rows: list[Row] = []
         self.manifests: list[dict[str, Any]] = []
-        self.rates: list[float | None] = []  # codes a second
+        self.rates: list[list[float]] = []  # codes a second
         self.shards: dict[str, ArrayFile] = {}
         self.highest_code, self.codes_seen = 0, 0  # of what is read at the start
         self.bad_rows: dict[int, str] = {}  # skipped, and why
         self.unreported: dict[int, str] = {}  # met by this process, not yet known to the others
         for number, manifest in enumerate(manifests):
             path, language = split_language(manifest)
-            rows, rate = read_manifest(Path(path), number)
+            rows, rates = read_manifest(Path(path), number)
             self.rows += rows
-            self.rates.append(rate)
+            self.rates.append(rates)
             self.manifests.append({"path": path, "language": language, "rows": len(rows),
                                    "made_with": recorded_beside(Path(path))})
         longest = model.max_text_tokens, model.max_code_len
@@ -3074,7 +3078,27 @@ def load_base_checkpoint(model: UnifiedVoiceGPT, tensors: Mapping[str, Tensor], 
     return carried, len(tensors["text_embedding.weight"]) - 1
 
 
-def check_unrecorded(path: str, rate: float | None, data: ManifestDataset, model: ModelConfig, has_base: bool,
+def check_padding(path: str, rates: Sequence[float], data: ManifestDataset) -> None:
+    """Refuses codes of padding, which a fork's preprocessing leaves behind every clip but the longest of a batch: they
+    all have its length, so that codes a second differ, and end in one code. Speech ends in a second of silence at most.
+
+    Raises: UserError.
+    """
+    rows = [row for row in data.rows if data.manifests[row.manifest]["path"] == path]
+    endings = []
+    for row in (rows[i] for i in evenly_spread(len(rows), 200)):
+        with contextlib.suppress(BadFeatureFile, UserError):  # said where the row is read for training
+            endings.append(data.read_part(row, "codes")[-75:])
+    padded = sum(len(ending) == 75 and bool((ending == ending[0]).all()) for ending in endings)
+    uneven = bool(rates) and rates[2] > 1.25 * rates[0]
+    if uneven or padded > max(2, len(endings) // 10):
+        signs = f"{rates[0]:.0f} to {rates[2]:.0f} codes a second" if uneven else (
+            f"{padded} of {len(endings)} rows end in 75 or more times the same code")
+        raise UserError(f"{path}: there is padding in its codes ({signs}). Preprocess its recordings again, one at a "
+                        "time or with tools.preprocess")
+
+
+def check_unrecorded(path: str, rates: Sequence[float], data: ManifestDataset, model: ModelConfig, has_base: bool,
                      say: Callable[[str], None]) -> None:
     """A manifest beside which nothing is recorded: ranges and rates must be possible. Raises: UserError."""
     say(f"[Warn] {path}: nothing beside it records what its codes, conditions and text ids were made with "
@@ -3082,9 +3106,10 @@ def check_unrecorded(path: str, rate: float | None, data: ManifestDataset, model
     if data.codes_seen > 1000 and data.highest_code < model.code_count // 2:
         raise UserError(f"{path}: the highest of {data.codes_seen} codes is {data.highest_code}, the model has "
                         f"{model.code_count}: they are another codec's. Preprocess with the features of these weights")
-    if has_base and rate and model.code_count == 8192 and not 40 < rate < 60:
-        raise UserError(f"{path}: {rate:.1f} codes a second (median), IndexTTS2 has 50: they are another codec's, or "
-                        "have padding in them. Preprocess with the features of these weights")
+    check_padding(path, rates, data)
+    if has_base and rates and model.code_count == 8192 and not 40 < rates[1] < 60:
+        raise UserError(f"{path}: {rates[1]:.1f} codes a second (median), IndexTTS2 has 50: they are another codec's, "
+                        "or have padding in them. Preprocess with the features of these weights")
 
 
 def belongs_together(config: TrainConfig, model_config: ModelConfig, tokenizer: Mapping[str, Any],
@@ -3095,8 +3120,8 @@ def belongs_together(config: TrainConfig, model_config: ModelConfig, tokenizer: 
     Returns: what is known of it. Raises: UserError where two of them do not belong together.
     """
     of_base = None if base is None else (f"--base-checkpoint {config.base_checkpoint}", recorded_in(base))
-    manifests = [(manifest, rate, data) for data in datasets
-                 for manifest, rate in zip(data.manifests, data.rates, strict=True)]
+    manifests = [(manifest, rates, data) for data in datasets
+                 for manifest, rates in zip(data.manifests, data.rates, strict=True)]
     known, problems = compare_made_with([
         (f"--tokenizer {tokenizer['path']}", {"tokenizer_sha256": tokenizer["sha256"]}),
         (f"--config {config.config}" if config.config else "the checkpoint's config",
@@ -3104,14 +3129,14 @@ def belongs_together(config: TrainConfig, model_config: ModelConfig, tokenizer: 
         *((manifest["path"], manifest["made_with"]) for manifest, _, _ in manifests), *([of_base] if of_base else [])])
     if problems:
         raise UserError("; ".join(problems))
-    for manifest, rate, data in manifests:
+    for manifest, rates, data in manifests:
         made_with, path = manifest["made_with"], manifest["path"]
         if of_base and made_with.get("features") == "embedded" and not of_base[1].get("codec_sha256"):
             raise UserError(f"{path} was made with the embedded codec (features embedded), and {of_base[0]} is not "
                             "recorded as made for that codec: its weights know other codes and conditions. Train from "
                             "scratch, or start from a checkpoint of such a run")
         if not made_with:
-            check_unrecorded(path, rate, data, model_config, base is not None, say)
+            check_unrecorded(path, rates, data, model_config, base is not None, say)
     return known
 
 
