@@ -1,8 +1,7 @@
 """Training data of a fork in Arrow folders (part_0, part_1, ..., as its convert_to_arrow scripts save them) to pairs.
 
 A row there is a pair already: text ids, codes and emotion vector of a clip, and the condition of another clip of its
-speaker (its own, where the speaker has no other: nothing tells those). Texts and speakers are not in the files. Every
-100th row is for validation. Needs pyarrow, which nothing else here does.
+speaker (its own, where the speaker has no other). Every 100th row is for validation. Needs pyarrow.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from tools._common import Progress, ToolError, atomic_path, info, make_parser, r
 FIRST_COMMAND = "python -m tools.convert_arrow --input train_data --output-dir build/arrays"
 KINDS = {"text_ids": "target_text_ids", "codes": "target_codes", "condition": "prompt_condition",
          "emo_vec": "target_emo_vec"}
-WIDE = dict.fromkeys(("condition", "emo_vec"), np.dtype(np.float16))  # as these scripts save them
 
 
 def batches_of(folder: Path) -> Iterator[dict[str, Any]]:
@@ -28,43 +26,38 @@ def batches_of(folder: Path) -> Iterator[dict[str, Any]]:
         import pyarrow
     except ImportError as error:
         raise ToolError("reading Arrow folders needs pyarrow: pip install pyarrow") from error
-    parts = sorted((part for part in folder.glob("part_*") if part.name[5:].isdecimal()), key=lambda p: int(p.name[5:]))
-    files = [path for part in parts for path in sorted(part.glob("*.arrow"))]
+    files = sorted(folder.glob("part_*/*.arrow"), key=lambda path: (len(path.parent.name), path))
     if not files:
         raise ToolError(f"{folder}: holds no part_0, part_1, ... with .arrow files. Give the folder of these")
     for path in files:
         try:
             with pyarrow.memory_map(str(path)) as source, pyarrow.ipc.open_stream(source) as reader:
-                if missing := [kind for kind in KINDS if kind not in reader.schema.names]:
-                    raise ToolError(f"{path}: no column {', '.join(missing)}. Give what convert_to_arrow saved")
                 yield from ({kind: batch.column(kind) for kind in KINDS} for batch in reader)
-        except (pyarrow.ArrowException, OSError) as error:
+        except (pyarrow.ArrowException, OSError, KeyError) as error:  # KeyError: another table
             raise ToolError(f"{path}: cannot be read ({str(error).strip()}). Convert that part again") from error
 
 
 def convert(folder: Path, output_dir: Path) -> list[dict[str, Any]]:
     """Writes an array of each of KINDS, and returns the rows of their manifest."""
     lengths: dict[str, list[int]] = {kind: [] for kind in KINDS}
-    for batch in batches_of(folder):
-        for kind, column in batch.items():
-            lengths[kind] += column.value_lengths().to_pylist()
+    for kind, column in (item for batch in batches_of(folder) for item in batch.items()):
+        lengths[kind] += column.value_lengths().to_pylist()
     count, dim = len(lengths["codes"]), max(lengths["emo_vec"], default=0)
     if not count or {*lengths["emo_vec"], *lengths["condition"]} - {dim, 32} or min(map(min, lengths.values())) < 1:
         raise ToolError(f"{folder}: rows without codes, 32 conditions or an emotion vector. Convert it again")
     lengths["emo_vec"] = [1] * count
     starts = {kind: np.cumsum([0, *lengths[kind]]).tolist() for kind in KINDS}
-    shapes = {kind: (ends[-1], *([dim] if kind in WIDE else [])) for kind, ends in starts.items()}
+    shapes = {kind: (ends[-1],) if kind in ("text_ids", "codes") else (ends[-1], dim) for kind, ends in starts.items()}
     at, progress = dict.fromkeys(KINDS, 0), Progress("rows", count)
     with contextlib.ExitStack() as files:
         arrays = {kind: np.lib.format.open_memmap(files.enter_context(atomic_path(output_dir / f"{kind}.npy")), "w+",
-                                                  WIDE.get(kind, np.dtype(np.int32)), shape)
+                                                  np.dtype(np.float16 if len(shape) == 2 else np.int32), shape)
                   for kind, shape in shapes.items()}
         for batch in batches_of(folder):
             for kind, column in batch.items():
                 values = (column.flatten().flatten() if kind == "condition" else column.flatten()).to_numpy(False)
-                rows = values.reshape(-1, *shapes[kind][1:])
-                arrays[kind][at[kind] : at[kind] + len(rows)] = rows
-                at[kind] += len(rows)
+                end = at[kind] + len(values) // (dim if len(shapes[kind]) == 2 else 1)
+                arrays[kind][at[kind] : end], at[kind] = values.reshape(-1, *shapes[kind][1:]), end
             progress.update(at["emo_vec"])
     return [{"id": f"row{i}", "target_text_len": lengths["text_ids"][i], "target_code_len": lengths["codes"][i],
              **{f"{key}_path": f"{kind}.npy" for kind, key in KINDS.items()},
@@ -78,9 +71,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with writing_to(args.output_dir):
         rows = convert(args.input, args.output_dir)
-        for split, chosen in (("train", [row for i, row in enumerate(rows) if i % 100]), ("val", rows[::100])):
-            write_jsonl(args.output_dir / f"{split}_pairs.jsonl", chosen)
-            info(f"{len(chosen)} pairs -> {args.output_dir / f'{split}_pairs.jsonl'}")
+        write_jsonl(args.output_dir / "train_pairs.jsonl", (row for i, row in enumerate(rows) if i % 100))
+        write_jsonl(args.output_dir / "val_pairs.jsonl", rows[::100])
+    info(f"{len(rows)} pairs -> {args.output_dir}")
 
 
 if __name__ == "__main__":
