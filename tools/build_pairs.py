@@ -13,6 +13,9 @@ the speaker's prompts, which tools.preprocess draws from the longer half.
 The emo_vec of a pair is its prompt's or its target's, as --emo-source says. With --emo-source prompt rows have both
 where all utterances have an emo_vec: every trainer takes the prompt's then, unless ours is told otherwise.
 
+A folder of a fork's preprocessing (train_manifest.jsonl and val_manifest.jsonl, see tools/fork_manifests.py) is paired
+alike.
+
 Left out, counted and named: targets beyond --max-text-tokens or --max-codes, and speakers who have no prompt left: one
 clip alone, or all prompts outside --min-prompt-seconds to --max-prompt-seconds.
 """
@@ -33,6 +36,7 @@ from typing import Any
 
 from tools._common import Progress, ToolError, info, make_parser, read_jsonl, run_program, warn, write_jsonl, writing_to
 from tools.amharic_text import TEXT_RULES, letters_of
+from tools.fork_manifests import is_fork_folder, keep_apart, read_utterances
 from tools.made_with import of_manifest, read_yaml, recorded, require_same
 from tools.preprocess import locked, share_of
 from tools.text_rules import language_of, rules_of
@@ -70,11 +74,12 @@ def pair_row(prompt: dict[str, Any], target: dict[str, Any], shipped: set[str] |
         path = utterance.get("audio", "")
         return path if shipped is None or path in shipped else ""
 
-    return {
+    row = {
         "id": f"{target['id']}__{prompt['id']}", "speaker": target["speaker"],
         "language": target.get("language", "am"), "prompt_language": prompt.get("language", "am"),
         "target_language": target.get("language", "am"),
-        "prompt_id": prompt["id"], "prompt_audio_path": audio(prompt), "prompt_duration": prompt["duration"],
+        "prompt_id": prompt["id"], "prompt_audio_path": audio(prompt),
+        "prompt_duration": prompt.get("known_duration", prompt["duration"]),
         "prompt_condition_path": prompt.get("condition_path", "condition.npy"),
         "prompt_condition_start": prompt["condition_start"], "prompt_condition_len": prompt["condition_len"],
         **emo_fields(prompt, target, emo_source, seed),
@@ -84,6 +89,7 @@ def pair_row(prompt: dict[str, Any], target: dict[str, Any], shipped: set[str] |
         "target_codes_path": target.get("codes_path", "codes.npy"), "target_codes_start": target["codes_start"],
         "target_code_len": target["code_len"],
     }
+    return {key: value for key, value in row.items() if value is not None}  # a fork's array holds one clip: no start
 
 
 def with_keys(utterances: Sequence[dict[str, Any]], rules: int = TEXT_RULES) -> list[dict[str, Any]]:
@@ -348,11 +354,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = args.data_dir / "utterances.jsonl"
     limits = Limits(args.max_text_tokens or math.inf, args.max_codes or math.inf, args.min_prompt_seconds,
                     args.max_prompt_seconds or math.inf)
-    if not path.is_file():  # a lock would make the folder
+    is_fork = is_fork_folder(args.data_dir)
+    if not path.is_file() and not is_fork:  # a lock would make the folder
         raise ToolError(f"{path}: no such file. {REMEDY}")
     with reserved(args.data_dir):
         rules = rules_of(of_manifest(path), str(path.with_name("config.yaml")))
-        utterances = with_keys(read_jsonl(path, UTTERANCE_KEYS, REMEDY), rules)
+        utterances = with_keys(read_utterances(args.data_dir) if is_fork else
+                               read_jsonl(path, UTTERANCE_KEYS, REMEDY), rules)
+        utterances = keep_apart(utterances) if is_fork else utterances
         check_utterances(utterances, path)
         check_shards(args.data_dir, utterances)
         emo_source = choose_emo_source(utterances, args.emo_source, path)
