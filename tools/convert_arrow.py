@@ -45,8 +45,7 @@ def convert(folder: Path, output_dir: Path) -> list[dict[str, Any]]:
     count, dim = len(lengths["codes"]), max(lengths["emo_vec"], default=0)
     if not count or {*lengths["emo_vec"], *lengths["condition"]} - {dim, 32} or min(map(min, lengths.values())) < 1:
         raise ToolError(f"{folder}: rows without codes, 32 conditions or an emotion vector. Convert it again")
-    lengths["emo_vec"] = [1] * count
-    starts = {kind: np.cumsum([0, *lengths[kind]]).tolist() for kind in KINDS}
+    starts = {kind: np.cumsum([0, *(lengths[kind] if kind != "emo_vec" else [1] * count)]).tolist() for kind in KINDS}
     shapes = {kind: (ends[-1],) if kind in ("text_ids", "codes") else (ends[-1], dim) for kind, ends in starts.items()}
     at, progress = dict.fromkeys(KINDS, 0), Progress("rows", count)
     with contextlib.ExitStack() as files:
