@@ -8,11 +8,13 @@ random-number state. "A" is RobelAdugna/Indextts_Am-V2, "B" JarodMica/index-tts.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ import torch
 import yaml
 from conftest import (
     GPT,
+    ROOT,
     TOKENIZER,
     call_trainer,
     data_args,
@@ -572,3 +575,13 @@ def test_without_pyarrow_one_line_says_what_to_install(monkeypatch, tmp_path: Pa
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ToolError, match="pip install pyarrow"):
         convert_arrow.main(["--input", str(tmp_path), "--output-dir", str(tmp_path)])
+
+
+def test_inspect_checkpoint_tells_a_forks_files_and_which_one_auto_would_take(tmp_path: Path):
+    folder = write_fork(tmp_path / "fork", 8, "A")
+    done = subprocess.run([sys.executable, "-m", "tools.inspect_checkpoint", folder], cwd=ROOT, capture_output=True,
+                          text=True, check=True)
+    assert f"--resume auto takes {folder}/latest.pth: step 8" in done.stdout and "a fork's trainer" in done.stdout
+    report = json.loads(subprocess.run([sys.executable, "-m", "tools.inspect_checkpoint", folder, "--json"], cwd=ROOT,
+                                       capture_output=True, text=True, check=True).stdout)
+    assert all(entry["verified"] and entry["step"] == 8 for entry in report["checkpoints"])

@@ -126,6 +126,6 @@ def test_the_tiktoken_file_of_25_is_taken_and_another_one_is_refused(data, tmp_p
         write_tiktoken(data / name, ranks)
     errs(train_in_process(*args, data / "other.tiktoken"), "1702 tokens", "says 1703", "another model's")
     (data / "cut.tiktoken").write_bytes((data / "multilingual.tiktoken").read_bytes()[:-2] + b"?")
-    errs(train_in_process(*args, data / "cut.tiktoken"), "neither a SentencePiece model")
+    errs(train_in_process(*args, data / "cut.tiktoken"), "not a SentencePiece model")
     runs(train_in_process(*args, data / "multilingual.tiktoken"))
     assert load_checkpoint(tmp_path / "out" / "latest.pth")["tokenizer"]["size"] == 1703

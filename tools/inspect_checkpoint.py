@@ -26,7 +26,7 @@ import torch
 from tools._common import ToolError, info, make_parser, run_program
 from tools.made_with import MadeWith, of_checkpoint
 from tools.run_files import INSPECTED, all_checkpoints, newest_first, resume_choice
-from trainers.train_gpt_v2 import ResumeError, read_checkpoint
+from trainers.train_gpt_v2 import ForeignCheckpoint, ResumeError, read_checkpoint, read_resumable
 
 FIRST_COMMAND = "python -m tools.inspect_checkpoint training_output"
 HEADER = ("file", "step", "epoch", "position", "val loss", "best", "size", "format", "state")
@@ -44,6 +44,16 @@ def contents_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
         "run_dir": checkpoint["run_dir"], "environment": environment, "config": config,
         "made_with": of_checkpoint(checkpoint),
     }
+
+
+def contents_of_any(path: Path) -> dict[str, Any]:
+    """Of a checkpoint of ours, or of a fork's that can be gone on from. Raises: ResumeError."""
+    try:
+        return contents_of(read_checkpoint(path))
+    except ForeignCheckpoint:
+        fork = read_resumable(path)
+        return {"step": fork["step"], "epoch": fork["epoch"], "num_rows": fork["rows"] or None, "lr": fork["lr"],
+                "format_version": "a fork's", "config": fork["config"], "made_with": {}}
 
 
 def made_with_of_weights(path: Path) -> MadeWith:
@@ -67,7 +77,7 @@ def inspect_file(names: Sequence[Path]) -> dict[str, Any] | None:
             raise ResumeError(f"{path}: not a file")
         if stat.st_size == 0:
             raise ResumeError(f"{path}: the file is empty")
-        return entry | contents_of(read_checkpoint(path)) | {"verified": True, "problem": None}
+        return entry | contents_of_any(path) | {"verified": True, "problem": None}
     except FileNotFoundError:
         return None
     except ResumeError as error:
@@ -154,9 +164,9 @@ def table_row(entry: dict[str, Any]) -> list[str]:
         reason = entry["problem"].removeprefix(entry["path"]).lstrip(": ").removeprefix("is ")
         return [" = ".join(names), "?", "?", "?", "?", "?", size, "?", reason]
     losses = [f"{value['loss']:.6f}" if value else "-" for value in (entry["last_val"], entry["best"])]
-    return [" = ".join(names), str(entry["step"]), str(entry["epoch"]),
-            f"{entry['sample_in_epoch']} of {entry['num_rows']}", *losses, size, str(entry["format_version"]),
-            "verified"]
+    position = f"{entry['sample_in_epoch']} of {entry['num_rows']}" if entry["environment"] else "-"
+    return [" = ".join(names), str(entry["step"]), str(entry["epoch"]), position, *losses, size,
+            str(entry["format_version"]), "verified"]
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -168,6 +178,9 @@ def format_table(rows: Sequence[Sequence[str]]) -> list[str]:
 def resume_state(entry: dict[str, Any]) -> str:
     """What a run that goes on from here starts with, in one line."""
     environment = entry["environment"]
+    if not environment:
+        return (f"step {entry['step']}, epoch {entry['epoch']}, learning rate {entry['lr']:.4g}, written by a fork's "
+                "trainer")
     return (f"step {entry['step']}, epoch {entry['epoch']}, learning rate {entry['lr']:.4g}, global batch "
             f"{entry['global_batch']}, tokenizer {Path(entry['tokenizer']['path']).name}, written by torch "
             f"{environment['torch']} on {environment['device']} (threads {environment['threads']}, processes "

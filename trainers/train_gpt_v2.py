@@ -981,8 +981,9 @@ class ManifestDataset:
             raise UserError(f"{self.place(row)}: {file.path} is {file.dtype} {list(file.shape)}, not a row of whole "
                             "numbers")
         if shape and (file.dtype.kind != "f" or found not in (wanted, (1, *wanted))):
-            raise UserError(f"{self.place(row)}: {file.path} holds {list(found)} of {file.dtype}, the model needs "
-                            f"{list(wanted)}. Use the config the features were made for (--config)")
+            of = "" if file.dtype.kind == "f" else f" of {file.dtype}"
+            raise UserError(f"{self.place(row)}: {file.path} holds {list(found)}{of}, the model needs {list(wanted)}. "
+                            "Use the config the features were made for (--config)")
 
     def read_part(self, row: Row, kind: str) -> np.ndarray:
         """One utterance's values of a kind. Raises: BadFeatureFile; UserError where they contradict the manifest."""
@@ -1935,7 +1936,8 @@ def lr_factors(names: Sequence[str], config: TrainConfig, base_vocab: int, grows
         factors.update({name: 0.0 for name in names if ".lora." not in name and not (
             grows and name in VOCAB_TENSORS)})
     rules = [("--lr-scale", *text.rpartition("=")[::2]) for text in config.lr_scale] + [
-        ("--freeze", pattern, "0") for pattern in [*config.freeze, *["base-text"] * config.freeze_base_vocab]]
+        ("--freeze", pattern, "0") for pattern in config.freeze] + [
+        ("--freeze-base-vocab", "base-text", "0")] * config.freeze_base_vocab
     for flag, pattern, text in rules:
         factor = float(text) if re.fullmatch(r"[0-9]*\.?[0-9]+(e-?[0-9]+)?", text) else math.nan
         if flag == "--lr-scale" and not 0 < factor <= MAX_WEIGHT:
@@ -1946,7 +1948,8 @@ def lr_factors(names: Sequence[str], config: TrainConfig, base_vocab: int, grows
             raise UserError(f"{flag} {pattern}: no tensor has such a name. Names are like {names[-1]}; sets are "
                             "first:N, base-text, new-text and conditioning")
         if pattern in rows and not base_vocab:
-            raise UserError(f"{flag} {pattern} goes with --base-checkpoint: the rows of that file's text tokens")
+            what = flag if flag == "--freeze-base-vocab" else f"{flag} {pattern}"
+            raise UserError(f"{what} goes with --base-checkpoint: the rows of that file's text tokens")
         rows.update({pattern: factor} if pattern in rows else {})
         factors.update({} if pattern in rows else dict.fromkeys(found, factor))
     factors.update({name: factors[name] * rows["new-text"] for name in VOCAB_TENSORS if name in factors})
@@ -3188,8 +3191,8 @@ def read_tokenizer(path: str) -> dict[str, Any]:
     except RuntimeError:
         size = 0
     if not size:
-        raise UserError(f"--tokenizer {path}: neither a SentencePiece model, which tools.train_tokenizer makes, nor "
-                        "IndexTTS-2.5's .tiktoken file")
+        raise UserError(f"--tokenizer {path}: not a SentencePiece model, which tools.train_tokenizer makes, nor the "
+                        ".tiktoken file of IndexTTS-2.5")
     return {"path": path, "sha256": hashlib.sha256(content).hexdigest(), "size": size}
 
 
