@@ -86,7 +86,7 @@ from tools.made_with import EMBEDDED, INDEXTTS2, INDEXTTS2_CODES, read_yaml, rec
 from tools.recordings import is_sound_name, read_recordings, why_left_out
 from tools.sound_files import Unusable
 from tools.text_rules import Tally, front_end_for_new, language_of, lost_signs, rules_for_new, written_for
-from tools.train_tokenizer import load_tokenizer
+from tools.train_tokenizer import load_tokenizer, require_extension
 from trainers.train_gpt_v2 import ModelConfig, UserError, lock_output_dir, model_config_from, use_glibc_heap
 
 FIRST_COMMAND = ("python -m tools.preprocess --recordings build/recordings/recordings.jsonl "
@@ -346,6 +346,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
     rows = read_recordings(args.recordings)
     tokenizer = load_tokenizer(args.tokenizer)
     source, config, place = source_and_config(args)
+    if source.name == INDEXTTS2:
+        require_extension(args.tokenizer, args.model_dir / "bpe.model")
     gpt, model = complete_gpt_section(config["gpt"], source, tokenizer.get_piece_size(), place)
     rules, front_end = rules_for_new(args.tokenizer), front_end_for_new(args.tokenizer, source.name)
     items, skipped = plan_items(rows, args.recordings, model, rules, front_end, tokenizer, args)
