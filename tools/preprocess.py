@@ -83,6 +83,7 @@ from tools.features import (
 )
 from tools.indextts2_features import IndexTTS2Source, require_indextts2
 from tools.made_with import EMBEDDED, INDEXTTS2, INDEXTTS2_CODES, read_yaml, record
+from tools.model_folder import find_parts
 from tools.recordings import is_sound_name, read_recordings, why_left_out
 from tools.sound_files import Unusable
 from tools.text_rules import Tally, front_end_for_new, language_of, lost_signs, rules_for_new, written_for
@@ -347,7 +348,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     tokenizer = load_tokenizer(args.tokenizer)
     source, config, place = source_and_config(args)
     if source.name == INDEXTTS2:
-        require_extension(args.tokenizer, args.model_dir / "bpe.model")
+        require_extension(args.tokenizer, find_parts(args.model_dir, ("bpe",))["bpe"])
     gpt, model = complete_gpt_section(config["gpt"], source, tokenizer.get_piece_size(), place)
     rules, front_end = rules_for_new(args.tokenizer), front_end_for_new(args.tokenizer, source.name)
     items, skipped = plan_items(rows, args.recordings, model, rules, front_end, tokenizer, args)
