@@ -4,7 +4,8 @@ Reads recordings.jsonl: id, text, audio (relative to the file or to --audio-dir)
 Writes into --output-dir:
 
   codes.npy, text_ids.npy     int32, all utterances end to end
-  condition.npy, emo_vec.npy  float32 [32 * prompts, D] and [prompts, D], for the prompt recordings only
+  condition.npy, emo_vec.npy  float32 [32 * prompts, D] and [prompts, D], for the prompt recordings only; with
+                              --features indextts2 emo_vec.npy has a row for every utterance
   utterances.jsonl            one row per utterance: its split, its audio (relative to the output folder), where its
                               numbers start and how many they are
   config.yaml                 the model to train (gpt:) and what the data was made with (dataset:), which is compared
@@ -16,6 +17,9 @@ Prompts are --prompts-per-speaker recordings of each speaker from the training s
 "split": "val" and all rows of --val-speakers; without either, --val-share of the sentences, by a hash of each (the one
 next to the share where a small set has none below it, which a row added later may replace). A sentence of validation,
 in whatever spelling and punctuation, is never in training.
+
+--features embedded (tools.speech_codec) needs no download; --features indextts2 --model-dir FOLDER makes what the
+released weights of IndexTTS-2 read, and keeps the folder's config.yaml but for the size of the tokenizer.
 
 Run it again after a kill, or when recordings came, changed or left: it computes only what is missing, and the result
 is that of a fresh run. When the arrays change, pairs built from older ones are removed, for their rows would point at
