@@ -29,7 +29,7 @@ import soundfile
 import torch
 import yaml
 from conftest import ROOT, TOKENIZER, call_trainer, mistake, read_jsonl, trainer
-from released_folder import CONFIG, W2V_BERT, make_released_folder, move_to_cache, w2v_bert_tensors
+from released_folder import CONFIG, W2V_BERT, make_released_folder, move_to_cache, train_bpe, w2v_bert_tensors
 from safetensors.torch import load_file, save_file
 from test_preprocess import CODEC, contents, resolved, sentence, tone, write_rows
 from test_signals import needs_proc
@@ -58,8 +58,10 @@ def babble(seed: int, seconds: float) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder. Read only."""
-    return make_released_folder(tmp_path_factory.mktemp("released") / "checkpoints")
+    """A model folder, whose tokenizer reads the texts here. Read only."""
+    folder = make_released_folder(tmp_path_factory.mktemp("released") / "checkpoints")
+    shutil.copyfile(TOKENIZER, folder / "bpe.model")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -465,3 +467,10 @@ def test_a_device_that_is_not_there_is_named(recordings: Path, released: Path, t
 def test_every_part_that_sound_needs_is_in_the_table():
     assert set(FOR_FEATURES) < set(model_folder.FOR_SOUND) < set(model_folder.PARTS)
     assert SemanticCodec.DECODER
+
+
+def test_a_tokenizer_that_does_not_extend_the_folders_is_refused(released: Path, tmp_path: Path):
+    folder = shutil.copytree(released, tmp_path / "checkpoints")
+    train_bpe(folder / "bpe.model")
+    with pytest.raises(ToolError, match=r"does not extend .*bpe\.model.*--extend"):
+        run(make_babble(tmp_path / "babble", 4), folder, tmp_path / "data", "--jobs", 1)
