@@ -580,6 +580,10 @@ def parsed_by_the_program(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> d
     return caught.value.args[0]
 
 
+# What does not go with the other fields: tried in tests of their own.
+NOT_TOGETHER = {"tokenizer": ("model_type", "vocab_size"), "preprocess": ("model_dir",)}
+
+
 def filled(kind: str, workspace: Workspace) -> dict[str, Any]:
     """A form with every field filled in, and its files in the workspace."""
     (workspace.root / "folder").mkdir(exist_ok=True)
@@ -588,12 +592,15 @@ def filled(kind: str, workspace: Workspace) -> dict[str, Any]:
     values = {"int": 100.0, "float": 0.5, "switch": True, "words": "am am+f2", "text": "--\u1230\u120b\u121d$(ls)",
               "line": "-\u1230\u120b\u121d $(ls)", "file": "file", "directory": "folder", "path": "folder",
               "program": "a program", "new_directory": "new", "manifests": "file::am\n\n./file\n",
-              "new_file": "new/output"}
+              "new_file": "new/output", "model_folder": "folder", "patterns": "first:2\n\nbase-text\n",
+              "factors": "new-text=10\n*.ln_?.weight=0.5"}
     form = {}
     for field in command_lines.PROGRAMS[kind].fields:
         value = field.choices[-1] if field.type == "choice" else values[field.type]
+        value = "embedded" if field.name == "features" else value
         value = min(value, field.maximum) if field.type == "float" else value
         form[field.name] = f"{value}{field.suffixes[0]}" if field.suffixes else value
+    form |= {name: "" for name in NOT_TOGETHER.get(kind, ())}
     return form | ({"longest": 30.5} if kind in command_lines.LENGTHS else {})
 
 
@@ -611,6 +618,8 @@ def test_every_program_accepts_the_command_line_of_its_form(kind: str, workspace
         value = expected.get(field.type, form[field.name])
         value = root / value if field.type == "new_file" else value
         value = [value] if kind in ("inspect", "collect") and not field.flag else value
+        value = int(value) if field.name == "rules" else value
+        value = None if field.name in NOT_TOGETHER.get(kind, ()) else value
         assert parsed["paths" if kind == "inspect" else field.name] == value
 
 
@@ -639,12 +648,15 @@ def test_the_trainer_accepts_the_command_line_of_the_training_form(workspace: Wo
     argv = command_lines.command_for("training", form, workspace)
     assert argv[:2] == [sys.executable, "trainers/train_gpt_v2.py"]
     file = str(workspace.root / "file")
-    ints = {name: 100 for name in ("batch_size", "grad_accumulation", "epochs", "num_workers", "max_steps", "seed",
-                                   "warmup_steps", "save_interval", "val_interval", "log_interval", "keep_checkpoints")}
+    ints = {name: 100 for name in (
+        "batch_size", "grad_accumulation", "epochs", "num_workers", "max_steps", "seed", "warmup_steps",
+        "save_interval", "val_interval", "log_interval", "keep_checkpoints", "patience", "lora_rank")}
     assert trainer.parse_args(argv[2:]) == {
         "train_manifest": [f"{file}::am", file], "val_manifest": [f"{file}::am", file], "tokenizer": file,
         "output_dir": str(workspace.root / "new"), "learning_rate": 0.5, "amp": "off", "config": file,
-        "base_checkpoint": file, "grad_checkpointing": True, "resume": file, **ints}
+        "base_checkpoint": file, "grad_checkpointing": True, "resume": file, "save_minutes": 0.5, "dropout": 0.5,
+        "emo_source": "mixed", "freeze": ["first:2", "base-text"], "lr_scale": ["new-text=10", "*.ln_?.weight=0.5"],
+        **ints}
 
 
 @pytest.mark.parametrize("form,flags", [
@@ -685,6 +697,24 @@ def test_the_form_and_the_trainer_agree_on_the_smallest_number_of_each_setting(w
             assert command_lines.problems("training", form, workspace)[field.name][0] == "too_small"
 
 
+def test_what_the_form_and_the_trainer_say_of_weights_and_factors_is_the_same():
+    assert run_files.MAX_WEIGHT == trainer.MAX_WEIGHT
+    for suffix in ("", "::am", "::am@0.2", "::am@1000", "::am@1e3", "::am@0", "::am@-1", "::am@1e9", "::am@x", "::am@"):
+        settings = trainer.TrainConfig(train_manifest=[f"a.jsonl{suffix}"])
+        field = next(field for field in command_lines.PROGRAMS["training"].fields if field.name == "train_manifests")
+        with contextlib.nullcontext() if not trainer.config_problems(settings) else pytest.raises(Refused):
+            command_lines.check_weight(field, f"a.jsonl{suffix}")
+    scale = next(field for field in command_lines.PROGRAMS["training"].fields if field.name == "lr_scale")
+    for text in ("w=1", "w=1000", "w=1001", "w=0", "w=-1", "w=1e-2", "w=nan", "w", "w=", "w=.5"):
+        try:
+            trainer.lr_factors(["w"], trainer.TrainConfig(lr_scale=[text]), 0)
+            expected: Any = contextlib.nullcontext()
+        except trainer.UserError:
+            expected = pytest.raises(Refused)
+        with expected:
+            command_lines.check_pattern(scale, text)
+
+
 def test_the_preview_runs_in_a_shell_as_the_job_runs(workspace: Workspace):
     text = "--it's $(touch /tmp/owned) `x`\n\u1230\u120b\u121d"
     argv = command_lines.command("synthesize", {"checkpoint": f"{ROOT}/a b.pth", "text": text})
@@ -709,6 +739,14 @@ def test_the_preview_runs_in_a_shell_as_the_job_runs(workspace: Workspace):
     ({"tokenizer": "none.model"}, "tokenizer", "no_such_file"),
     ({"tokenizer": "data"}, "tokenizer", "not_a_file"),
     ({"train_manifests": "data/train_pairs.jsonl\nnone.jsonl::am"}, "train_manifests", "no_such_file"),
+    ({"train_manifests": "data/train_pairs.jsonl::am@0"}, "train_manifests", "bad_weight"),
+    ({"train_manifests": "data/train_pairs.jsonl::am@1001"}, "train_manifests", "bad_weight"),
+    ({"train_manifests": "data/train_pairs.jsonl\ndata/val_pairs.jsonl::en@x"}, "train_manifests", "bad_weight"),
+    ({"val_manifests": "data/val_pairs.jsonl::am@2"}, "val_manifests", "weight_of_validation"),
+    ({"lr_scale": "new-text=10\nnew-text"}, "lr_scale", "bad_factor"),
+    ({"lr_scale": "new-text=0"}, "lr_scale", "bad_factor"), ({"lr_scale": "=2"}, "lr_scale", "bad_factor"),
+    ({"freeze": "first:2=0.5"}, "freeze", "factor_of_freeze"), ({"lora_rank": 4097}, "lora_rank", "too_large"),
+    ({"dropout": 1}, "dropout", "too_large"), ({"emo_source": "both"}, "emo_source", "not_a_choice"),
     ({"output_dir": "t.model"}, "output_dir", "not_a_directory"),
     ({"output_dir": "t.model/x"}, "output_dir", "not_writable"),
     ({}, "output_dir", "holds_checkpoints"),

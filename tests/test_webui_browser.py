@@ -827,7 +827,8 @@ def test_every_text_is_there_in_both_languages_with_the_same_values():
 @pytest.mark.parametrize("kind", [kind for kind in command_lines.PROGRAMS if kind in pipeline.STEP_OF])
 def test_a_form_is_read_back_from_its_command_line(kind: str, tmp_path: Path):
     examples = {"text": "-ሰላም = ዓለም", "line": "-ሰላም = ዓለም", "program": "in/a program", "words": "am am+f2",
-                "int": "3", "float": "0.5", "switch": True, "manifests": "a/b.jsonl\nc.jsonl::am"}
+                "int": "3", "float": "0.5", "switch": True, "manifests": "a/b.jsonl\nc.jsonl::am",
+                "patterns": "first:2\n-x", "factors": "a=1\nb=2"}
     form = {field.name: field.choices[0] if field.choices else examples.get(field.type, f"in/{field.name}")
             for field in command_lines.PROGRAMS[kind].fields}
     if kind == "training":

@@ -107,6 +107,11 @@ def make_parser(doc: str | None, first_command: str) -> OneLineParser:
                          formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
+def counted(number: int, thing: str) -> str:
+    """"1 speaker", "2 speakers"."""
+    return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
 def info(message: str) -> None:
     """Prints one flushed line, so that a log file or a browser tab shows it at once."""
     print(f"[Info] {message}", flush=True)

@@ -36,7 +36,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tools._common import Progress, ToolError, info, make_parser, run_program, warn, write_jsonl, writing_to
+from tools._common import (
+    Progress,
+    ToolError,
+    counted,
+    info,
+    make_parser,
+    run_program,
+    warn,
+    write_jsonl,
+    writing_to,
+)
 from tools.amharic_text import is_amharic
 from tools.clip_files import Cache, Work, run_jobs, stamp_of
 from tools.preprocess import ETHIOPIC, say_skipped
@@ -231,7 +241,8 @@ def say_summary(rows: Sequence[dict[str, Any]], skipped: Sequence[dict[str, Any]
     if copied:
         info(f"{copied} sounds were copied, for links to them are not possible")
     seconds, empty = sum(row["duration"] for row in rows), sum(not row["text"] for row in rows)
-    info(f"{len(rows)} recordings of {len(speakers) + bool(nameless)} speakers, {seconds / 3600:.2f} hours"
+    info(f"{counted(len(rows), 'recording')} of {counted(len(speakers) + bool(nameless), 'speaker')}, "
+         f"{seconds / 3600:.2f} hours"
          + (f", {empty} without text" if empty else ""))
     path = args.output_dir / "recordings.jsonl"
     step = (f"type their texts into {path} and run the same command again, or give --transcriber"

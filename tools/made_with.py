@@ -32,6 +32,8 @@ OF_SOUND = ("features", "codec_sha256", "num_codes", "codes_per_second", "condit
 """All that matters where texts are written anew."""
 EMBEDDED = "embedded"
 INDEXTTS2 = "indextts2"
+FEATURES = (EMBEDDED, INDEXTTS2)
+"""What tools.preprocess makes."""
 INDEXTTS2_CODES = 8192
 MEND_YAML = "Mend it, or run tools.preprocess again"
 REMEDY = ("Give files that belong together: the codec, the tokenizer and the data that these weights were trained "

@@ -65,6 +65,7 @@ import yaml
 from tools._common import (
     Progress,
     ToolError,
+    counted,
     info,
     make_parser,
     read_jsonl,
@@ -86,7 +87,7 @@ from tools.features import (
     find_clip,
 )
 from tools.indextts2_features import IndexTTS2Source, require_indextts2
-from tools.made_with import EMBEDDED, INDEXTTS2, INDEXTTS2_CODES, read_yaml, record
+from tools.made_with import EMBEDDED, FEATURES, INDEXTTS2, INDEXTTS2_CODES, read_yaml, record
 from tools.model_folder import find_parts
 from tools.recordings import is_sound_name, read_recordings, why_left_out
 from tools.sound_files import Unusable
@@ -752,8 +753,9 @@ def say_summary(plan: Plan, part: Part, folder: Path) -> None:
     files = sorted({row.get("codes_path", "codes.npy") for row in rows})
     used = set().union(*(np.unique(np.load(folder / name)).tolist() for name in files))
     splits = collections.Counter(row["split"] for row in rows)
-    info(f"{len(rows)} utterances of {len({row['speaker'] for row in rows})} speakers, {seconds / 3600:.2f} hours, "
-         f"{codes} codes ({codes / max(seconds, 1e-9):.1f} a second, {len(used)} of {plan.source.num_codes} in use)")
+    info(f"{len(rows)} utterances of {counted(len({row['speaker'] for row in rows}), 'speaker')}, "
+         f"{seconds / 3600:.2f} hours, {codes} codes "
+         f"({codes / max(seconds, 1e-9):.1f} a second, {len(used)} of {plan.source.num_codes} in use)")
     prompts = sum("condition_start" in row for row in rows)
     sentences = len({row["text"] for row in rows if row["split"] == "val"})
     info(f"{splits['train']} for training, {splits['val']} for validation ({sentences} texts), {prompts} prompts")
@@ -800,7 +802,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__, FIRST_COMMAND)
     parser.add_argument("--recordings", type=Path, required=True, help="the recordings.jsonl to read")
-    parser.add_argument("--features", choices=(EMBEDDED, INDEXTTS2), default=EMBEDDED, help="of this project's own "
+    parser.add_argument("--features", choices=FEATURES, default=EMBEDDED, help="of this project's own "
                         "codec, or of IndexTTS2's released weights (embedded)")
     parser.add_argument("--codec", type=Path, help="what `python -m tools.speech_codec train` wrote (embedded)")
     parser.add_argument("--model-dir", type=Path, help="folder of IndexTTS-2, whose config.yaml is the model to "

@@ -79,6 +79,47 @@ def training_problems(form: Form, workspace: Workspace, table: CheckpointTable) 
     return {name: problem for name, problem in reversed(found) if problem}
 
 
+def training_choice(form: Form, workspace: Workspace, table: CheckpointTable) -> list[Problem]:
+    """What Tab 6 would train on what, in words: keys of TEXTS and their values. Raises: Refused, ToolError."""
+    goes_on = bool(form.get("resume")) and bool(all_checkpoints(workspace.inside(typed(form.get("output_dir")))))
+    lines = lines_of(form.get("train_manifests"))
+    if not lines and goes_on:
+        return [("chosen.resumed", {})]
+    manifest = workspace.inside(split_manifest(lines[0])[0]) if lines else TRAIN_MANIFEST
+    data = of_manifest(manifest)
+    found = [("chosen.data" if data.get("features") else "chosen.data_unknown",
+              {"path": workspace.show(manifest), **choice_values(data)})]
+    if goes_on:
+        return [*found, ("chosen.weights_resumed", {})]
+    base, is_found = base_of(form, manifest, workspace)
+    if base is None:
+        return [*found, ("chosen.scratch", {})]
+    record = checkpoint_record(base, table) if base.is_file() else {}
+    key = "chosen.base_found" if is_found else "chosen.base"
+    values = {"path": workspace.show(base), **choice_values(record or {})}
+    if record is None:
+        return [*found, (key, values), ("chosen.reading", {})]
+    return [*found, (key, values), ("chosen.base_made" if record.get("features") else "chosen.base_unknown", values)]
+
+
+def choice_values(record: MadeWith) -> dict[str, str]:
+    """What is recorded, for a reader; "?" for what is not."""
+    rate = record.get("codes_per_second")
+    return {"features": record.get("features", "?"), "codec": record.get("codec_sha256", "?")[:12],
+            "codes": str(record.get("num_codes", "?")), "rate": "?" if rate is None else f"{rate:.4g}"}
+
+
+def base_of(form: Form, manifest: Path, workspace: Workspace) -> tuple[Path | None, bool]:
+    """The base checkpoint, and whether it is one that the trainer finds: checkpoints/gpt.pth, where the model is that
+    of checkpoints/config.yaml."""
+    if typed(form.get("base_checkpoint")):
+        return workspace.inside(typed(form.get("base_checkpoint"))), False
+    released = ROOT / "checkpoints" / "gpt.pth"
+    is_taken = not typed(form.get("config")) and not manifest.with_name("config.yaml").is_file() and (
+        released.with_name("config.yaml").is_file() and released.is_file())
+    return (released if is_taken else None), is_taken
+
+
 def base_problem(data_name: str, data: MadeWith, name: str, record: MadeWith | None) -> Problem | None:
     """None for one that is not read yet. One of which nothing is known must not be spoiled by this data."""
     if record is None:

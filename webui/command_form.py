@@ -11,7 +11,18 @@ import gradio as gr
 
 from webui import pipeline
 from webui.belonging import belonging_problems, checkpoint_record
-from webui.command_lines import PROGRAMS, Field, Form, Problem, command_for, output_of, preview, problems, typed
+from webui.command_lines import (
+    LINES,
+    PROGRAMS,
+    Field,
+    Form,
+    Problem,
+    command_for,
+    output_of,
+    preview,
+    problems,
+    typed,
+)
 from webui.job_panel import newest
 from webui.jobs import Job, start_job
 from webui.page_base import QUIET, Page, refusal
@@ -49,7 +60,7 @@ class FormSection:
             choices = [("chosen_for_you", ""), *((choice, choice) for choice in field.choices)]
             self.inputs[name] = self.page.add(gr.Dropdown, key, choices=choices, value="", **options)
         else:
-            lines, max_lines = {"text": (3, 6), "manifests": (1, 4)}.get(field.type, (1, 1))
+            lines, max_lines = (3, 6) if field.type == "text" else (1, 4) if field.type in LINES else (1, 1)
             self.inputs[name] = self.page.add(gr.Textbox, key, value="", lines=lines, max_lines=max_lines, **options)
 
     def command_and_start(self, start_key: str) -> None:

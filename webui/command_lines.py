@@ -16,14 +16,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tools.run_files import all_checkpoints, foreign_checkpoints, split_manifest
+from tools._common import ToolError
+from tools.amharic_text import KNOWN_RULES
+from tools.made_with import EMBEDDED, FEATURES
+from tools.model_folder import FOR_FEATURES, find_parts, own_download, recognised
+from tools.run_files import MAX_WEIGHT, all_checkpoints, foreign_checkpoints, split_manifest
 from webui.workspace import ROOT, Refused, Workspace
 
 Form = dict[str, Any]
 Problem = tuple[str, dict[str, Any]]  # a key of MESSAGES and its values
 MAX_TEXT = 2000  # characters of a text to speak
 NAME = re.compile(r"[^-\s]\S*")  # not to be taken for a flag
-PATHS = ("file", "directory", "path", "program", "new_file", "new_directory")
+LINES = ("manifests", "patterns", "factors")  # several values, one a line, the flag before each
+PATHS = ("file", "directory", "path", "model_folder", "program", "new_file", "new_directory")
 
 
 @dataclass(frozen=True)
@@ -31,9 +36,10 @@ class Field:
     """One input of a form.
 
     type: "text", "line" (a text without line breaks), "words" (blank-separated names), "int", "float", "choice",
-    "switch" (True emits the flag alone), "file", "directory" and "path" (either of them; must exist), "program" (an
-    executable file), "manifests" (existing files, one a line, each with an optional ::lang), "new_file" and
-    "new_directory" (are written; may exist).
+    "switch" (True emits the flag alone), "patterns" (one a line, the flag before each), "factors" (patterns, each with
+    =FACTOR), "file", "directory" and "path" (either of them; must exist), "model_folder" (a directory; what it lacks
+    is said with how to get it), "program" (an executable file), "manifests" (existing files, one a line, each with an
+    optional ::lang or ::lang@weight), "new_file" and "new_directory" (are written; may exist).
     """
 
     name: str
@@ -62,6 +68,7 @@ SEED = whole("seed", "--seed")
 LAYOUTS = ("ljspeech", "common-voice", "nemo", "f5-tts", "gpt-sovits", "filelist", "jsonl", "table", "folder")
 # Form: its field of the shortest and of the longest, what is chosen where they are empty, and how many times longer.
 LENGTHS = {"import": ("shortest", 2.0, "longest", 15.0, 3.0), "filter": ("shortest", 0.4, "longest", 30.0, 1.0)}
+EMO_SOURCES = ("prompt", "target", "mixed")
 PROGRAMS: dict[str, Program] = {
     "import": Program(("-m", "tools.import_recordings"), (
         Field("source", "", "path", required=True),
@@ -97,7 +104,8 @@ PROGRAMS: dict[str, Program] = {
         whole("words_per_minute", "--words-per-minute", 80),
         Field("every_voice", "--every-voice", "switch"),
         whole("limit", "--limit"),
-        whole("workers", "--workers", 1)), "output_dir"),
+        whole("workers", "--workers", 1),
+        Field("rules", "--rules", "choice", choices=tuple(map(str, KNOWN_RULES)))), "output_dir"),
     "collect": Program(("-m", "tools.collect_corpus"), (
         Field("recordings", "", "path", required=True),
         Field("output", "--output", "new_file", required=True, suffixes=(".jsonl", ".txt"), fresh=True),
@@ -111,9 +119,12 @@ PROGRAMS: dict[str, Program] = {
         SEED), "output_dir"),
     "tokenizer": Program(("-m", "tools.train_tokenizer"), (
         Field("texts", "--texts", "file", required=True),
-        Field("output", "--output", "new_file", required=True, suffixes=(".model",)),
+        Field("output", "--output", "new_file", required=True, suffixes=(".model",), fresh=True),
         Field("model_type", "--model-type", "choice", choices=("char", "bpe", "unigram")),
-        whole("vocab_size", "--vocab-size", 1)), "output"),
+        whole("vocab_size", "--vocab-size", 1),
+        Field("extend", "--extend", "file"),
+        whole("target_size", "--target-size", 1),
+        Field("language", "--language", "line")), "output"),
     "codec": Program(("-m", "tools.speech_codec", "train"), (
         Field("recordings", "--recordings", "file", required=True),
         Field("output", "--output", "new_file", required=True, suffixes=(".pt",)),
@@ -128,7 +139,9 @@ PROGRAMS: dict[str, Program] = {
         SEED), "output"),
     "preprocess": Program(("-m", "tools.preprocess"), (
         Field("recordings", "--recordings", "file", required=True),
-        Field("codec", "--codec", "file", required=True),
+        Field("features", "--features", "choice", choices=FEATURES),
+        Field("codec", "--codec", "file"),
+        Field("model_dir", "--model-dir", "model_folder"),
         Field("tokenizer", "--tokenizer", "file", required=True),
         Field("output_dir", "--output-dir", "new_directory", required=True),
         Field("audio_dir", "--audio-dir", "directory"),
@@ -146,6 +159,7 @@ PROGRAMS: dict[str, Program] = {
         whole("max_codes", "--max-codes"),
         Field("min_prompt_seconds", "--min-prompt-seconds", "float", minimum=0),
         Field("max_prompt_seconds", "--max-prompt-seconds", "float", minimum=0),
+        Field("emo_source", "--emo-source", "choice", choices=EMO_SOURCES),
         SEED), "data_dir"),
     "training": Program(("trainers/train_gpt_v2.py",), (
         Field("train_manifests", "--train-manifest", "manifests"),
@@ -165,8 +179,15 @@ PROGRAMS: dict[str, Program] = {
         whole("save_interval", "--save-interval"),
         whole("val_interval", "--val-interval"),
         whole("log_interval", "--log-interval", 1),
+        Field("save_minutes", "--save-minutes", "float", minimum=0),
+        whole("patience", "--patience"),
+        Field("dropout", "--dropout", "float", minimum=0, maximum=0.99),
         whole("keep_checkpoints", "--keep-checkpoints"),
         SEED,
+        Field("emo_source", "--emo-source", "choice", choices=EMO_SOURCES),
+        Field("freeze", "--freeze", "patterns"),
+        Field("lr_scale", "--lr-scale", "factors"),
+        Field("lora_rank", "--lora-rank", "int", minimum=0, maximum=4096),
         Field("grad_checkpointing", "--grad-checkpointing", "switch"),
         Field("resume_path", "--resume", "file")), "output_dir"),
     "inspect": Program(("-m", "tools.inspect_checkpoint"), (
@@ -181,6 +202,7 @@ PROGRAMS: dict[str, Program] = {
         Field("output", "--output", "new_file", required=True, suffixes=(".wav",)),
         Field("codec", "--codec", "file"),
         Field("tokenizer", "--tokenizer", "file"),
+        Field("language", "--language", "line"),
         Field("temperature", "--temperature", "float", minimum=0.01),
         whole("top_k", "--top-k"),
         Field("top_p", "--top-p", "float", minimum=0.01, maximum=1),
@@ -193,6 +215,7 @@ PROGRAMS: dict[str, Program] = {
         Field("text_file", "--text-file", "file"),
         Field("prompt", "--prompt", "file"),
         Field("codec", "--codec", "file"),
+        Field("language", "--language", "line"),
         whole("takes", "--takes", 1))),
     "evaluate": Program(("-m", "tools.evaluate_voice"), (
         Field("checkpoint", "--checkpoint", "file", required=True),
@@ -222,6 +245,8 @@ PRESETS: dict[str, Form] = {
 
 def command(kind: str, form: Form) -> list[str]:
     """The argv list for a form whose paths are taken as they are. Pure."""
+    if kind == "preprocess" and typed(form.get("features")) not in ("", EMBEDDED):
+        form = {**form, "codec": ""}  # the page fills it in; released features have their own
     return training_command(form) if kind == "training" else command_of(PROGRAMS[kind], form)
 
 
@@ -247,8 +272,9 @@ def arguments(field: Field, value: Any) -> list[str]:
     """The part of a command line that one field adds."""
     if field.type == "switch":
         return [field.flag] if value is True else []
-    if field.type == "manifests":
-        return [part for line in lines_of(value) for part in (field.flag, line)]
+    if field.type in LINES:
+        return [part for line in lines_of(value) for part in (
+            [f"{field.flag}={line}"] if line.startswith("-") else [field.flag, line])]
     text = typed(value)
     if not text:
         return []
@@ -337,7 +363,49 @@ def problems(kind: str, form: Form, workspace: Workspace) -> dict[str, Problem]:
             found[field_name] = refused.key, refused.values
     if kind in LENGTHS and not found:
         found = length_problems(form, *LENGTHS[kind])
+    if kind == "tokenizer" and not found:
+        found = extension_problems(form)
+    if kind == "preprocess" and not found:
+        found = feature_problems(form, workspace)
     return found
+
+
+def extension_problems(form: Form) -> dict[str, Problem]:
+    """Of a tokenizer whose fields are well by themselves: what goes with --extend and what does not."""
+    if not typed(form.get("extend")):
+        return {"target_size": ("goes_with_extend", {})} if typed(form.get("target_size")) else {}
+    found: dict[str, Problem] = {name: ("not_with_extend", {}) for name in ("model_type", "vocab_size")
+                                 if typed(form.get(name))}
+    return found if typed(form.get("target_size")) else {**found, "target_size": ("size_needed", {})}
+
+
+def feature_problems(form: Form, workspace: Workspace) -> dict[str, Problem]:
+    """Of preprocess, whose fields are well by themselves: what its kind of features needs, and the model folder."""
+    features = typed(form.get("features")) or EMBEDDED
+    if features == EMBEDDED:
+        found: dict[str, Problem] = {} if typed(form.get("codec")) else {"codec": ("required", {})}
+        wrong = ["model_dir"]
+    else:
+        found = model_folder_problems(typed(form.get("model_dir")), features, workspace)
+        wrong = ["config", "model_dim"]
+    return {**found, **{name: ("not_with_features", {"features": features}) for name in wrong if typed(form.get(name))}}
+
+
+def model_folder_problems(text: str, features: str, workspace: Workspace) -> dict[str, Problem]:
+    """What is missing in the folder, with the lines that download it, as the program would say it."""
+    if not text:
+        return {"model_dir": ("folder_needed", {"download": own_download(workspace.root / "checkpoints")})}
+    folder = workspace.inside(text)
+    try:
+        found = recognised(folder)
+        if found != features:
+            return {"model_dir": ("other_model", {"path": text, "found": found, "features": features})}
+        find_parts(folder, FOR_FEATURES)
+    except ToolError as error:
+        return {"model_dir": ("tool_refuses", {"reason": str(error)})}
+    except OSError:
+        return {"model_dir": ("not_readable", {"path": text})}
+    return {}
 
 
 def length_problems(form: Form, short: str, shortest: float, long: str, longest: float, times: float
@@ -353,13 +421,17 @@ def length_problems(form: Form, short: str, shortest: float, long: str, longest:
 
 def check_field(field: Field, value: Any, workspace: Workspace) -> None:
     """Raises: Refused."""
-    filled = bool(lines_of(value)) if field.type == "manifests" else bool(typed(value))
+    filled = bool(lines_of(value)) if field.type in LINES else bool(typed(value))
     if not filled:
         if field.required:
             raise Refused("required")
     elif field.type == "manifests":
         for line in lines_of(value):
             check_path(field, split_manifest(line)[0], workspace)
+            check_weight(field, line)
+    elif field.type in LINES:
+        for line in lines_of(value):
+            check_pattern(field, line)
     elif field.type in PATHS:
         check_path(field, typed(value), workspace)
     elif field.type in ("int", "float"):
@@ -372,6 +444,25 @@ def check_field(field: Field, value: Any, workspace: Workspace) -> None:
         raise Refused("text_too_long", maximum=MAX_TEXT)
     elif field.type == "line" and not typed(value).isprintable():
         raise Refused("not_a_line")
+
+
+def check_weight(field: Field, line: str) -> None:
+    """Raises: Refused."""
+    weight = split_manifest(line)[2]
+    if not 0 < weight <= MAX_WEIGHT:
+        raise Refused("bad_weight", value=line, maximum=MAX_WEIGHT)
+    if field.name == "val_manifests" and weight != 1:
+        raise Refused("weight_of_validation", value=line)
+
+
+def check_pattern(field: Field, line: str) -> None:
+    """Which tensors there are only the trainer knows. Raises: Refused."""
+    pattern, equals, factor = line.rpartition("=")
+    if field.type == "patterns" and equals:
+        raise Refused("factor_of_freeze", value=line)
+    if field.type == "factors" and not (pattern and re.fullmatch(r"[0-9]*\.?[0-9]+(e-?[0-9]+)?", factor)
+                                        and 0 < float(factor) <= MAX_WEIGHT):
+        raise Refused("bad_factor", value=line, maximum=MAX_WEIGHT)
 
 
 def check_number(field: Field, text: str) -> None:
@@ -395,7 +486,7 @@ def check_path(field: Field, text: str, workspace: Workspace) -> None:
     path = workspace.inside(text)
     if field.suffixes and path.suffix not in field.suffixes:
         raise Refused("wrong_suffix", path=text, suffixes=" ".join(field.suffixes))
-    if field.type in ("directory", "new_directory") and path.exists() and not path.is_dir():
+    if field.type in ("directory", "model_folder", "new_directory") and path.exists() and not path.is_dir():
         raise Refused("not_a_directory", path=text)
     if field.type in ("manifests", "file", "program", "new_file") and path.is_dir():
         raise Refused("not_a_file", path=text)

@@ -55,7 +55,7 @@ def create_recordings_tab(page: Page) -> None:
         with page.accordion("recordings.speak"), gr.Row():
             with gr.Column():
                 create_form(page, "speak", "recordings", [["texts", "output_dir"], ["voices", "limit"]],
-                            [["words_per_minute", "workers", "every_voice"]])
+                            [["words_per_minute", "workers", "rules"], ["every_voice"]])
             with gr.Column(elem_classes=["live"]):
                 create_job_panel(page, "recordings", ["speak"])
 
@@ -244,7 +244,8 @@ def create_tokenizer_tab(page: Page) -> None:
         page.prose("tokenizer.intro")
         with gr.Row():
             with gr.Column():
-                create_form(page, "tokenizer", "tokenizer", [["texts"], ["output"], ["model_type", "vocab_size"]])
+                create_form(page, "tokenizer", "tokenizer", [["texts"], ["output"], ["model_type", "vocab_size"]],
+                            [["extend", "target_size"], ["language"]])
             with gr.Column(elem_classes=["live"]):
                 create_job_panel(page, "tokenizer", ["tokenizer"])
 
@@ -259,11 +260,12 @@ def create_preprocess_tab(page: Page) -> None:
                                 [["steps", "max_hours"], ["num_codes", "seed"]])
                 with page.accordion("preprocess.step_features", open=True):
                     create_form(page, "preprocess", "preprocess",
-                                [["recordings", "output_dir"], ["codec", "tokenizer"]],
+                                [["recordings", "output_dir"], ["codec", "tokenizer"], ["features", "model_dir"]],
                                 [["model_dim", "config"], ["val_share", "val_speakers"],
                                  ["prompts_per_speaker", "jobs", "seed"]])
                 with page.accordion("preprocess.step_pairs", open=True):
                     create_form(page, "pairs", "preprocess", [["data_dir"]],
-                                [["min_prompt_seconds", "max_prompt_seconds"], ["pairs_per_target", "seed"]])
+                                [["min_prompt_seconds", "max_prompt_seconds"],
+                                 ["pairs_per_target", "emo_source", "seed"]])
             with gr.Column(elem_classes=["live"]):
                 create_job_panel(page, "preprocess", ["codec", "preprocess", "pairs"])

@@ -19,7 +19,8 @@ def create_listen_tab(page: Page) -> None:
         with gr.Row():
             with gr.Column():
                 create_form(page, "synthesize", "listen", [["text"], ["checkpoint", "prompt"], ["output"]],
-                            [["codec", "tokenizer"], ["temperature", "top_k", "top_p"], ["takes", "seed", "greedy"]],
+                            [["codec", "tokenizer"], ["temperature", "top_k", "top_p"], ["takes", "seed"],
+                             ["language", "greedy"]],
                             start="listen.start").check_when_read("checkpoint")
             with gr.Column(elem_classes=["live"]):
                 audio = page.add(gr.Audio, "listen.audio", interactive=False, type="filepath", buttons=["download"],
@@ -30,7 +31,7 @@ def create_listen_tab(page: Page) -> None:
         with page.accordion("listen.watch"), gr.Row():
             with gr.Column():
                 create_form(page, "watch", "listen", [["watch"]],
-                            [["text_file", "prompt"], ["codec", "takes"]])
+                            [["text_file", "prompt"], ["codec", "language", "takes"]])
             with gr.Column(elem_classes=["live"]):
                 create_job_panel(page, "listen", ["watch"], name="watch")
         with page.accordion("listen.evaluate"), gr.Row():

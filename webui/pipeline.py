@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from tools.run_files import all_checkpoints
-from webui.command_lines import PROGRAMS, Form, Problem, typed
+from webui.command_lines import LINES, PROGRAMS, Form, Problem, typed
 from webui.jobs import Job
 from webui.readers import files_in
 from webui.workspace import Refused, Workspace, is_text_name
@@ -57,7 +57,7 @@ NEW_FILES = {
     ("speak", "output_dir"): "synthetic_recordings",
     ("collect", "output"): "texts/own_{number}.jsonl",
     ("corpus", "output_dir"): "corpus",
-    ("tokenizer", "output"): "tokenizers/my_tokenizer.model",
+    ("tokenizer", "output"): "tokenizers/my_tokenizer_{number}.model",
     ("codec", "output"): "my_data/speech_codec.pt",
     ("preprocess", "output_dir"): "my_data",
     ("training", "output_dir"): "training_output",
@@ -236,11 +236,11 @@ def form_of(kind: str, argv: Sequence[str], workspace: Workspace) -> Form:
         flag, equals, value = argument.partition("=")
         if flag in fields and (equals or argument in fields):
             field = fields[flag]
-            earlier = [*form[field.name].splitlines()] if field.type == "manifests" and field.name in form else []
-            form[field.name] = True if field.type == "switch" else value
+            earlier = [*form[field.name].splitlines()] if field.type in LINES and field.name in form else []
+            form[field.name] = True if field.type == "switch" else "\n".join([*earlier, value]) if equals else value
         elif field is None:
             continue
-        elif field.type == "manifests":
+        elif field.type in LINES:
             form[field.name] = "\n".join([*earlier, workspace.show(argument)])
         elif field.type == "program":
             form[field.name] = workspace.show(" ".join(shlex.split(argument)))

@@ -134,6 +134,40 @@ def curve(points: Sequence[Point], kind: str, name: str, limit: int = 500) -> li
                           if isinstance(value, (int, float)) and math.isfinite(value)], limit)
 
 
+@dataclass(frozen=True)
+class Overfit:
+    """The speech loss of validation at its best and now, with their steps."""
+
+    best: float
+    best_step: int
+    last: float
+    last_step: int
+
+
+def overfit(points: Sequence[Point], validations: int = 3) -> Overfit | None:
+    """What says that a model learns its training data by heart; None where nothing does. Pure.
+
+    Each of the last `validations` is above the best, while the mean training loss before the last one is below that
+    before the best.
+    """
+    of_val, of_train = (curve(points, kind, "mel_loss", len(points)) for kind in ("val", "train"))
+    if len(of_val) <= validations:
+        return None
+    best = min(range(len(of_val)), key=lambda index: of_val[index][1])
+    (best_step, lowest), (last_step, last) = of_val[best], of_val[-1]
+    if not all(loss > lowest for _, loss in of_val[-validations:]):
+        return None
+
+    def before(index: int) -> float:
+        """Mean training loss since the validation before this one; NaN where nothing was logged."""
+        since = of_val[index - 1][0] if index else -1
+        losses = [loss for step, loss in of_train if since < step <= of_val[index][0]]
+        return sum(losses) / len(losses) if losses else math.nan
+
+    fell = before(len(of_val) - 1) < before(best)
+    return Overfit(lowest, best_step, last, last_step) if fell else None
+
+
 def sample_points(pairs: Sequence[tuple[int, float]], limit: int = 500) -> list[tuple[int, float]]:
     """At most `limit` (4 or more) of the pairs: the first, the last, the lowest and highest of each stretch between."""
     if len(pairs) <= limit:

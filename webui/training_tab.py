@@ -9,14 +9,16 @@ from urllib.parse import urlsplit
 
 import gradio as gr
 
+from tools._common import ToolError
 from tools.run_files import all_checkpoints
+from webui.belonging import training_choice
 from webui.command_form import FormSection
 from webui.command_lines import PRESETS, Form, Problem, command_for, typed
 from webui.job_panel import create_job_panel, create_plot, curves, legend, newest, reason_of
 from webui.jobs import Job, holder_of, start_job, stop_job
 from webui.page_base import QUIET, Page, plain, refusal, tell
-from webui.readers import Inspection, curve, loss_of, tensorboard_url
-from webui.texts import say
+from webui.readers import Inspection, Point, curve, loss_of, overfit, tensorboard_url
+from webui.texts import TEXTS, say
 from webui.workspace import Refused, load_settings, save_settings
 
 SERIES = ("train", "val")
@@ -83,11 +85,15 @@ def create_training_tab(page: Page) -> None:
                 form.row("num_workers", "amp")
             with page.accordion("more_settings"), gr.Group():
                 form.row("max_steps", "warmup_steps", "seed")
-                form.row("save_interval", "val_interval")
-                form.row("log_interval", "keep_checkpoints")
+                form.row("save_interval", "save_minutes", "keep_checkpoints")
+                form.row("val_interval", "patience", "log_interval")
                 form.row("config", "base_checkpoint")
-                form.row("grad_checkpointing")
+                form.row("dropout", "emo_source", "grad_checkpointing")
+            with page.accordion("training.parts"), gr.Group():
+                form.row("freeze", "lr_scale")
+                form.row("lora_rank")
             pick, told = create_resume_section(page, form)
+            create_choice(page, form)
             form.command_and_start("training.start")
             form.check_when_read("base_checkpoint")
             connect_resume(page, form, pick, told)
@@ -97,6 +103,29 @@ def create_training_tab(page: Page) -> None:
             output_dir = form.inputs["output_dir"]
             create_job_panel(page, "training", ["training"], output_dir, lambda: create_live_section(page, output_dir))
     preset.input(lambda name: form.change(preset_values(form, name)), [preset], [*form.inputs.values()], **QUIET)
+
+
+def create_choice(page: Page, form: TrainingForm) -> None:
+    """Which kind of data and weights are chosen."""
+    told = gr.Markdown(elem_id="training-choice", elem_classes=["status"])
+    names = ("train_manifests", "config", "base_checkpoint", "output_dir", "resume")
+
+    def look(jobs: Sequence[Job], language: str, *given: Any) -> list[Any]:
+        try:
+            found = training_choice(dict(zip(names, given, strict=True)), page.workspace, page.checkpoints)
+        except (Refused, ToolError):  # said beside the field
+            return [""]
+        return ["\n\n".join(tell(language, key, **translated(values, language)) for key, values in found)]
+
+    inputs = [form.inputs[name] for name in names]
+    page.refresh_on += [form.inputs[name].change for name in names[:3]]  # of the others elsewhere
+    page.watch("training", inputs, [told], look)
+
+
+def translated(values: dict[str, Any], language: str) -> dict[str, Any]:
+    """With the name of the kind of features for a reader, where it is known."""
+    key = f"features.{values.get('features')}"
+    return {**values, "features": say(key, language)} if key in TEXTS else values
 
 
 def create_resume_section(page: Page, form: TrainingForm) -> tuple[Any, Any]:
@@ -212,6 +241,7 @@ def create_live_section(page: Page, output_dir: Any) -> None:
             for name in names:
                 plots.append(create_plot(page, PLOTS[name], SERIES, height=220, min_width=220,
                                          elem_id=f"training-{name}"))
+    warning = gr.Markdown(elem_id="training-overfit")
     machine = gr.Markdown(elem_id="training-memory")
     create_tensorboard(page, output_dir)
 
@@ -224,9 +254,17 @@ def create_live_section(page: Page, output_dir: Any) -> None:
         drawn = [curves([(step, value, kind) for kind in kinds for step, value in curve(points, kind, name)], SERIES)
                  for name, kinds in CURVES.items()]
         memory = page.machine.memory(job.pid if job and job.live else None)
-        return [legend([say(f"series.{kind}", language) for kind in SERIES]), *drawn, memory_text(memory, language)]
+        return [legend([say(f"series.{kind}", language) for kind in SERIES]), *drawn, overfit_text(points, language),
+                memory_text(memory, language)]
 
-    page.watch("training", [output_dir], [key, *plots, machine], look)
+    page.watch("training", [output_dir], [key, *plots, warning, machine], look)
+
+
+def overfit_text(points: Sequence[Point], language: str) -> str:
+    found = overfit(points)
+    return "" if found is None else "⚠ " + say(
+        "training.overfit", language, best=f"{found.best:.4f}", best_step=found.best_step, last=f"{found.last:.4f}",
+        last_step=found.last_step)
 
 
 def memory_text(memory: dict[str, Any], language: str) -> str:

@@ -38,6 +38,13 @@ MESSAGES: dict[str, tuple[str, ...]] = {
     "text_too_long": ("maximum",),
     "not_a_line": (),  # line breaks, or what cannot be seen
     "not_executable": ("path",),
+    "goes_with_extend": (),
+    "not_with_extend": (),
+    "size_needed": (),
+    "not_with_features": ("features",),
+    "folder_needed": ("download",),
+    "other_model": ("path", "found", "features"),
+    "tool_refuses": ("reason",),  # as the program says it
     "lengths_too_near": ("shortest", "longest", "minimum"),
     "holds_recordings": ("path", "free"),  # of another source; a folder that is not there yet
     # Training
@@ -62,6 +69,10 @@ MESSAGES: dict[str, tuple[str, ...]] = {
     "job_failed": ("status", "reason"),
     "job_killed": ("signal",),
     "job_lost": (),  # the machine or the process went away without a word; a training run can be resumed
+    "bad_weight": ("value", "maximum"),
+    "weight_of_validation": ("value",),
+    "bad_factor": ("value", "maximum"),
+    "factor_of_freeze": ("value",),
     # Files
     "not_a_checkpoint": ("path",),
     "not_settings": ("path",),
