@@ -44,8 +44,8 @@ class Features(Protocol):
 
     def arrays(self, audio: Tensor, kind: str) -> dict[str, np.ndarray]:
         """Of mono `audio` [samples], float32, at the source's sample_rate. kind "codes": codes [c], int32, 0 to
-        num_codes - 1; "condition": condition (the source's condition_shape), float32, what the model knows of a prompt's
-        voice; and with one of the two (emo_vec_kind) the emotion vector emo_vec [1, model_dim], float32.
+        num_codes - 1; "condition": condition (of condition_shape), float32, what the model knows of a prompt's voice;
+        and with one of the two (emo_vec_kind) the emotion vector emo_vec [1, model_dim], float32.
         """
 
 

@@ -120,7 +120,7 @@ def sampling_of(args: argparse.Namespace) -> Sampling:
 
 @dataclass
 class Prompt:
-    """A voice to speak in: condition [32, D] ([1, 192] in IndexTTS-2.5), emo_vec [D] and the codec's mel statistics [2, n_mels], float32."""
+    """A voice to speak in: condition (ModelConfig.condition_shape), emo_vec [D] and the codec's mel statistics [2, n_mels], float32."""
 
     condition: Tensor
     emo_vec: Tensor
@@ -346,7 +346,8 @@ class Synthesizer:
         if len(waveform) < SHORTEST_PROMPT * rate:
             raise ToolError(f"{path}: {len(waveform) / rate:.2f} s of sound say too little about a voice. Give a "
                             f"prompt of at least {SHORTEST_PROMPT} s, better 3")
-        condition, emo_vec = self.codec.condition(waveform, self.model.config.model_dim, self.model.config.condition_shape)
+        config = self.model.config
+        condition, emo_vec = self.codec.condition(waveform, config.model_dim, config.condition_shape)
         return Prompt(condition, emo_vec, self.codec.mel_statistics(waveform))
 
     def line(self, text: str, prompt: Prompt, place: str, language: str = "am") -> Line:

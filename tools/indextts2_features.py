@@ -228,8 +228,8 @@ class IndexTTS2Features:
         self.w2v_bert = w2v_bert.to(self.device)
         self.codec = fill(made(lambda: kind(codec), path), of_codec, codec_path,
                           f"the semantic codec that {path.name} describes", check).to(self.device)
-        self.voice: Any = fill(made(lambda: VoiceModules(gpt, channels, emo_width, not self.is_25), path), voice, parts["gpt"],
-                               f"the GPT that {path.name} describes", check).to(self.device)
+        modules = made(lambda: VoiceModules(gpt, channels, emo_width, not self.is_25), path)
+        self.voice: Any = fill(modules, voice, parts["gpt"], f"the GPT that {path.name} describes", check).to(self.device)
         self.speaker: Any = fill(made(CAMPlusPlus, path), read_tensors(parts["campplus"]), parts["campplus"],
                                  "CAM++ of funasr/campplus", check).to(self.device) if self.is_25 else None
 
@@ -343,5 +343,5 @@ def require_indextts2(model_dir: Path, name: str = INDEXTTS2) -> None:
     """Raises: ToolError for a folder of anything else than `name`."""
     found = recognised(model_dir)
     if found != name:
-        raise ToolError(f"--model-dir {model_dir}: {NAMES[found]}, whose codes, conditions and texts are others. Give a "
-                        f"folder of {NAMES[name]}, or --features {found}")
+        raise ToolError(f"--model-dir {model_dir}: {NAMES[found]}, whose codes, conditions and texts are others. Give "
+                        f"a folder of {NAMES[name]}, or --features {found}")

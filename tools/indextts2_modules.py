@@ -432,8 +432,8 @@ class VoiceModules(nn.Module):
     """Those of gpt.pth that the training loss never touches."""
 
     def __init__(self, gpt: Mapping[str, Any], channels: int, emo_width: int, conditions: bool = True) -> None:
-        """Without those of `conditions` in IndexTTS-2.5. `gpt` is the section of config.yaml; `channels` those of the features, `emo_width` that of the emotion's
-        latent (1,024). Raises: KeyError."""
+        """`gpt` is the section of config.yaml; `channels` those of the features, `emo_width` that of the emotion's
+        latent (1,024). IndexTTS-2.5 has no modules for `conditions`. Raises: KeyError."""
         super().__init__()
         width, of_emotion = gpt["model_dim"], gpt["emo_condition_module"]
         if conditions:

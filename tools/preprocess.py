@@ -825,8 +825,8 @@ def check_arguments(args: argparse.Namespace) -> None:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__, FIRST_COMMAND)
     parser.add_argument("--recordings", type=Path, required=True, help="the recordings.jsonl to read")
-    parser.add_argument("--features", choices=(EMBEDDED, INDEXTTS2, INDEXTTS25), default=EMBEDDED, help="of this project's own "
-                        "codec, or of IndexTTS2's released weights (embedded)")
+    parser.add_argument("--features", choices=(EMBEDDED, INDEXTTS2, INDEXTTS25), default=EMBEDDED,
+                        help="of this project's own codec, or of IndexTTS2's released weights (embedded)")
     parser.add_argument("--codec", type=Path, help="what `python -m tools.speech_codec train` wrote (embedded)")
     parser.add_argument("--model-dir", type=Path, help="folder of IndexTTS-2 or 2.5, whose config.yaml is the model to "
                                                        "train (indextts2)")

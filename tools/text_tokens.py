@@ -92,7 +92,10 @@ class TiktokenTokens:
                 for token in self.of_word(text[word.start() : word.end()].encode())]
 
     def merged(self, word: bytes) -> tuple[int, ...]:
-        """Begins with single bytes and joins, time and again, the first pair of the lowest rank."""
+        """Begins with single bytes and joins, time and again, the first pair of the lowest rank; a word that is a
+        token is one."""
+        if word in self.ranks:
+            return (self.ranks[word],)
         parts = [word[i : i + 1] for i in range(len(word))]
         while len(parts) > 1:
             found = [self.ranks.get(one + other, self.size) for one, other in zip(parts, parts[1:], strict=False)]
