@@ -229,7 +229,8 @@ class IndexTTS2Features:
         self.codec = fill(made(lambda: kind(codec), path), of_codec, codec_path,
                           f"the semantic codec that {path.name} describes", check).to(self.device)
         modules = made(lambda: VoiceModules(gpt, channels, emo_width, not self.is_25), path)
-        self.voice: Any = fill(modules, voice, parts["gpt"], f"the GPT that {path.name} describes", check).to(self.device)
+        self.voice: Any = fill(modules, voice, parts["gpt"], f"the GPT that {path.name} describes", check
+                               ).to(self.device)
         self.speaker: Any = fill(made(CAMPlusPlus, path), read_tensors(parts["campplus"]), parts["campplus"],
                                  "CAM++ of funasr/campplus", check).to(self.device) if self.is_25 else None
 
