@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import shutil
@@ -16,8 +17,8 @@ from conftest import trainer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tools.indextts2_modules import SemanticCodec, VoiceModules
-from tools.model_folder import PARTS
+from tools.indextts2_modules import CAMPlusPlus, EnhancedCodec, SemanticCodec, VoiceModules
+from tools.model_folder import PARTS, TIKTOKEN
 
 CHANNELS = 24  # of features; 1,024 in the released ones
 EMO_WIDTH = 20  # 1,024 too
@@ -53,6 +54,15 @@ EXTRACTOR = {"feature_extractor_type": "SeamlessM4TFeatureExtractor", "feature_s
              "stride": 2}
 
 
+TOKENS_25 = (" ሰላም", "ላም", " ")  # beside the bytes
+CONFIG_25: dict[str, Any] = {
+    **{key: value for key, value in CONFIG.items() if key != "qwen_emo_path"},
+    "gpt": {**{key: value for key, value in CONFIG["gpt"].items() if key != "condition_module"},
+            "max_text_tokens": 400, "number_text_tokens": 256 + len(TOKENS_25) - 1 + trainer.TIKTOKEN_SPECIALS},
+    "version": 2.5,
+}
+
+
 def randomised(shapes: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
     """Values of about the size that trained ones have: norms near 1, weights by their fan-in."""
     values = {}
@@ -60,6 +70,10 @@ def randomised(shapes: Mapping[str, Tensor], generator: torch.Generator) -> dict
         noise = torch.randn(tensor.shape, generator=generator)
         if "norm" in name.lower() and name.endswith(("weight", "gamma")):
             values[name] = 1 + 0.1 * noise
+        elif name.endswith("num_batches_tracked"):
+            values[name] = torch.tensor(1)
+        elif name.endswith("running_var"):
+            values[name] = noise.abs() + 0.5
         elif name.endswith(("weight_g", "gamma")):
             values[name] = noise.abs() + 0.1
         elif tensor.ndim < 2:
@@ -129,6 +143,28 @@ def make_released_folder(folder: Path, seed: int = 0, config: Mapping[str, Any] 
     (cache / "w2v-bert-2.0/preprocessor_config.json").write_text(json.dumps(EXTRACTOR))
     torch.save(torch.randn(73, 192, generator=generator), folder / "feat1.pt")
     torch.save(torch.randn(73, config["gpt"]["model_dim"], generator=generator), folder / "feat2.pt")
+    return folder
+
+
+def make_released_folder_25(folder: Path, seed: int = 0) -> Path:
+    """The same of IndexTTS-2.5."""
+    make_released_folder(folder, seed)
+    for name in ("bpe.model", "hf_cache/semantic_codec_model.safetensors"):
+        (folder / name).unlink()
+    generator, gpt, section = torch.Generator().manual_seed(seed), CONFIG_25["gpt"], CONFIG_25["semantic_codec"]
+    (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG_25, sort_keys=False))
+    languages = {"languages": len(trainer.LANGUAGES) + 1}
+    model = trainer.UnifiedVoiceGPT(trainer.model_config_from({**languages, **gpt}, "config.yaml"), 0.0, False)
+    with torch.device("meta"):
+        voice, codec, speaker = VoiceModules(gpt, CHANNELS, EMO_WIDTH, False), EnhancedCodec(section), CAMPlusPlus()
+    tensors = randomised({**shapes_of(voice), **shapes_of(model)}, generator)
+    torch.save(trainer.in_name_order(tensors), folder / "gpt.pth")
+    up = {f"up.{name}": t for name, t in shapes_of(codec.down).items()}
+    torch.save({"model": randomised({**shapes_of(codec), **up}, generator)}, folder / "codec.pth")
+    torch.save(randomised(shapes_of(speaker), generator), folder / "hf_cache/campplus_cn_common.bin")
+    tokens = dict.fromkeys([b"!", *(bytes([byte]) for byte in range(256)), *(word.encode() for word in TOKENS_25)])
+    (folder / TIKTOKEN).write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank
+                                             for rank, token in enumerate(tokens)))
     return folder
 
 

@@ -44,8 +44,8 @@ class Features(Protocol):
 
     def arrays(self, audio: Tensor, kind: str) -> dict[str, np.ndarray]:
         """Of mono `audio` [samples], float32, at the source's sample_rate. kind "codes": codes [c], int32, 0 to
-        num_codes - 1; "condition": condition [32, model_dim], float32, what the model knows of a prompt's voice; and
-        with one of the two (emo_vec_kind) the emotion vector emo_vec [1, model_dim], float32.
+        num_codes - 1; "condition": condition (of condition_shape), float32, what the model knows of a prompt's voice;
+        and with one of the two (emo_vec_kind) the emotion vector emo_vec [1, model_dim], float32.
         """
 
 
@@ -71,6 +71,9 @@ class FeatureSource(Protocol):
     def num_codes(self) -> int: ...
     @property
     def model_dim(self) -> int: ...
+    @property
+    def condition_shape(self) -> tuple[int, int]:
+        """Of a prompt; [1, 192] in IndexTTS-2.5's layout."""
     @property
     def trims(self) -> bool:
         """Whether silence at both ends is cut off."""
@@ -100,13 +103,13 @@ class FeatureSource(Protocol):
 class EmbeddedFeatures:
     """Those of tools.speech_codec, which needs no download."""
 
-    def __init__(self, codec: SpeechCodec, model_dim: int):
-        self.codec, self.model_dim = codec, model_dim
+    def __init__(self, codec: SpeechCodec, model_dim: int, condition_shape: tuple[int, int]):
+        self.codec, self.model_dim, self.condition_shape = codec, model_dim, condition_shape
 
     def arrays(self, audio: Tensor, kind: str) -> dict[str, np.ndarray]:
         if kind == "codes":
             return {"codes": self.codec.encode(audio).numpy().astype(np.int32)}
-        condition, emo_vec = self.codec.condition(audio, self.model_dim)
+        condition, emo_vec = self.codec.condition(audio, self.model_dim, self.condition_shape)
         return {"condition": condition.numpy(), "emo_vec": emo_vec.numpy()[None]}
 
 
@@ -120,26 +123,29 @@ class EmbeddedSource:
     sample_rate: int
     samples_per_code: int
     num_codes: int
+    condition_shape: tuple[int, int]
 
     name, conditioning_sha256 = EMBEDDED, ""
     trims, most_samples, emo_vec_kind = True, math.inf, "condition"
     jobs, worth_a_process, largest_chunk = 0, 64, 128
 
     @classmethod
-    def of(cls, codec: Path, model_dim: int) -> EmbeddedSource:
-        """Raises: ToolError for a missing codec, or what is none."""
+    def of(cls, codec: Path, model_dim: int, condition_shape: tuple[int, int] | None = None) -> EmbeddedSource:
+        """Without a shape that of IndexTTS2. Raises: ToolError for a missing codec, or what is none."""
         if not codec.is_file():
             raise ToolError(f"{codec}: no such codec. `python -m tools.speech_codec train` writes one")
         config = SpeechCodec.load(codec).config
-        return cls(codec, sha256_of(codec), model_dim, config.sample_rate, config.samples_per_code, config.num_codes)
+        return cls(codec, sha256_of(codec), model_dim, config.sample_rate, config.samples_per_code, config.num_codes,
+                   condition_shape or (32, model_dim))
 
     def fingerprint(self, kind: str) -> str:
         """Codes do not depend on the model's width."""
         width = self.model_dim if kind == "condition" else ""
+        width = f"{width} speaker" if width and self.condition_shape[0] == 1 else width
         return hashlib.sha256(f"{FORMAT} {EMBEDDED} {self.sha256} {kind} {width}".encode()).hexdigest()
 
     def load(self) -> EmbeddedFeatures:
-        return EmbeddedFeatures(SpeechCodec.load(self.codec), self.model_dim)
+        return EmbeddedFeatures(SpeechCodec.load(self.codec), self.model_dim, self.condition_shape)
 
 
 @functools.lru_cache(maxsize=1)

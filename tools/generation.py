@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import sentencepiece
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -30,8 +29,9 @@ from tools.sentences import cut_at_pauses
 from tools.sound_files import load_recording
 from tools.speech_codec import SpeechCodec, codec_record
 from tools.text_rules import INDEXTTS2, front_end_of, rules_of, written_for
-from tools.train_tokenizer import load_tokenizer
+from tools.text_tokens import TextTokens, load_tokens
 from trainers.train_gpt_v2 import (
+    LANGUAGES,
     Block,
     ModelConfig,
     ResumeError,
@@ -120,7 +120,8 @@ def sampling_of(args: argparse.Namespace) -> Sampling:
 
 @dataclass
 class Prompt:
-    """A voice to speak in: condition [32, D], emo_vec [D] and the codec's mel statistics [2, n_mels], float32."""
+    """A voice to speak in: condition (ModelConfig.condition_shape), emo_vec [D] and the codec's mel statistics
+    [2, n_mels], float32."""
 
     condition: Tensor
     emo_vec: Tensor
@@ -134,6 +135,8 @@ class Line:
     text: str
     text_ids: list[int]
     prompt: Prompt
+    language: int = 0
+    """Of IndexTTS-2.5's."""
     parts: list[Line] = field(default_factory=list)
     """Of a text that is longer than the model takes: what is spoken one after the other."""
 
@@ -209,7 +212,7 @@ def prefix_rows(model: UnifiedVoiceGPT, lines: Sequence[Line]) -> tuple[Tensor, 
     """What the model reads before the first code, from the prompt to the start token: [B, longest, D], lengths [B]."""
     no_codes = np.zeros(0, dtype=np.int64)
     samples = [Sample(np.array(line.text_ids, dtype=np.int64), no_codes, line.prompt.condition.numpy(),
-                      line.prompt.emo_vec.numpy()) for line in lines]
+                      line.prompt.emo_vec.numpy(), language=line.language) for line in lines]
     batch = collate_packed(samples, model.config)
     rows = model.embed(batch).to(model.mel_embedding.weight.dtype).split(batch.lengths)
     without_stop = [sequence[:-1] for sequence in rows]
@@ -311,7 +314,7 @@ class Synthesizer:
     """A checkpoint, the tokenizer and the codec that it was trained with."""
 
     model: UnifiedVoiceGPT
-    tokenizer: sentencepiece.SentencePieceProcessor
+    tokenizer: TextTokens
     codec: SpeechCodec
     rules: int
     """Version of the text rules that the checkpoint's texts were read by."""
@@ -325,7 +328,7 @@ class Synthesizer:
         self.rules = rules_of(record, str(checkpoint_path))
         self.front_end = front_end_of(record, str(checkpoint_path))
         path = tokenizer_path or Path(self.checkpoint["tokenizer"]["path"])
-        self.tokenizer = load_tokenizer(path)
+        self.tokenizer = load_tokens(path)
         require_same(str(checkpoint_path), record, f"--tokenizer {path}", {"tokenizer_sha256": sha256_of(path)},
                      remedy="Give the tokenizer that the checkpoint was trained with as --tokenizer")
         self.codec = SpeechCodec.load(codec_path)
@@ -344,19 +347,27 @@ class Synthesizer:
         if len(waveform) < SHORTEST_PROMPT * rate:
             raise ToolError(f"{path}: {len(waveform) / rate:.2f} s of sound say too little about a voice. Give a "
                             f"prompt of at least {SHORTEST_PROMPT} s, better 3")
-        condition, emo_vec = self.codec.condition(waveform, self.model.config.model_dim)
+        config = self.model.config
+        condition, emo_vec = self.codec.condition(waveform, config.model_dim, config.condition_shape)
         return Prompt(condition, emo_vec, self.codec.mel_statistics(waveform))
 
     def line(self, text: str, prompt: Prompt, place: str, language: str = "am") -> Line:
         """`place` is for the message, `language` the text's. Raises: ToolError for one that the model cannot read."""
+        if self.model.config.languages and language.lower() not in LANGUAGES:
+            raise ToolError(f"{place}: IndexTTS-2.5 has no language {language!r}. Give one of {', '.join(LANGUAGES)}")
         reading = read_aloud(text, language, self.rules)
-        line = Line(reading.text, text_ids_of(reading.text, self.tokenizer, place, self.front_end), prompt)
+
+        def ids_of(text: str) -> list[int]:
+            return text_ids_of(text, self.tokenizer, place, self.front_end, language.lower())
+
+        number = LANGUAGES.index(language.lower()) if self.model.config.languages else 0
+        line = Line(reading.text, ids_of(reading.text), prompt, number)
         most = self.model.config.max_text_tokens
         longest = min(most, LONGEST_PART.get(self.front_end, most))
         if len(line.text_ids) > longest:
-            cut = cut_at_pauses(line.text, lambda text: len(self.tokenizer.encode(written_for(self.front_end, text))),
-                                longest)
-            line.parts = [Line(part, text_ids_of(part, self.tokenizer, place, self.front_end), prompt) for part in cut]
+            cut = cut_at_pauses(line.text, lambda text: len(self.tokenizer.encode(
+                written_for(self.front_end, text), language.lower())), longest)
+            line.parts = [Line(part, ids_of(part), prompt, number) for part in cut]
             beyond = [part for part in line.parts if len(part.text_ids) > most]
             if beyond:
                 raise ToolError(f"{place}: {len(beyond[0].text_ids)} tokens, the model takes {most}. Split it")

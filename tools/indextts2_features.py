@@ -24,16 +24,26 @@ import torch
 from torch import Tensor, nn
 
 from tools._common import ToolError, info, sha256_of
-from tools.indextts2_modules import FRAME, HOP, SemanticCodec, VoiceModules, rows_of
-from tools.made_with import INDEXTTS2, read_yaml
-from tools.model_folder import FOR_FEATURES, PARTS, download_lines, find_parts, recognised
+from tools.indextts2_modules import (
+    FRAME,
+    HOP,
+    SPEAKER_VALUES,
+    CAMPlusPlus,
+    EnhancedCodec,
+    SemanticCodec,
+    VoiceModules,
+    rows_of,
+)
+from tools.made_with import INDEXTTS2, INDEXTTS25, read_yaml
+from tools.model_folder import FOR_FEATURES, FOR_FEATURES_25, PARTS, PARTS_25, download_lines, find_parts, recognised
 from trainers.train_gpt_v2 import CARRIED_PREFIXES
 
 SAMPLE_RATE = 16000
-SAMPLES_PER_CODE = 2 * HOP
 LAYERS = 17  # of w2v-BERT's 24
 PROMPT_SAMPLES = 15 * SAMPLE_RATE
 SECTIONS = ("semantic_codec", "gpt.condition_module", "gpt.emo_condition_module")
+SECTIONS_25 = ("semantic_codec", "gpt.emo_condition_module")
+NAMES = {INDEXTTS2: "IndexTTS-2", INDEXTTS25: "IndexTTS-2.5"}
 FORMAT = 1  # of what is computed; counted up when the results change
 
 
@@ -68,12 +78,13 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], path: Path, what: str
     Raises: ToolError with everything in which they are not the module's.
     """
     shapes = {name: list(t.shape) for name, t in module.state_dict().items()}
+    dtypes = {name: t.dtype for name, t in module.state_dict().items()}
     found = {name: list(t.shape) for name, t in tensors.items()}
     missing = [name for name in shapes if name not in found]
     unknown = [name for name in found if name not in shapes]
     differing = [f"{name} is {found[name]}, not {shapes[name]}" for name in shapes
                  if name in found and found[name] != shapes[name]]
-    coarse = [f"{name} is {t.dtype}" for name, t in tensors.items() if t.dtype != torch.float32]
+    coarse = [f"{name} is {t.dtype}" for name, t in tensors.items() if name not in shapes or t.dtype != dtypes[name]]
     infinite = [name for name, t in tensors.items() if check and not coarse and not t.isfinite().all()]
     faults = {"are missing": missing, "are unknown": unknown, "have another shape": differing,
               "are not float32, as the features need them": coarse, "hold values that are not finite": infinite}
@@ -193,31 +204,35 @@ class IndexTTS2Features:
         w2v_bert, self.padding = load_w2v_bert(parts["w2v_bert"], check)
         channels = int(w2v_bert.config.hidden_size)  # type: ignore[union-attr, arg-type]
         codec = section_of(config, "semantic_codec", path)
+        self.is_25 = "campplus" in parts
         gpt = {**section_of(config, "gpt", path), **{name.partition(".")[2]: section_of(config, name, path)
-                                                     for name in SECTIONS[1:]}}
+                                                     for name in (SECTIONS_25 if self.is_25 else SECTIONS)[1:]}}
         if codec.get("hidden_size") != channels:
             raise ToolError(f"{parts['w2v_bert']}: its features are {channels} wide, {path} has semantic_codec."
                             f"hidden_size {codec.get('hidden_size')}. Download facebook/w2v-bert-2.0")
         for name, expected in (("condition_type", "conformer_perceiver"), ("condition_module", "conv2d2"),
-                               ("emo_condition_module", "conv2d2")):
+                               ("emo_condition_module", "conv2d2"))[2 * self.is_25 :]:
             found = gpt.get(name) if name == "condition_type" else gpt[name].get("input_layer")
             if found != expected:
                 raise ToolError(f"{path}: gpt.{name} is of {found}, not {expected} as IndexTTS-2's. {own_remedy(path)}")
         voice = conditioning_of(parts["gpt"])
         latents = voice.get("emo_perceiver_encoder.latents")
         emo_width = int(latents.shape[-1]) if latents is not None and latents.ndim else 1024
-        of_codec = {name: t for name, t in read_tensors(parts["semantic_codec"]).items()
-                    if not name.startswith(SemanticCodec.DECODER)}
+        kind, codec_path = ((EnhancedCodec, parts["codec"]) if self.is_25 else (SemanticCodec, parts["semantic_codec"]))
+        of_codec = {name: t for name, t in read_tensors(codec_path).items() if not name.startswith(kind.DECODER)}
         self.device = torch.device(device)
         if self.device.type == "cuda":
             torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
         self.mean, self.deviation = (t.to(self.device) for t in
                                      load_statistics(parts["w2v_bert_stats"], channels))
         self.w2v_bert = w2v_bert.to(self.device)
-        self.codec = fill(made(lambda: SemanticCodec(codec), path), of_codec, parts["semantic_codec"],
+        self.codec = fill(made(lambda: kind(codec), path), of_codec, codec_path,
                           f"the semantic codec that {path.name} describes", check).to(self.device)
-        self.voice: Any = fill(made(lambda: VoiceModules(gpt, channels, emo_width), path), voice, parts["gpt"],
-                               f"the GPT that {path.name} describes", check).to(self.device)
+        modules = made(lambda: VoiceModules(gpt, channels, emo_width, not self.is_25), path)
+        self.voice: Any = fill(modules, voice, parts["gpt"], f"the GPT that {path.name} describes", check
+                               ).to(self.device)
+        self.speaker: Any = fill(made(CAMPlusPlus, path), read_tensors(parts["campplus"]), parts["campplus"],
+                                 "CAM++ of funasr/campplus", check).to(self.device) if self.is_25 else None
 
     def features(self, audio: Tensor) -> tuple[Tensor, Tensor]:
         """Mono [samples] at 16 kHz -> features [T, channels], 50 a second, and which of them are whole [T]."""
@@ -230,13 +245,16 @@ class IndexTTS2Features:
         """kind "codes": codes [c] and emo_vec [1, D]; "condition": condition [32, D].
 
         Codes are made from the whole recording, condition and emo_vec from its first 15 s. An odd last frame, which is
-        padded, is heard (as in IndexTTS2's inference), but gets no code.
+        padded, is heard (as in IndexTTS2's inference), but gets no code. In IndexTTS-2.5 the condition is the speaker
+        vector [1, 192], and a code needs two whole rows.
         """
         beginning = audio[:PROMPT_SAMPLES]
+        if kind == "condition" and self.is_25:
+            return {"condition": self.speaker(beginning.to(self.device)).cpu().numpy()[None]}
         if kind == "condition":
             return {"condition": self.voice.condition(self.features(beginning)[0]).cpu().numpy()}
         features, whole = self.features(audio)
-        codes = self.codec(features).cpu()[whole].numpy().astype(np.int32)
+        codes = self.codec(features).cpu()[: int(whole.sum()) // (1 + self.is_25)].numpy().astype(np.int32)
         if len(beginning) < len(audio):
             features = self.features(beginning)[0]
         return {"codes": codes, "emo_vec": self.voice.emo_vec(features).cpu().numpy()[None]}
@@ -272,45 +290,59 @@ class IndexTTS2Source:
     most_samples: int
     """Of a recording whose codes the model takes."""
 
-    name = INDEXTTS2
-    sample_rate, samples_per_code = SAMPLE_RATE, SAMPLES_PER_CODE
+    name: str
+    """"indextts2" or "indextts2.5"."""
+
+    sample_rate = SAMPLE_RATE
     trims, emo_vec_kind = False, "codes"
     worth_a_process = 4  # loading takes as long as so many recordings
     largest_chunk = 16
+
+    @property
+    def samples_per_code(self) -> int:
+        return (4 if self.name == INDEXTTS25 else 2) * HOP
+
+    @property
+    def condition_shape(self) -> tuple[int, int]:
+        return (1, SPEAKER_VALUES) if self.name == INDEXTTS25 else (32, self.model_dim)
 
     @property
     def jobs(self) -> int:
         return 1 if self.device.startswith("cuda") else 0
 
     @classmethod
-    def of(cls, model_dir: Path, device: str, most_codes: int) -> IndexTTS2Source:
+    def of(cls, model_dir: Path, device: str, most_codes: int, name: str = INDEXTTS2) -> IndexTTS2Source:
         """Finds, reads and checks every file. Raises: ToolError with all that is missing, or is not as it should be."""
-        require_indextts2(model_dir)
-        device, parts = choose_device(device), find_parts(model_dir, FOR_FEATURES)
-        needed = sum(PARTS[name].megabytes for name in parts) / 1000
-        info(f"--model-dir {model_dir}: checking IndexTTS-2's files ({needed:.1f} GB); then features on {device}")
+        require_indextts2(model_dir, name)
+        is_25 = name == INDEXTTS25
+        device, parts = choose_device(device), find_parts(model_dir, FOR_FEATURES_25 if is_25 else FOR_FEATURES)
+        needed = sum((PARTS_25 if is_25 else PARTS)[part].megabytes for part in parts) / 1000
+        info(f"--model-dir {model_dir}: checking {NAMES[name]}'s files ({needed:.1f} GB); then features on {device}")
         IndexTTS2Features(parts, "cpu", check=True)
         config = read_yaml(parts["config"])
         files = [*(parts["w2v_bert"] / name for name in PARTS["w2v_bert"].files), parts["w2v_bert_stats"],
-                 parts["semantic_codec"]]
+                 *([parts["campplus"]] if is_25 else []), parts["codec" if is_25 else "semantic_codec"]]
         conditioning = conditioning_digest(conditioning_of(parts["gpt"]))
-        sections = {name: section_of(config, name, parts["config"]) for name in SECTIONS}
-        codec = sha256_of(parts["semantic_codec"])
+        sections = {section: section_of(config, section, parts["config"])
+                    for section in (SECTIONS_25 if is_25 else SECTIONS)}
+        codec = sha256_of(files[-1])
         content = json.dumps([FORMAT, sections, [sha256_of(path) for path in files[:-1]], codec, conditioning])
-        most_samples = FRAME + (2 * most_codes + 1) * HOP - 1
-        return cls(tuple(parts.items()), device, parts["semantic_codec"], codec, conditioning,
+        frames = 4 if is_25 else 2  # of a code
+        most_samples = FRAME + (frames * most_codes + frames - 1) * HOP - 1
+        return cls(tuple(parts.items()), device, files[-1], codec, conditioning,
                    hashlib.sha256(content.encode()).hexdigest(), sections["semantic_codec"]["codebook_size"],
-                   config["gpt"]["model_dim"], most_samples)
+                   config["gpt"]["model_dim"], most_samples, name)
 
     def fingerprint(self, kind: str) -> str:
-        return hashlib.sha256(f"{INDEXTTS2} {self.model_sha256} {kind}".encode()).hexdigest()
+        return hashlib.sha256(f"{self.name} {self.model_sha256} {kind}".encode()).hexdigest()
 
     def load(self) -> IndexTTS2Features:
         return IndexTTS2Features(dict(self.parts), self.device)
 
 
-def require_indextts2(model_dir: Path) -> None:
-    """Raises: ToolError for a folder of anything else."""
-    if recognised(model_dir) != INDEXTTS2:
-        raise ToolError(f"--model-dir {model_dir}: IndexTTS-2.5, whose codes, conditions and texts are others. Give a "
-                        "folder of IndexTTS-2")
+def require_indextts2(model_dir: Path, name: str = INDEXTTS2) -> None:
+    """Raises: ToolError for a folder of anything else than `name`."""
+    found = recognised(model_dir)
+    if found != name:
+        raise ToolError(f"--model-dir {model_dir}: {NAMES[found]}, whose codes, conditions and texts are others. Give "
+                        f"a folder of {NAMES[name]}, or --features {found}")

@@ -45,9 +45,9 @@ def code_count(samples: int) -> int:
     return frame_count(samples) // 2
 
 
-def filter_bank(audio: Tensor) -> Tensor:
+def filter_bank(audio: Tensor, scale: float = 2**15) -> Tensor:
     """Mono [samples] within -1 to 1 at 16 kHz -> log-mel [frames, 80] as Kaldi makes it, float32."""
-    frames = audio.mul(2**15).double().unfold(0, FRAME, HOP)
+    frames = audio.mul(scale).double().unfold(0, FRAME, HOP)
     frames = frames - frames.mean(1, keepdim=True)
     frames = torch.cat([frames[:, :1] * (1 - 0.97), frames[:, 1:] - 0.97 * frames[:, :-1]], 1)
     frames = frames * torch.hann_window(FRAME, periodic=False, dtype=torch.float64).pow(0.85)
@@ -125,7 +125,7 @@ class SemanticCodec(nn.Module):
     Cut from the files of MaskGCT; DECODER are the beginnings of names that are left out.
     """
 
-    DECODER = ("decoder.", "quantizer.quantizers.0.out_project.")
+    DECODER: tuple[str, ...] = ("decoder.", "quantizer.quantizers.0.out_project.")
 
     def __init__(self, section: Mapping[str, Any]) -> None:
         """`section` is semantic_codec: of config.yaml. Raises: KeyError."""
@@ -142,6 +142,132 @@ class SemanticCodec(nn.Module):
         quantizer: Any = self.quantizer["quantizers"][0]  # type: ignore[index]
         vectors = quantizer["in_project"](self.encoder(features.T[None])[0])
         return (F.normalize(vectors) @ F.normalize(quantizer["codebook"].weight).T).argmax(1)
+
+
+class EnhancedCodec(SemanticCodec):
+    """IndexTTS-2.5's: features [T, channels] -> codes [ceil(T / 2)], int64."""
+
+    DECODER = (*SemanticCodec.DECODER, "up.")
+
+    def __init__(self, section: Mapping[str, Any]) -> None:
+        super().__init__(section)
+        self.down = nn.Conv1d(section["hidden_size"], section["hidden_size"], 3, stride=2, padding=1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return super().forward(F.gelu(self.down(features.T[None]))[0].T)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CAM++: the speaker vector of IndexTTS-2.5. Tensors keep their batch dimension of 1: [1, channels, (bins,) time]
+
+SPEAKER_VALUES = 192
+SEGMENT = 100  # rows over which a layer looks around
+
+
+class Normed(nn.Sequential):
+    def __init__(self, channels: int, affine: bool = True) -> None:
+        super().__init__()
+        self.add_module("batchnorm", nn.BatchNorm1d(channels, affine=affine))
+
+
+class SpeakerBlock(nn.Module):
+    """Residual, over bins and time; halves the bins where it has a shortcut."""
+
+    def __init__(self, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, (stride, 1), 1, bias=False)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.bn1, self.bn2 = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
+        self.shortcut = nn.Sequential(nn.Conv2d(width, width, 1, (stride, 1), bias=False), nn.BatchNorm2d(width)
+                                      ) if stride > 1 else nn.Sequential()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(y + self.shortcut(x))
+
+
+class SpeakerHead(nn.Module):
+    """[1, 80, T] -> [1, 320, T]."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(1, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
+        self.layer1 = nn.Sequential(SpeakerBlock(width, 2), SpeakerBlock(width, 1))
+        self.layer2 = nn.Sequential(SpeakerBlock(width, 2), SpeakerBlock(width, 1))
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, (2, 1), 1, bias=False), nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x[:, None])))))
+        return F.relu(self.bn2(self.conv2(x))).flatten(1, 2)
+
+
+class ContextMask(nn.Module):
+    """[1, 128, T] -> [1, 32, T], scaled by what the whole and the segment around are like."""
+
+    def __init__(self, channels: int, width: int, dilation: int) -> None:
+        super().__init__()
+        self.linear_local = nn.Conv1d(channels, width, 3, padding=dilation, dilation=dilation, bias=False)
+        self.linear1, self.linear2 = nn.Conv1d(channels, channels // 2, 1), nn.Conv1d(channels // 2, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        segments = F.avg_pool1d(x, SEGMENT, SEGMENT, ceil_mode=True).repeat_interleave(SEGMENT, -1)
+        context = x.mean(-1, keepdim=True) + segments[..., : x.shape[-1]]
+        return self.linear_local(x) * self.linear2(F.relu(self.linear1(context))).sigmoid()
+
+
+class SpeakerLayer(nn.Module):
+    """[1, channels, T] -> [1, channels + 32, T]."""
+
+    def __init__(self, channels: int, growth: int, dilation: int) -> None:
+        super().__init__()
+        self.nonlinear1, self.linear1 = Normed(channels), nn.Conv1d(channels, 4 * growth, 1, bias=False)
+        self.nonlinear2, self.cam_layer = Normed(4 * growth), ContextMask(4 * growth, growth, dilation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear1(F.relu(self.nonlinear1(x)))
+        return torch.cat([x, self.cam_layer(F.relu(self.nonlinear2(y)))], 1)
+
+
+class Projection(nn.Module):
+    """A pointwise convolution, or of `size` and `stride`, and a norm before it (`first`) or behind it."""
+
+    def __init__(self, channels: int, width: int, size: int = 1, stride: int = 1, first: bool = False,
+                 affine: bool = True) -> None:
+        super().__init__()
+        self.linear = nn.Conv1d(channels, width, size, stride, size // 2, bias=False)
+        self.nonlinear, self.first = Normed(channels if first else width, affine), first
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(F.relu(self.nonlinear(x))) if self.first else self.nonlinear(self.linear(x))
+
+
+class CAMPlusPlus(nn.Module):
+    """Sound -> speaker vector [192]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.xvector, growth, width = SpeakerHead(), nn.Sequential(), 32, 128
+        self.xvector.add_module("tdnn", Projection(320, width, 5, 2))
+        for number, (layers, dilation) in enumerate(((12, 1), (24, 2), (16, 2)), 1):
+            block = nn.Sequential()
+            for index in range(layers):
+                block.add_module(f"tdnnd{index + 1}", SpeakerLayer(width + index * growth, growth, dilation))
+            width += layers * growth
+            self.xvector.add_module(f"block{number}", block)
+            self.xvector.add_module(f"transit{number}", Projection(width, width // 2, first=True))
+            width //= 2
+        self.xvector.add_module("out_nonlinear", Normed(width))
+        self.xvector.add_module("dense", Projection(2 * width, SPEAKER_VALUES, affine=False))
+
+    def forward(self, audio: Tensor) -> Tensor:
+        """Mono [samples] within -1 to 1 at 16 kHz; at least 3 frames."""
+        mel = filter_bank(audio.cpu(), 1.0).to(audio.device)
+        parts: Any = self.xvector
+        x = F.relu(parts.tdnn(self.head((mel - mel.mean(0)).T[None])))
+        for number in (1, 2, 3):
+            x = parts.get_submodule(f"transit{number}")(parts.get_submodule(f"block{number}")(x))
+        x = F.relu(parts.out_nonlinear(x))
+        return parts.dense(torch.cat([x.mean(-1), x.std(-1)], -1)[..., None])[0, :, 0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -305,13 +431,14 @@ class Perceiver(nn.Module):
 class VoiceModules(nn.Module):
     """Those of gpt.pth that the training loss never touches."""
 
-    def __init__(self, gpt: Mapping[str, Any], channels: int, emo_width: int) -> None:
+    def __init__(self, gpt: Mapping[str, Any], channels: int, emo_width: int, conditions: bool = True) -> None:
         """`gpt` is the section of config.yaml; `channels` those of the features, `emo_width` that of the emotion's
-        latent (1,024). Raises: KeyError."""
+        latent (1,024). IndexTTS-2.5 has no modules for `conditions`. Raises: KeyError."""
         super().__init__()
-        width, of_voice, of_emotion = gpt["model_dim"], gpt["condition_module"], gpt["emo_condition_module"]
-        self.conditioning_encoder = Conformer(channels, of_voice)
-        self.perceiver_encoder = Perceiver(width, 32, of_voice)
+        width, of_emotion = gpt["model_dim"], gpt["emo_condition_module"]
+        if conditions:
+            self.conditioning_encoder = Conformer(channels, gpt["condition_module"])
+            self.perceiver_encoder = Perceiver(width, 32, gpt["condition_module"])
         self.emo_conditioning_encoder = Conformer(channels, of_emotion)
         self.emo_perceiver_encoder = Perceiver(emo_width, 1, of_emotion)
         self.emo_layer, self.emovec_layer = nn.Linear(width, width), nn.Linear(emo_width, width)

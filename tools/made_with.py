@@ -7,7 +7,7 @@ A data set says it in the `dataset:` section of the config.yaml beside its manif
   codec_sha256      of the codec file; codes of one codec are noise to another, which as a rule has as many
   num_codes         real codes are 0 to num_codes - 1
   codes_per_second
-  tokenizer_sha256  of the SentencePiece model
+  tokenizer_sha256  of the SentencePiece model, or of the .tiktoken file
   text_rules        by which the transcripts were read (tools.text_rules); not recorded under version 1
   front_end         as whose front end texts are written for the tokenizer ("indextts2"); not recorded where as they are
   conditioning_sha256  of IndexTTS2's conditioning modules, which made conditions and emotion vectors, and are needed
@@ -32,7 +32,8 @@ OF_SOUND = ("features", "codec_sha256", "num_codes", "codes_per_second", "condit
 """All that matters where texts are written anew."""
 EMBEDDED = "embedded"
 INDEXTTS2 = "indextts2"
-FEATURES = (EMBEDDED, INDEXTTS2)
+INDEXTTS25 = "indextts2.5"
+FEATURES = (EMBEDDED, INDEXTTS2, INDEXTTS25)
 """What tools.preprocess makes."""
 INDEXTTS2_CODES = 8192
 MEND_YAML = "Mend it, or run tools.preprocess again"

@@ -12,14 +12,15 @@ import os
 import shlex
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tools._common import ToolError
 from tools.made_with import read_yaml
 
-OWN = "IndexTeam/IndexTTS-2"
+OWN, OWN_25 = "IndexTeam/IndexTTS-2", "IndexTeam/IndexTTS-2.5"
+TIKTOKEN = "multilingual_zh_ja_yue_char_del.tiktoken"
 LARGEST_HEADER = 100_000_000  # bytes of a safetensors header
 
 
@@ -55,6 +56,14 @@ PARTS = {
     "bigvgan": Part("nvidia/bigvgan_v2_22khz_80band_256x", ("config.json", "bigvgan_generator.pt"), 450,
                     "hf_cache/bigvgan"),
 }
+# Of a folder of IndexTTS-2.5.
+PARTS_25 = {name: replace(part, repository=OWN_25) if part.repository == OWN else part for name, part in PARTS.items()
+            if name not in ("bpe", "semantic_codec", "qwen")} | {
+    "gpt": replace(PARTS["gpt"], repository=OWN_25, megabytes=3260),
+    "codec": Part(OWN_25, ("codec.pth",), 607, "codec.pth"),
+    "tiktoken": Part(OWN_25, (TIKTOKEN,), 0.9, TIKTOKEN),
+}
+FOR_FEATURES_25 = ("config", "gpt", "tiktoken", "w2v_bert_stats", "w2v_bert", "codec", "campplus")
 FOR_FEATURES = ("config", "gpt", "bpe", "w2v_bert_stats", "w2v_bert", "semantic_codec")
 FOR_SOUND = ("config", "gpt", "bpe", "w2v_bert_stats", "w2v_bert", "semantic_codec", "s2mel", "campplus", "bigvgan",
              "feat1", "feat2")
@@ -82,16 +91,21 @@ def recognised(model_dir: Path) -> str:
     return "indextts2"
 
 
-def own_download(model_dir: Path, files: Sequence[str] = ()) -> str:
-    return f"hf download {shlex.join([OWN, *files, '--local-dir', str(model_dir)])}"
+def parts_of(config: Mapping[str, Any]) -> dict[str, Part]:
+    return PARTS_25 if str(config.get("version")).startswith("2.5") else PARTS
+
+
+def own_download(model_dir: Path, files: Sequence[str] = (), repository: str = OWN) -> str:
+    return f"hf download {shlex.join([repository, *files, '--local-dir', str(model_dir)])}"
 
 
 def download_lines(names: Sequence[str], model_dir: Path) -> list[str]:
     """The commands that bring parts to where find_parts, and IndexTTS2 itself, find them; one for each repository."""
     files: dict[str, list[str]] = {}
+    parts = parts_of(read_yaml(model_dir / "config.yaml"))
     for name in names:
-        files.setdefault(PARTS[name].repository, []).extend(PARTS[name].files)
-    own = [own_download(model_dir, files.pop(OWN))] if OWN in files else []
+        files.setdefault(parts[name].repository, []).extend(parts[name].files)
+    own = [own_download(model_dir, files.pop(name), name) for name in (OWN, OWN_25) if name in files]
     return own + [f"hf download {shlex.join([repository, *wanted, '--cache-dir', str(model_dir / 'hf_cache')])}"
                   for repository, wanted in files.items()]
 
@@ -105,7 +119,8 @@ def find_parts(model_dir: Path, names: Sequence[str]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     missing: dict[str, str] = {}
     for name in names:
-        part, fault = PARTS[name], f"{model_dir / place_in(PARTS[name], config)} is missing"
+        part = parts_of(config)[name]
+        fault = f"{model_dir / place_in(part, config)} is missing"
         for place in places_of(part, model_dir, config):
             files = files_in(part, place)
             if not all(path.is_file() for path in files):

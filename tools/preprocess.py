@@ -4,8 +4,9 @@ Reads recordings.jsonl: id, text, audio (relative to the file or to --audio-dir)
 Writes into --output-dir:
 
   codes.npy, text_ids.npy     int32, all utterances end to end
-  condition.npy, emo_vec.npy  float32 [32 * prompts, D] and [prompts, D], for the prompt recordings only; with
-                              --features indextts2 emo_vec.npy has a row for every utterance
+  condition.npy, emo_vec.npy  float32 [32 * prompts, D] (IndexTTS-2.5: [prompts, 192]) and [prompts, D], for the prompt
+                              recordings only; with --features of released weights emo_vec.npy has a row for every
+                              utterance
   utterances.jsonl            one row per utterance: its split, its audio (relative to the output folder), where its
                               numbers start and how many they are
   config.yaml                 the model to train (gpt:) and what the data was made with (dataset:), which is compared
@@ -58,7 +59,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import sentencepiece
 import torch
 import yaml
 
@@ -86,19 +86,27 @@ from tools.features import (
     fill_cache,
     find_clip,
 )
-from tools.indextts2_features import IndexTTS2Source, require_indextts2
-from tools.made_with import EMBEDDED, FEATURES, INDEXTTS2, INDEXTTS2_CODES, read_yaml, record
+from tools.indextts2_features import NAMES, IndexTTS2Source, require_indextts2
+from tools.indextts2_modules import SPEAKER_VALUES
+from tools.made_with import EMBEDDED, FEATURES, INDEXTTS2, INDEXTTS2_CODES, INDEXTTS25, read_yaml, record
 from tools.model_folder import find_parts
 from tools.recordings import is_sound_name, read_recordings, why_left_out
 from tools.sound_files import Unusable
 from tools.text_rules import Tally, front_end_for_new, language_of, lost_signs, rules_for_new, written_for
-from tools.train_tokenizer import load_tokenizer, require_extension
-from trainers.train_gpt_v2 import ModelConfig, UserError, lock_output_dir, model_config_from, use_glibc_heap
+from tools.text_tokens import TextTokens, load_tokens
+from tools.train_tokenizer import require_extension
+from trainers.train_gpt_v2 import (
+    LANGUAGES,
+    ModelConfig,
+    UserError,
+    lock_output_dir,
+    model_config_from,
+    use_glibc_heap,
+)
 
 FIRST_COMMAND = ("python -m tools.preprocess --recordings build/recordings/recordings.jsonl "
                  "--codec processed_data/speech_codec.pt --tokenizer tokenizers/amharic_extended_bpe.model "
                  "--output-dir build/arrays")
-CONDITION_ROWS = 32
 ROWS = ("utterances.jsonl", "shard.json")  # what points into the arrays
 SMALL_MODEL = {"model_dim": 256, "layers": 4, "heads": 4, "max_text_tokens": 200, "max_mel_tokens": 400}
 ETHIOPIC = re.compile("[\u1200-\u139f\u2d80-\u2ddf\uab00-\uab2f]")
@@ -108,16 +116,13 @@ ETHIOPIC = re.compile("[\u1200-\u139f\u2d80-\u2ddf\uab00-\uab2f]")
 # Texts and splits (pure, but for one warning)
 
 
-def text_ids_of(text: str, tokenizer: sentencepiece.SentencePieceProcessor, place: str, front_end: str = ""
-                ) -> list[int]:
+def text_ids_of(text: str, tokenizer: TextTokens, place: str, front_end: str = "", language: str = "am") -> list[int]:
     """Token ids of a normalised transcript, without <s> and </s>. Raises ToolError for an empty or unknown text."""
     text = written_for(front_end, text)
-    ids = tokenizer.encode(text)
+    ids, unknown = tokenizer.encode(text, language), tokenizer.unknown(text)
     if not ids:
         raise ToolError(f"{place}: the transcript is empty. Write what is said, or remove the row")
-    if tokenizer.unk_id() in ids:
-        pieces = tokenizer.encode(text, out_type=str)
-        unknown = sorted({piece for piece, piece_id in zip(pieces, ids, strict=True) if piece_id == tokenizer.unk_id()})
+    if unknown:
         raise ToolError(f"{place}: the tokenizer has no piece for {' '.join(unknown)!r}. Spell it in "
                         "Ethiopic letters, or train the tokenizer on these transcripts")
     return ids
@@ -216,21 +221,24 @@ class Plan:
 
 
 def text_ids_or_why_not(row: dict[str, Any], reading: Reading, place: str, model: ModelConfig,
-                        tokenizer: sentencepiece.SentencePieceProcessor, front_end: str) -> list[int]:
+                        tokenizer: TextTokens, front_end: str) -> list[int]:
     """Raises: Unusable."""
-    text, lost = reading.text, lost_signs(reading)
+    text, lost, language = reading.text, lost_signs(reading), language_of(row)
     fault = why_left_out(row)
     if fault and fault.kind == "other_split":
         raise Unusable("other split", f"{place}: {fault}")
     if fault or not text:
         raise Unusable("empty transcript", f"{place}: the transcript is empty. Write what is said")
-    if is_amharic(language_of(row)) and not ETHIOPIC.search(text):
+    if is_amharic(language) and not ETHIOPIC.search(text):
         raise Unusable("not Ethiopic", f"{place}: no Ethiopic letter in {row['text']!r}. Write Amharic in its letters")
+    if model.languages and language.lower() not in LANGUAGES:
+        raise Unusable("unknown language", f"{place}: IndexTTS-2.5 has no language {language!r}. Give one of "
+                                           f"{', '.join(LANGUAGES)}")
     if lost:
         raise Unusable("signs that cannot be said", f"{place}: {lost} in {row['text']!r}. Write the words that are "
                                                     "said for it, or remove it")
     try:
-        ids = text_ids_of(text, tokenizer, place, front_end)
+        ids = text_ids_of(text, tokenizer, place, front_end, language.lower())
     except ToolError as error:
         raise Unusable("letters without a token", str(error)) from error
     if len(ids) > model.max_text_tokens:
@@ -244,8 +252,7 @@ def skipped_row(number: int, row_id: str, reason: str, detail: str) -> dict[str,
 
 
 def plan_items(rows: Sequence[dict[str, Any]], recordings: Path, model: ModelConfig, rules: int, front_end: str,
-               tokenizer: sentencepiece.SentencePieceProcessor, args: argparse.Namespace
-               ) -> tuple[list[Item], list[dict[str, Any]]]:
+               tokenizer: TextTokens, args: argparse.Namespace) -> tuple[list[Item], list[dict[str, Any]]]:
     """All transcripts before any sound: a fault among them shows within seconds, not after hours of audio."""
     items, skipped, tally = [], [], Tally(rules)
     progress = Progress("transcripts", len(rows))
@@ -285,10 +292,19 @@ def nothing_left(recordings: Path, split: str, skipped: Sequence[dict[str, Any]]
                      '"split": "val", or raise --val-share')
 
 
-def read_gpt_section(config: Path | None) -> dict[str, Any]:
-    """The model to train: that of --config, else a small one. Raises: ToolError."""
+def languages_of(config: dict[str, Any]) -> dict[str, int]:
+    """What the layout of IndexTTS-2.5, which the trainer knows by its version, adds to a gpt: section."""
+    version = config.get("version", 2)
+    return {"languages": len(LANGUAGES) + 1} if isinstance(version, (int, float)) and version >= 2.5 else {}
+
+
+def read_model_config(config: Path | None) -> dict[str, Any]:
+    """The model to train (gpt:, and its version if it has one): that of --config, else a small one.
+
+    Raises: ToolError.
+    """
     if config is None:
-        return dict(SMALL_MODEL)
+        return {"gpt": dict(SMALL_MODEL)}
     try:
         content = yaml.safe_load(config.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -298,14 +314,14 @@ def read_gpt_section(config: Path | None) -> dict[str, Any]:
     if not isinstance(section, dict):
         raise ToolError(f"--config {config}: no gpt: section. Give IndexTTS2's config.yaml, or one like that in "
                         "processed_data/")
-    return section
+    return {key: content[key] for key in ("gpt", "version") if key in content}
 
 
-def complete_gpt_section(section: dict[str, Any], source: FeatureSource, vocab_size: int, place: str
+def complete_gpt_section(config: dict[str, Any], source: FeatureSource, vocab_size: int, place: str
                          ) -> tuple[dict[str, Any], ModelConfig]:
     """The section with tokenizer's and features' numbers in it. Raises: ToolError for a model that cannot be, or whose
     codes are not those of the features."""
-    codes = source.num_codes
+    section, codes = config["gpt"], source.num_codes
     of_codes = {"number_mel_codes": codes + 2, "start_mel_token": codes, "stop_mel_token": codes + 1}
     differing = [f"gpt.{key} is {section[key]}, these features need {value}" for key, value in of_codes.items()
                  if section.get(key, value) != value]
@@ -320,7 +336,7 @@ def complete_gpt_section(section: dict[str, Any], source: FeatureSource, vocab_s
         section |= of_codes | {"start_text_token": 0, "stop_text_token": 1,
                                "mel_length_compression": source.samples_per_code}
     try:
-        return section, model_config_from(section, place)
+        return section, model_config_from({**languages_of(config), **section}, place)
     except UserError as error:
         raise ToolError(str(error)) from error
 
@@ -330,31 +346,41 @@ def source_and_config(args: argparse.Namespace) -> tuple[FeatureSource, dict[str
 
     Raises: ToolError.
     """
-    if args.features == INDEXTTS2:
-        require_indextts2(args.model_dir)
+    if args.features != EMBEDDED:
+        require_indextts2(args.model_dir, args.features)
         place = args.model_dir / "config.yaml"
         config = read_yaml(place)
         try:
-            most_codes = model_config_from(config["gpt"], str(place)).max_code_len
+            most_codes = model_config_from({**languages_of(config), **config["gpt"]}, str(place)).max_code_len
         except UserError as error:
             raise ToolError(str(error)) from error
-        return IndexTTS2Source.of(args.model_dir, args.device, most_codes), config, str(place)
-    section = read_gpt_section(args.config)
+        return IndexTTS2Source.of(args.model_dir, args.device, most_codes, args.features), config, str(place)
+    config = read_model_config(args.config)
+    section = config["gpt"]
     if args.model_dim:
         section["model_dim"] = args.model_dim
     width = section.get("model_dim")
-    source = EmbeddedSource.of(args.codec, width if isinstance(width, int) else 0)
-    return source, {"gpt": section}, f"--config {args.config}" if args.config else f"--model-dim {args.model_dim}"
+    source = EmbeddedSource.of(args.codec, width if isinstance(width, int) else 0,
+                               (1, SPEAKER_VALUES) if languages_of(config) else None)
+    return source, config, f"--config {args.config}" if args.config else f"--model-dim {args.model_dim}"
+
+
+def require_own_tokenizer(tokenizer: Path, own: Path) -> None:
+    """For data of IndexTTS-2.5's weights, whose tokenizer knows every letter. Raises: ToolError for another."""
+    if sha256_of(tokenizer) != sha256_of(own):
+        raise ToolError(f"--tokenizer {tokenizer}: is not {own}, whose texts the weights learned. Give that one")
 
 
 def make_plan(args: argparse.Namespace) -> Plan:
     """Reads and checks everything but the sounds. Raises: ToolError."""
     rows = read_recordings(args.recordings)
-    tokenizer = load_tokenizer(args.tokenizer)
+    tokenizer = load_tokens(args.tokenizer)
     source, config, place = source_and_config(args)
     if source.name == INDEXTTS2:
         require_extension(args.tokenizer, find_parts(args.model_dir, ("bpe",))["bpe"])
-    gpt, model = complete_gpt_section(config["gpt"], source, tokenizer.get_piece_size(), place)
+    if source.name == INDEXTTS25:
+        require_own_tokenizer(args.tokenizer, find_parts(args.model_dir, ("tiktoken",))["tiktoken"])
+    gpt, model = complete_gpt_section(config, source, tokenizer.size, place)
     rules, front_end = rules_for_new(args.tokenizer), front_end_for_new(args.tokenizer, source.name)
     items, skipped = plan_items(rows, args.recordings, model, rules, front_end, tokenizer, args)
     made_with = {
@@ -362,7 +388,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
         "--tokenizer": sha256_of(args.tokenizer), "text rules": rules, "front end": front_end or None,
         "--num-shards": args.num_shards,
         "--seed": args.seed,
-        "--config or --model-dim": [model.model_dim, model.max_text_tokens, model.max_mel_tokens],
+        "--config or --model-dim": [model.model_dim, model.max_text_tokens, model.max_mel_tokens,
+                                     *(["2.5"] if model.languages else [])],
         "--prompts-per-speaker": args.prompts_per_speaker, "--val-share": args.val_share,
         "--val-speakers": sorted(args.val_speakers),
     }
@@ -459,8 +486,9 @@ def work_out_prompts(plan: Plan, part: Part, prompts: Sequence[int], folder: Pat
     for _, detail in fill_cache(cache, clips, plan.audio_dir, jobs).values():
         raise ToolError(f"a prompt's recording: {detail}. If it was changed meanwhile, run the same command again")
     names = ("condition", "emo_vec") if plan.source.emo_vec_kind == "condition" else ("condition",)
+    count = plan.model.condition_shape[0]
     for rank, index in enumerate(prompts):
-        part.utterances[index] |= {"condition_start": rank * CONDITION_ROWS, "condition_len": CONDITION_ROWS}
+        part.utterances[index] |= {"condition_start": rank * count, "condition_len": count}
         if "emo_vec" in names:
             part.utterances[index]["emo_vec_start"] = rank
     part.in_use.append((cache, clips))
@@ -490,8 +518,8 @@ def new_array(path: Path, shape: tuple[int, ...], dtype: type) -> Iterator[Calla
         os.fsync(handle.fileno())
 
 
-def save_arrays(staging: Path, part: Part, width: int) -> None:
-    """codes and text_ids [total] int32; condition [32 * clips, width] and emo_vec [clips, width] float32."""
+def save_arrays(staging: Path, part: Part, model: ModelConfig) -> None:
+    """codes and text_ids [total] int32; condition [32 * clips, D] or [clips, 192] and emo_vec [clips, D] float32."""
     for name, parts in (("codes", part.codes), ("text_ids", part.text_ids)):
         if parts:
             with new_array(staging / f"{name}.npy", (sum(map(len, parts)),), np.int32) as put:
@@ -499,12 +527,12 @@ def save_arrays(staging: Path, part: Part, width: int) -> None:
                     put(row[f"{name}_start"], values)
     for cache, clips, names in part.streams:
         with contextlib.ExitStack() as files:
-            rows = {name: CONDITION_ROWS if name == "condition" else 1 for name in names}
+            shapes = {name: model.condition_shape if name == "condition" else (1, model.model_dim) for name in names}
             puts = {name: files.enter_context(new_array(staging / f"{name}.npy", (count * len(clips), width),
-                                                        np.float32)) for name, count in rows.items()}
+                                                        np.float32)) for name, (count, width) in shapes.items()}
             for rank, features in cache.read(clips):
                 for name, put in puts.items():
-                    put(rows[name] * rank, features[name])
+                    put(shapes[name][0] * rank, features[name])
 
 
 def dataset_config(plan: Plan, tokenizer: Path, utterances: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -576,7 +604,7 @@ def choose_and_publish(plan: Plan, part: Part, args: argparse.Namespace) -> None
         prompts = choose_prompts(part.utterances, trained, args.prompts_per_speaker, args.seed)
         work_out_prompts(plan, part, prompts, args.output_dir, args.jobs)
     with publishing(args.output_dir, args.output_dir) as staging:
-        save_arrays(staging, part, plan.model.model_dim)
+        save_arrays(staging, part, plan.model)
         config = dataset_config(plan, args.tokenizer, part.utterances)
         write_text(staging / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=120))
         write_jsonl(staging / "skipped.jsonl", sorted(part.skipped, key=lambda row: row["row"]))
@@ -608,7 +636,7 @@ def run_shard(plan: Plan, args: argparse.Namespace) -> Part:
         prompts = choose_prompts(part.utterances, trained, 0, args.seed)
         work_out_prompts(plan, part, prompts, folder, args.jobs)
     with publishing(folder, args.output_dir) as staging:
-        save_arrays(staging, part, plan.model.model_dim)
+        save_arrays(staging, part, plan.model)
         write_jsonl(staging / "skipped.jsonl", part.skipped)
         sizes = (clip.size for clip in part.clips)  # for the merge to compare
         write_jsonl(staging / "utterances.jsonl", ({**row, "size": size} for row, size in
@@ -639,10 +667,10 @@ def read_shard(folder: Path, plan: Plan) -> tuple[list[dict[str, Any]], list[dic
         raise ToolError(f"{folder.name} was made with another {', '.join(differing)}")
     utterances = read_lines(folder / "utterances.jsonl", ["id", "audio", "size", "code_len", "text_len"])
     prompts, vectors = (sum(key in row for row in utterances) for key in ("condition_start", "emo_vec_start"))
-    width = plan.model.model_dim
+    count, width = plan.model.condition_shape
     shapes = {"codes": (sum(row["code_len"] for row in utterances),),
               "text_ids": (sum(row["text_len"] for row in utterances),),
-              "condition": (CONDITION_ROWS * prompts, width), "emo_vec": (vectors, width)}
+              "condition": (count * prompts, width), "emo_vec": (vectors, plan.model.model_dim)}
     for name, shape in shapes.items():
         if shape[0] and array_shape(folder / f"{name}.npy") != shape:
             raise ToolError(f"{folder.name}/{name}.npy is not whole")
@@ -770,8 +798,8 @@ def say_summary(plan: Plan, part: Part, folder: Path) -> None:
 
 def check_kind_of_features(args: argparse.Namespace) -> None:
     """Raises: ToolError naming a flag that is missing, or that goes with other features."""
-    needed, others, remedy = "codec", ["model_dir"], "--features indextts2 takes it"
-    if args.features == INDEXTTS2:
+    needed, others, remedy = "codec", ["model_dir"], "--features indextts2 and indextts2.5 take it"
+    if args.features != EMBEDDED:
         needed, others = "model_dir", ["codec", "config", "model_dim"]
         remedy = "codec and model are those of the folder, leave it out"
     for name in others:
@@ -780,7 +808,8 @@ def check_kind_of_features(args: argparse.Namespace) -> None:
     if not getattr(args, needed):
         raise ToolError(f"--features {args.features} needs --{needed.replace('_', '-')}" + (
             ", the codec that `python -m tools.speech_codec train` wrote" if needed == "codec" else
-            ", the folder of IndexTTS-2: `hf download IndexTeam/IndexTTS-2 --local-dir checkpoints`"))
+            f", the folder of {NAMES[args.features]}: `hf download IndexTeam/{NAMES[args.features]} --local-dir "
+            "checkpoints`"))
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -805,10 +834,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--features", choices=FEATURES, default=EMBEDDED, help="of this project's own "
                         "codec, or of IndexTTS2's released weights (embedded)")
     parser.add_argument("--codec", type=Path, help="what `python -m tools.speech_codec train` wrote (embedded)")
-    parser.add_argument("--model-dir", type=Path, help="folder of IndexTTS-2, whose config.yaml is the model to "
+    parser.add_argument("--model-dir", type=Path, help="folder of IndexTTS-2 or 2.5, whose config.yaml is the model to "
                                                        "train (indextts2)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda, for indextts2 (auto)")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="SentencePiece model of the transcripts' letters")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="SentencePiece model of the transcripts' "
+                        "letters; the .tiktoken file of IndexTTS-2.5")
     parser.add_argument("--output-dir", type=Path, required=True, help="gets the files named above")
     parser.add_argument("--audio-dir", type=Path, help="holds all recordings (the folder of --recordings)")
     parser.add_argument("--config", type=Path, help="YAML whose gpt: section is the model to train, with the codec's "

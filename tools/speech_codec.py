@@ -179,18 +179,22 @@ class SpeechCodec(nn.Module):
         return statistics_of(self.log_mel(waveform))
 
     @torch.no_grad()
-    def condition(self, waveform: Tensor, model_dim: int) -> tuple[Tensor, Tensor]:
-        """A prompt [samples] -> (condition [32, model_dim], emo_vec [model_dim]), float32.
+    def condition(self, waveform: Tensor, model_dim: int, shape: tuple[int, int] | None = None
+                  ) -> tuple[Tensor, Tensor]:
+        """A prompt [samples] -> (condition [32, model_dim], emo_vec [model_dim]), float32. Of `shape` [1, W], as in
+        IndexTTS-2.5, the condition is one row of the whole prompt.
 
         Row i holds mean and deviation of the log-mel within the i-th of 32 overlapping windows of a quarter of the
         prompt; emo_vec those of the whole prompt. Both are scaled by the training corpus and turned by a fixed cosine
         basis, so equal sound gives equal numbers.
         """
         mel = self.log_mel(waveform)
-        rows = torch.stack([statistics_of(part).flatten() for part in quarter_windows(mel)])
+        count, width = shape or (32, model_dim)
+        parts = quarter_windows(mel, count) if count > 1 else [mel]
+        rows = torch.stack([statistics_of(part).flatten() for part in parts])
         whole = statistics_of(mel).flatten()
         scaled = [(x - self.window_mean) / self.window_deviation for x in (rows, whole)]
-        return (scaled[0] @ cosine_basis(2 * self.config.n_mels, model_dim, 0.0) * 0.1,
+        return (scaled[0] @ cosine_basis(2 * self.config.n_mels, width, 0.0) * 0.1,
                 scaled[1] @ cosine_basis(2 * self.config.n_mels, model_dim, 0.5) * 0.1)
 
     # Numbers to sound
