@@ -20,6 +20,7 @@ import time
 import tracemalloc
 import urllib.error
 import urllib.request
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,19 @@ from typing import Any
 import pytest
 from conftest import ROOT, TOKENIZER, call_trainer, data_args, make_dataset, trainer
 
-from tools import filter_dataset, import_recordings, recording_layouts, run_files, sound_names, transcript_tables
+from tools import (
+    build_pairs,
+    filter_dataset,
+    import_recordings,
+    model_folder,
+    preprocess,
+    recording_layouts,
+    run_files,
+    sound_names,
+    speak,
+    train_tokenizer,
+    transcript_tables,
+)
 from tools._common import Progress as ToolProgress
 from tools._common import ToolError
 from tools.amharic_text import read_aloud
@@ -846,6 +859,110 @@ def test_lengths_that_a_program_refuses_together_are_said_beside_the_field(works
         (import_recordings if kind == "import" else filter_dataset).parse(argv)
 
 
+@pytest.mark.parametrize("form,said", [
+    ({}, {}), ({"model_type": "bpe", "vocab_size": 300}, {}), ({"extend": "bpe.model", "target_size": 300}, {}),
+    ({"target_size": 300}, {"target_size": "goes_with_extend"}),
+    ({"extend": "bpe.model"}, {"target_size": "size_needed"}),
+    ({"extend": "bpe.model", "target_size": 300, "vocab_size": 9}, {"vocab_size": "not_with_extend"}),
+    ({"extend": "none.model", "target_size": 300}, {"extend": "no_such_file"}),
+    ({"output": "there.model"}, {"output": "file_in_the_way"})])
+def test_what_a_tokenizer_cannot_be_made_with_is_said_beside_the_field(workspace: Workspace, form: dict[str, Any],
+                                                                       said: dict[str, str]):
+    for name in ("texts.jsonl", "bpe.model", "there.model"):
+        (workspace.root / name).touch()
+    form = {"texts": "texts.jsonl", "output": "new.model", **form}
+    found = command_lines.problems("tokenizer", form, workspace)
+    assert {name: key for name, (key, _) in found.items()} == said
+    argv = command_lines.command_for("tokenizer", form, workspace)[3:]
+    if "target_size" in said or "vocab_size" in said:
+        with pytest.raises(ToolError, match="go together|from scratch"):
+            train_tokenizer.main(argv)
+
+
+def test_a_tokenizer_that_is_there_is_not_offered_to_be_replaced(workspace: Workspace):
+    assert pipeline.suggestions("tokenizer", workspace, {})["output"] == "tokenizers/my_tokenizer_001.model"
+    (workspace.root / "tokenizers").mkdir()
+    (workspace.root / "tokenizers/my_tokenizer_001.model").touch()
+    assert pipeline.suggestions("tokenizer", workspace, {})["output"] == "tokenizers/my_tokenizer_002.model"
+
+
+@pytest.fixture
+def for_features(workspace: Workspace) -> dict[str, Any]:
+    """A form of preprocess, its files in the workspace, and released weights of two kinds."""
+    for name in ("recordings.jsonl", "codec.pt", "t.model", "c.yaml"):
+        (workspace.root / name).touch()
+    for name, version in (("half", 2.0), ("newer", 2.5)):
+        (workspace.root / name).mkdir()
+        (workspace.root / name / "config.yaml").write_text(json.dumps({
+            "version": version, "semantic_codec": {}, "s2mel": {},
+            "gpt": {"condition_module": {}, "emo_condition_module": {}}}))
+    return {"recordings": "recordings.jsonl", "tokenizer": "t.model", "output_dir": "new", "codec": "codec.pt"}
+
+
+@pytest.mark.parametrize("form,said", [
+    ({}, {}), ({"features": "embedded", "config": "c.yaml", "model_dim": 64}, {}),
+    ({"codec": ""}, {"codec": "required"}), ({"model_dir": "half"}, {"model_dir": "not_with_features"}),
+    ({"features": "indextts2"}, {"model_dir": "folder_needed"}),
+    ({"features": "indextts2", "model_dir": "half"}, {"model_dir": "tool_refuses"}),
+    ({"features": "indextts2", "model_dir": "nowhere"}, {"model_dir": "tool_refuses"}),
+    ({"features": "indextts2", "model_dir": "newer"}, {"model_dir": "other_model"}),
+    ({"features": "indextts2", "model_dir": "codec.pt"}, {"model_dir": "not_a_directory"}),
+    ({"features": "indextts2", "model_dir": "half", "model_dim": 64},
+     {"model_dim": "not_with_features", "model_dir": "tool_refuses"}),
+    ({"features": "indextts2", "model_dir": "half", "config": "c.yaml"},
+     {"config": "not_with_features", "model_dir": "tool_refuses"})])
+def test_what_a_kind_of_features_needs_is_said_beside_the_field(workspace: Workspace, for_features: dict[str, Any],
+                                                                form: dict[str, Any], said: dict[str, str]):
+    found = command_lines.problems("preprocess", {**for_features, **form}, workspace)
+    assert {name: key for name, (key, _) in found.items()} == said
+    for key, values in found.values():
+        assert set(values) == set(MESSAGES[key]) and all(text.format(**values) for text in TEXTS[key])
+
+
+def test_a_model_folder_that_is_not_whole_is_explained_with_the_lines_that_download_the_rest(
+        workspace: Workspace, for_features: dict[str, Any]):
+    form = {**for_features, "features": "indextts2"}
+    told = {folder: next(iter(command_lines.problems("preprocess", {**form, "model_dir": folder},
+                                                     workspace)["model_dir"][1].values()))
+            for folder in ("", "nowhere", "half")}
+    for (folder, text), rest in zip(told.items(), ("", "", "gpt.pth bpe.model wav2vec2bert_stats.pt "), strict=True):
+        place = workspace.root / (folder or "checkpoints")
+        assert f"hf download IndexTeam/IndexTTS-2 {rest}--local-dir {place}" in text
+    assert "gpt.pth is missing (IndexTeam/IndexTTS-2, 3.48 GB)" in told["half"]
+    assert f"hf download facebook/w2v-bert-2.0 config.json preprocessor_config.json model.safetensors --cache-dir " \
+           f"{workspace.root / 'half/hf_cache'}" in told["half"]
+
+
+def test_a_whole_model_folder_is_taken_and_the_codec_that_the_page_filled_in_is_not_passed_on(
+        workspace: Workspace, for_features: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    folder = workspace.root / "checkpoints"
+    shutil.copytree(workspace.root / "half", folder)
+    for name in model_folder.FOR_FEATURES[1:]:
+        for path in model_folder.files_in(part := model_folder.PARTS[name], folder / part.place):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"\2" + bytes(7) + b"{}")  # a .safetensors file without tensors, too
+    with zipfile.ZipFile(folder / "gpt.pth", "w") as archive:
+        archive.writestr("data.pkl", "")
+    form = {**for_features, "features": "indextts2", "model_dir": "checkpoints"}
+    assert command_lines.problems("preprocess", form, workspace) == {}
+    parsed = parsed_by_the_program(command_lines.command_for("preprocess", form, workspace), monkeypatch)
+    assert (parsed["features"], parsed["codec"]) == ("indextts2", None)
+    preprocess.check_kind_of_features(argparse.Namespace(**parsed))
+    (folder / "gpt.pth").write_bytes((folder / "gpt.pth").read_bytes()[:-30])
+    found = command_lines.problems("preprocess", form, workspace)
+    assert "gpt.pth is not whole" in found["model_dir"][1]["reason"]
+
+
+@pytest.mark.parametrize("kind,name", [("preprocess", "features"), ("pairs", "emo_source"), ("training", "emo_source"),
+                                       ("speak", "rules")])
+def test_the_choices_are_those_of_the_program(kind: str, name: str, capsys: pytest.CaptureFixture[str]):
+    field = next(field for field in command_lines.PROGRAMS[kind].fields if field.name == name)
+    program = {"preprocess": preprocess, "pairs": build_pairs, "training": trainer, "speak": speak}[kind]
+    with pytest.raises(SystemExit):
+        (trainer.parse_args if kind == "training" else program.main)(["--help"])
+    assert f"{field.flag} {{{','.join(field.choices)}}}" in capsys.readouterr().out
+
+
 def test_filter_takes_the_outermost_number_of_each_of_its_fields(workspace: Workspace):
     """And a negative one is not taken for a flag."""
     (workspace.root / "file").touch()
@@ -1218,6 +1335,44 @@ def test_a_sampled_curve_keeps_its_ends_and_its_spikes():
     assert readers.sample_points(pairs[:500], 500) == pairs[:500]
     points = [{"kind": "train", "step": i, "lr": value} for i, value in enumerate([1.0, math.nan, math.inf, None, 2])]
     assert readers.curve(points, "train", "lr") == [(0, 1.0), (4, 2.0)] and readers.curve(points, "val", "lr") == []
+
+
+def validated(val: list[float], train: list[float]) -> list[readers.Point]:
+    """A validation every ten steps, two training lines before each."""
+    return [point for number, (of_val, of_train) in enumerate(zip(val, train, strict=True), 1) for point in (
+        {"kind": "train", "step": 10 * number - 5, "mel_loss": of_train + 0.3},
+        {"kind": "train", "step": 10 * number, "mel_loss": of_train - 0.3},
+        {"kind": "val", "step": 10 * number, "mel_loss": of_val})]
+
+
+@pytest.mark.parametrize("val,train,warned", [
+    ([5, 4, 4.1, 4.2, 4.3], [5, 4, 3, 2, 1], True), ([4, 4.1, 4.2, 4.3], [4, 3, 2, 1], True),
+    ([5, 4, 4.1, 4.2], [5, 4, 3, 2], False),  # only two worse ones
+    ([5, 4, 4.1, 4.2, 4.3], [5, 4, 4, 4, 4.1], False),  # training does not fall either: a learning rate too high
+    ([5, 4, 4.1, 3.9, 4.0], [5, 4, 3, 2, 1], False), ([5, 4, 4, 4, 4], [5, 4, 3, 2, 1], False),
+    ([5, 4, 3, 2, 1], [5, 4, 3, 2, 1], False), ([5, 4, math.nan, 4.1, 4.2, 4.3], [5, 4, 3, 3, 2, 1], True),
+    ([], [], False), ([4], [4], False)])
+def test_a_run_that_learns_by_heart_is_told_from_one_that_does_not(val: list[float], train: list[float], warned: bool):
+    found = readers.overfit(validated(val, train))
+    assert (found is not None) == warned
+    if found:
+        assert (found.best, found.last, found.last_step) == (4, 4.3, 10 * len(val))
+
+
+def test_no_warning_where_nothing_was_logged_between_validations():
+    points = [point for point in validated([4, 5, 6, 7], [4, 3, 2, 1]) if point["kind"] == "val"]
+    assert readers.overfit(points) is None
+
+
+def test_the_page_says_what_helps_when_validation_rises_while_training_falls(workspace: Workspace, page: Any):
+    log = workspace.root / "out/logs/run_1/metrics.jsonl"
+    log.parent.mkdir(parents=True)
+    log.write_text("".join(json.dumps(point) + "\n" for point in validated([4, 5, 6, 7], [4, 3, 2, 1])))
+    (look,) = [watcher.look for watcher in page.watchers
+               if "training-overfit" in [component.elem_id for component in watcher.outputs]]
+    told = look([], "en", "out")[5]
+    assert "7.0000 at step 40, but 4.0000 at step 10" in told and "dropout" in told and "Patience" in told
+    assert "4.0000" in look([], "am", "out")[5] and look([], "en", "elsewhere")[5] == ""
 
 
 def test_progress_is_read_from_what_the_programs_print(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

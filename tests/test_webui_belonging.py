@@ -13,9 +13,11 @@ import yaml
 
 from tools import made_with
 from tools._common import sha256_of
-from webui.belonging import belonging_problems
+from webui import belonging
+from webui.belonging import belonging_problems, training_choice
 from webui.readers import CheckpointTable, Inspection
-from webui.texts import TEXTS
+from webui.texts import TEXTS, say
+from webui.training_tab import translated
 from webui.workspace import Workspace
 
 
@@ -74,6 +76,52 @@ def test_the_training_form_compares_data_tokenizer_config_and_base(workspace: Wo
     assert list(found) == ([field] if field else [])
     for key, values in found.values():
         assert all(re.search(said, text.format(**values)) for text in TEXTS[key])
+
+
+@pytest.mark.parametrize(("form", "said"), [
+    ({}, ["one/train.jsonl: embedded codec, 1024 codes, 21.53 a second", "none, from scratch"]),
+    ({"train_manifests": "one/train.jsonl::am@2\ntwo/train.jsonl::en"}, ["one/train.jsonl: embedded", "from scratch"]),
+    ({"train_manifests": "newer/train.jsonl"}, ["newer/train.jsonl: IndexTTS-2.5, 8192 codes, 25 a second", "scratch"]),
+    ({"train_manifests": "fork/train.jsonl"}, ["fork/train.jsonl; nothing beside it says", "scratch"]),
+    ({"base_checkpoint": "a.pth"}, ["one/train", r"Weights:\*\* a\.pth", "Made for: embedded codec, 1024 codes"]),
+    ({"base_checkpoint": "gpt.pth"}, ["one/train", r"gpt\.pth", "does not say for which codes"]),
+    ({"base_checkpoint": "unread.pth"}, ["one/train", r"unread\.pth", "Reading it"]),
+    ({"resume": True}, ["one/train", "Weights:.* those of the checkpoint"]),
+    ({"resume": True, "train_manifests": ""}, ["Data and weights:.* those of the checkpoint"]),
+])
+def test_the_training_tab_says_which_kind_of_data_and_weights_are_chosen(
+        workspace: Workspace, form: dict[str, Any], said: list[str]):
+    newer = made_with.record("indextts2.5", "c" * 64, 8192, 25.0, "t" * 64, 2)
+    for name, section in (("newer", {"dataset": newer}), ("fork", {})):
+        (workspace.root / name).mkdir()
+        (workspace.root / name / "config.yaml").write_text(yaml.safe_dump(section))
+    if form.get("resume"):
+        (workspace.root / "out").mkdir()
+        (workspace.root / "out/latest.pth").touch()
+    (workspace.root / "unread.pth").touch()
+    table = Known({"gpt.pth": {}, "a.pth": record_of(workspace, "one")})
+    form = {"output_dir": "out", "train_manifests": "one/train.jsonl", **form}
+    found = training_choice(form, workspace, table)
+    told = [say(key, "en", **translated(values, "en")) for key, values in found]
+    assert len(told) == len(said) and all(map(re.search, said, told)), told
+
+
+def test_the_released_weights_are_found_where_the_trainer_finds_them(workspace: Workspace,
+                                                                     monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(belonging, "ROOT", workspace.root)
+    (workspace.root / "fork").mkdir()
+    (workspace.root / "checkpoints").mkdir()
+    (workspace.root / "checkpoints/gpt.pth").touch()
+    table = Known({"gpt.pth": {"features": "indextts2", "num_codes": 8192}})
+
+    def keys(**form: str) -> list[str]:
+        form = {"output_dir": "out", "train_manifests": "fork/train.jsonl", **form}
+        return [key for key, _ in training_choice(form, workspace, table)][1:]
+
+    assert keys() == ["chosen.scratch"]  # without a configuration of its own it is not taken
+    (workspace.root / "checkpoints/config.yaml").touch()
+    assert keys() == ["chosen.base_found", "chosen.base_made"]
+    assert keys(config="indextts2.yaml") == keys(train_manifests="one/train.jsonl") == ["chosen.scratch"]
 
 
 def test_a_resumed_run_reads_neither_the_default_data_nor_a_base(workspace: Workspace):
