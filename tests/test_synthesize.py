@@ -25,7 +25,8 @@ from conftest import GPT, ROOT, TOKENIZER, TRAINER, call_trainer, data_args, rea
 from tools import build_pairs, generation, preprocess, speech_codec, synthesize, watch_training
 from tools._common import ToolError, sha256_of
 from tools.amharic_text import TEXT_RULES, read_aloud
-from tools.generation import Line, Prompt, Sampling, Synthesizer, choose_codes, generate_codes
+from tools.codes_to_sound import CodecSound, Prompt
+from tools.generation import Line, Sampling, Synthesizer, choose_codes, generate_codes
 from trainers import train_gpt_v2 as trainer
 
 RATE = 22050
@@ -109,7 +110,7 @@ def make_line(length: int, seed: int = 0) -> Line:
     """A line of `length` text ids in a voice of its own."""
     rng = np.random.default_rng([seed, length])
     prompt = Prompt(torch.from_numpy(rng.normal(0, 0.5, (32, 32)).astype(np.float32)),
-                    torch.from_numpy(rng.normal(0, 0.5, 32).astype(np.float32)), torch.zeros(2, 80))
+                    torch.from_numpy(rng.normal(0, 0.5, 32).astype(np.float32)), {"statistics": torch.zeros(2, 80)})
     return Line(f"{seed} {length}", rng.integers(2, 50, length).tolist(), prompt)
 
 
@@ -386,7 +387,7 @@ def test_texts_as_long_as_the_model_allows_are_spoken_and_longer_words_refused(t
 
 
 def test_a_long_text_is_spoken_sentence_by_sentence_with_pauses_whatever_is_beside_it(trained):
-    synthesizer = Synthesizer(trained.checkpoint, trained.codec, None)
+    synthesizer = Synthesizer(trained.checkpoint, CodecSound(trained.codec), None)
     prompt, sampling = synthesizer.prompt(trained.data / "0.wav"), Sampling(max_length=4, seed=3)
     sentences = ["ሰላም ቤት ውሃ ልጅ።", "መንገድ ፀሐይ አበባ!", "ከተማ ሰላም ውሃ፣ ልጅ።"]
     long = synthesizer.line(" ".join(sentences), prompt, "--text")
@@ -396,7 +397,7 @@ def test_a_long_text_is_spoken_sentence_by_sentence_with_pauses_whatever_is_besi
     assert not any(line.parts for line in short)
     (whole, sound), *alone = synthesizer.speak([long, *short], sampling)
     assert whole.codes == alone[0][0].codes + alone[1][0].codes
-    silence = torch.zeros(round(generation.PAUSE * synthesizer.codec.config.sample_rate))
+    silence = torch.zeros(round(generation.PAUSE * synthesizer.sound.sample_rate))
     assert torch.equal(sound, torch.cat([alone[0][1], silence, alone[1][1]]))
     silent = generation.joined([(generation.Spoken([], True), torch.zeros(0)), alone[0]], 5)
     assert not silent[0].stopped and len(silent[1]) == 5 + len(alone[0][1])
@@ -499,12 +500,13 @@ def test_another_codec_of_as_many_codes_is_refused(trained, tmp_path):
     codec.codebook.copy_(codec.codebook.flip(0))
     codec.save(tmp_path / "other.pt")
     content = torch.load(trained.checkpoint, weights_only=True)
-    Synthesizer(trained.checkpoint, tmp_path / "other.pt", TOKENIZER)  # data of a program that does not record it
+    other = CodecSound(tmp_path / "other.pt")
+    Synthesizer(trained.checkpoint, other, TOKENIZER)  # data of a program that does not record it
     content["manifests"]["train"][0]["codec_sha256"] = sha256_of(trained.codec)
     trainer.write_checkpoint(tmp_path / "a.pth", content)
-    Synthesizer(tmp_path / "a.pth", trained.codec, TOKENIZER)
+    Synthesizer(tmp_path / "a.pth", CodecSound(trained.codec), TOKENIZER)
     with pytest.raises(ToolError, match="codec_sha256 is .* in .*a.pth, but .* in --codec .*other.pt. Give the codec"):
-        Synthesizer(tmp_path / "a.pth", tmp_path / "other.pt", TOKENIZER)
+        Synthesizer(tmp_path / "a.pth", other, TOKENIZER)
 
 
 @pytest.mark.parametrize(("made_with", "rules"), [({}, 1), ({"text_rules": 1}, 1), ({"text_rules": TEXT_RULES}, 2)])
@@ -512,7 +514,7 @@ def test_a_checkpoint_reads_by_the_text_rules_it_was_trained_under(trained, tmp_
     content = torch.load(trained.checkpoint, weights_only=True)
     content["made_with"] = made_with
     trainer.write_checkpoint(tmp_path / "a.pth", content)
-    synthesizer = Synthesizer(tmp_path / "a.pth", trained.codec, TOKENIZER)
+    synthesizer = Synthesizer(tmp_path / "a.pth", CodecSound(trained.codec), TOKENIZER)
     prompt = synthesizer.prompt(trained.data / "0.wav")
     text = "በ5 ዓ.ም."
     assert synthesizer.line(text, prompt, "here").text == read_aloud(text, rules=rules).text
@@ -532,7 +534,7 @@ def test_a_checkpoint_of_unknown_text_rules_is_one_clear_error(trained, tmp_path
 def test_a_text_of_another_language_is_not_read_as_amharic(trained, tmp_path):
     argv = [*trained.arguments(), "--text", "5", "--output", tmp_path / "a.wav", "--max-length", 9]
     assert "no piece for '5'" in error_of(*argv, "--language", "cs")
-    synthesizer = Synthesizer(trained.checkpoint, trained.codec, None)
+    synthesizer = Synthesizer(trained.checkpoint, CodecSound(trained.codec), None)
     assert synthesizer.line("5", synthesizer.prompt(trained.data / "0.wav"), "here", "am-ET").text == "አምስት"
     data = tmp_path / "data"
     shutil.copytree(trained.data, data)
@@ -650,7 +652,7 @@ def test_sentences_whose_prompt_is_too_short_are_not_watched(trained, tmp_path):
     for row in rows[1:]:
         row["prompt_duration"] = 0.4
     write_manifest(data / "val_pairs.jsonl", rows)
-    synthesizer = Synthesizer(trained.checkpoint, trained.codec, None)
+    synthesizer = Synthesizer(trained.checkpoint, CodecSound(trained.codec), None)
     synthesizer.checkpoint["manifests"] = {"val": [{"path": str(data / "val_pairs.jsonl")}]}
     assert [line.text for line in watch_training.validation_lines(synthesizer)] == [rows[0]["target_text"]]
     write_manifest(data / "val_pairs.jsonl", rows[1:])
@@ -659,8 +661,8 @@ def test_sentences_whose_prompt_is_too_short_are_not_watched(trained, tmp_path):
 
 
 def test_the_synthesizer_is_what_other_programs_build_on(trained):
-    synthesizer = Synthesizer(trained.checkpoint, trained.codec, None)
+    synthesizer = Synthesizer(trained.checkpoint, CodecSound(trained.codec), None)
     line = synthesizer.line("ሰላም", synthesizer.prompt(trained.data / "0.wav"), "here")
     assert synthesizer.model.speed_emb.weight.dtype == torch.float64  # see generate_codes
     (spoken, waveform), = synthesizer.speak([line], Sampling(max_length=5))
-    assert len(waveform) == len(spoken.codes) * synthesizer.codec.config.samples_per_code
+    assert len(waveform) == len(spoken.codes) * synthesizer.sound.codec.config.samples_per_code
