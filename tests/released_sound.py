@@ -1,4 +1,4 @@
-"""What speaks in a model folder like the released IndexTTS-2: s2mel, CAM++ and BigVGAN, tiny and with random weights."""
+"""What speaks in a folder like the released IndexTTS-2: s2mel, CAM++ and BigVGAN, tiny and with random weights."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Speaking with released IndexTTS-2 weights, by the package's own modules with tiny random weights: the same sound as its
-inference makes, lines do not disturb each other, and exported folders are its own.
+"""Speaking with released IndexTTS-2 weights, by the package's own modules with tiny random weights: the same sound as
+its inference makes, lines do not disturb each other, and it loads exported folders.
 
 For the virtual environment of requirements-indextts.txt: `make test-indextts`.
 """
@@ -7,7 +7,11 @@ For the virtual environment of requirements-indextts.txt: `make test-indextts`.
 from __future__ import annotations
 
 import json
+import socket
+import sys
+from importlib.util import find_spec
 from pathlib import Path
+from shutil import copytree
 
 import numpy as np
 import pytest
@@ -19,11 +23,13 @@ from released_folder import CONFIG, gpt_tensors, make_released_folder
 from released_sound import add_sound
 
 from tools import evaluate_voice, export_checkpoint, synthesize
+from tools._common import ToolError
 from tools.generation import Sampling, Synthesizer, latents_of
-from tools.indextts2_sound import IndexTTS2Sound, package_modules
+from tools.indextts2_sound import IndexTTS2Sound
 from tools.made_with import INDEXTTS2
 
-pytestmark = pytest.mark.indextts
+pytestmark = [pytest.mark.indextts,
+              pytest.mark.skipif(find_spec("indextts") is None, reason="`make test-indextts` has the package")]
 RATE = 22050
 TEXTS = ["ሰላም ቤት", "ውሃ ልጅ መንገድ", "አበባ"]
 
@@ -33,6 +39,13 @@ def write_voice(path: Path, seed: int, seconds: float = 1.3) -> Path:
     sound = sum(rng.uniform(0.1, 1) * np.sin(2 * np.pi * k * 140 * clock) / k for k in range(1, 9))
     soundfile.write(path, (0.1 * sound + 0.01 * rng.standard_normal(len(clock))).astype(np.float32), RATE)
     return path
+
+
+def error_of(call) -> str:
+    with pytest.raises(ToolError) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 def train_on(folder: Path, data: Path, record: dict) -> Path:
@@ -104,6 +117,15 @@ def test_sound_is_what_the_packages_own_inference_makes_of_the_same_codes_latent
     assert (sound.embedding_of(own_codes[0]) - quantized).abs().max() < 1e-5
 
 
+def test_loading_tries_no_network_and_takes_no_text_front_end(folder, monkeypatch):
+    def refuse(*args):
+        raise AssertionError(f"a connection to {args[1:]}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    IndexTTS2Sound(folder, "cpu")
+    assert not {"nemo_text_processing", "deepspeed", "pynini"} & set(sys.modules)
+
+
 def test_a_line_sounds_the_same_alone_and_beside_others_and_latents_are_the_gpts(checkpoint, sound, tmp_path):
     synthesizer = Synthesizer(checkpoint, sound, None)
     voices = [synthesizer.prompt(write_voice(tmp_path / f"{i}.wav", i)) for i in range(2)]
@@ -146,8 +168,6 @@ def test_evaluate_voice_judges_a_checkpoint_by_indextts2s_sound(checkpoint, fold
 
 
 def test_files_that_are_not_the_released_ones_are_one_error(folder, tmp_path, checkpoint):
-    from shutil import copytree
-
     other = copytree(folder, tmp_path / "other")
     content = torch.load(other / "s2mel.pth", weights_only=True)
     del content["net"]["cfm"]["estimator.conv1.weight"]
@@ -162,23 +182,15 @@ def test_files_that_are_not_the_released_ones_are_one_error(folder, tmp_path, ch
     assert "conditioning_sha256 is" in message and "Give the model folder whose features" in message
 
 
-def error_of(call) -> str:
-    from tools._common import ToolError
-
-    with pytest.raises(ToolError) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
 # Exported folders
 
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A folder whose conditioning modules have the released widths, which the package cannot change, and a run on it."""
+    """A folder whose conditioning modules have the released widths, which the package cannot change; a run on it."""
     root = tmp_path_factory.mktemp("wide")
-    folder, config = root / "checkpoints", {**CONFIG, "semantic_codec": {**CONFIG["semantic_codec"], "hidden_size": 1024}}
+    folder, codec = root / "checkpoints", {**CONFIG["semantic_codec"], "hidden_size": 1024}
+    config = {**CONFIG, "semantic_codec": codec}
     folder.mkdir()
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     torch.save(gpt_tensors(config, 1024, torch.Generator().manual_seed(4)), folder / "gpt.pth")
@@ -222,10 +234,3 @@ def losses_of(theirs: torch.nn.Module, sample: trainer.Sample) -> torch.Tensor:
     logits = theirs.get_logits(torch.cat([voice, speed], 1), text_rows, theirs.text_head, mel_rows, theirs.mel_head)
     return torch.cat([torch.nn.functional.cross_entropy(found, targets, reduction="none")[0, :-1]
                       for found, targets in zip(logits, (text_targets, mel_targets), strict=True)])
-
-
-def test_importing_the_packages_modules_tries_no_download_and_takes_no_text_front_end():
-    import sys
-
-    package_modules()
-    assert not {"nemo_text_processing", "deepspeed", "pynini"} & set(sys.modules)

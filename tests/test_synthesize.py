@@ -21,12 +21,14 @@ import soundfile
 import torch
 import yaml
 from conftest import GPT, ROOT, TOKENIZER, TRAINER, call_trainer, data_args, read_jsonl, write_manifest
+from released_folder import CONFIG
 
-from tools import build_pairs, generation, preprocess, speech_codec, synthesize, watch_training
+from tools import build_pairs, generation, indextts2_sound, preprocess, speech_codec, synthesize, watch_training
 from tools._common import ToolError, sha256_of
 from tools.amharic_text import TEXT_RULES, read_aloud
 from tools.codes_to_sound import CodecSound, Prompt
 from tools.generation import Line, Sampling, Synthesizer, choose_codes, generate_codes
+from tools.model_folder import PARTS, files_in
 from trainers import train_gpt_v2 as trainer
 
 RATE = 22050
@@ -401,6 +403,47 @@ def test_a_long_text_is_spoken_sentence_by_sentence_with_pauses_whatever_is_besi
     assert torch.equal(sound, torch.cat([alone[0][1], silence, alone[1][1]]))
     silent = generation.joined([(generation.Spoken([], True), torch.zeros(0)), alone[0]], 5)
     assert not silent[0].stopped and len(silent[1]) == 5 + len(alone[0][1])
+
+
+# IndexTTS2's sound; what needs its package is in test_indextts2_sound.py
+
+
+def test_latents_are_what_the_model_knows_before_each_code_whoever_chose_them(model):
+    spoken = generate_codes(model, LINES, Sampling(max_length=20, seed=1))
+    assert len({len(line.codes) for line in spoken}) > 1
+    for line, found in zip(LINES, spoken, strict=True):
+        expected = generation.latents_of(model, line, torch.tensor(found.codes, dtype=torch.int64))
+        assert found.latents.shape == (len(found.codes), 32)
+        assert torch.allclose(found.latents, expected, atol=1e-6)
+
+
+def test_a_model_folder_that_is_not_whole_is_one_list_and_a_missing_package_one_line(trained, tmp_path, monkeypatch):
+    voice = ["--checkpoint", trained.checkpoint, "--prompt", trained.data / "0.wav", "--text", "ሰላም", "--output",
+             tmp_path / "a.wav", "--model-dir", tmp_path / "checkpoints"]
+    assert "no such folder" in error_of(*voice)
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    message = error_of(*voice)
+    for name in ("gpt.pth", "wav2vec2bert_stats.pt", "s2mel.pth", "w2v-bert-2.0", "campplus_cn_common.bin", "bigvgan"):
+        assert name in message
+    assert "`hf download IndexTeam/IndexTTS-2" in message and "`hf download funasr/campplus" in message
+    for name in indextts2_sound.PARTS_READ[1:]:
+        part = PARTS[name]
+        for path in files_in(part, folder / part.place):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes((2).to_bytes(8, "little") + b"{}")  # an empty .safetensors file, else anything
+    monkeypatch.setitem(sys.modules, "indextts", None)
+    message = error_of(*voice)
+    assert message.endswith("Install them with `pip install -r requirements-indextts.txt`") and "\n" not in message
+    assert (ROOT / "requirements-indextts.txt").is_file()
+
+
+def test_a_codec_and_a_model_folder_cannot_be_combined(trained, tmp_path):
+    argv = [*trained.arguments(), "--text", "ሰላም", "--output", tmp_path / "a.wav"]
+    assert "--codec cannot be combined with --model-dir" in error_of(*argv, "--model-dir", tmp_path)
+    assert "--device cuda: the embedded codec works on the CPU" in error_of(*argv, "--device", "cuda")
 
 
 @pytest.mark.parametrize(("text", "message"), [
