@@ -3,21 +3,33 @@ PYTHON ?= python3
 OUT ?= build/gpu
 VENV := .venv
 RUN := $(VENV)/bin/python
+SPEAKING := .venv-indextts
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: demo test style bench gpu soak demo-data
+.PHONY: demo test test-indextts style bench gpu soak demo-data
 
 $(VENV)/.installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
+# Beside the first: it takes from there what both need.
+$(SPEAKING)/.installed: $(VENV)/.installed requirements-indextts.txt
+	$(PYTHON) -m venv $(SPEAKING)
+	$(RUN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+		"$$($(SPEAKING)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beside.pth"
+	$(SPEAKING)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-indextts.txt
+	touch $@
+
 demo: $(VENV)/.installed  ## train, kill, resume, listen; writes demo_output/
 	$(RUN) -m tools.demo
 
 test: $(VENV)/.installed  ## all tests but the long soak; those of the page need Debian's Chromium, else they are skipped
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 -m "not browser" tests
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 -m "not browser and not indextts" tests
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -rs -m browser tests
+
+test-indextts: $(SPEAKING)/.installed  ## the tests that speak with IndexTTS2's own package
+	OMP_NUM_THREADS=1 $(SPEAKING)/bin/python -m pytest -q -rs -m indextts tests/test_indextts2_sound.py
 
 style: $(VENV)/.installed  ## lint and types
 	$(RUN) -m ruff check .

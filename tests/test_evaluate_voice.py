@@ -16,6 +16,7 @@ from test_synthesize import Trained, trained  # noqa: F401
 from tools import evaluate_voice, generation
 from tools import recogniser as recogniser_module
 from tools._common import ToolError
+from tools.codes_to_sound import CodecSound
 from tools.evaluate_voice import candidates_of, cepstra, choose_rows, dtw_distance, letters_of
 from tools.recogniser import Recogniser, edit_distance, train_recogniser
 
@@ -200,7 +201,7 @@ def test_a_checkpoint_is_judged_and_the_second_time_nothing_is_made_again(traine
 
 def test_the_true_codes_themselves_have_rank_one(trained, tmp_path, monkeypatch):  # noqa: F811
     """With the true codes in the place of generated ones, the program's own measures must be satisfied."""
-    data = evaluate_voice.VoiceData(trained.data, trained.codec, None)
+    data = evaluate_voice.VoiceData(trained.data, CodecSound(trained.codec), None)
     codes = {row["target_text"]: data.codes(row).tolist() for row in data.val}
     monkeypatch.setattr(generation, "generate_codes", lambda model, lines, sampling: [
         generation.Spoken(codes[line.text], True) for line in lines])

@@ -21,11 +21,14 @@ import soundfile
 import torch
 import yaml
 from conftest import GPT, ROOT, TOKENIZER, TRAINER, call_trainer, data_args, read_jsonl, write_manifest
+from released_folder import CONFIG
 
-from tools import build_pairs, generation, preprocess, speech_codec, synthesize, watch_training
+from tools import build_pairs, generation, indextts2_sound, preprocess, speech_codec, synthesize, watch_training
 from tools._common import ToolError, sha256_of
 from tools.amharic_text import TEXT_RULES, read_aloud
-from tools.generation import Line, Prompt, Sampling, Synthesizer, choose_codes, generate_codes
+from tools.codes_to_sound import CodecSound, Prompt
+from tools.generation import Line, Sampling, Synthesizer, choose_codes, generate_codes
+from tools.model_folder import PARTS, files_in
 from trainers import train_gpt_v2 as trainer
 
 RATE = 22050
@@ -109,7 +112,7 @@ def make_line(length: int, seed: int = 0) -> Line:
     """A line of `length` text ids in a voice of its own."""
     rng = np.random.default_rng([seed, length])
     prompt = Prompt(torch.from_numpy(rng.normal(0, 0.5, (32, 32)).astype(np.float32)),
-                    torch.from_numpy(rng.normal(0, 0.5, 32).astype(np.float32)), torch.zeros(2, 80))
+                    torch.from_numpy(rng.normal(0, 0.5, 32).astype(np.float32)), {"statistics": torch.zeros(2, 80)})
     return Line(f"{seed} {length}", rng.integers(2, 50, length).tolist(), prompt)
 
 
@@ -386,7 +389,7 @@ def test_texts_as_long_as_the_model_allows_are_spoken_and_longer_words_refused(t
 
 
 def test_a_long_text_is_spoken_sentence_by_sentence_with_pauses_whatever_is_beside_it(trained):
-    synthesizer = Synthesizer(trained.checkpoint, trained.codec, None)
+    synthesizer = Synthesizer(trained.checkpoint, CodecSound(trained.codec), None)
     prompt, sampling = synthesizer.prompt(trained.data / "0.wav"), Sampling(max_length=4, seed=3)
     sentences = ["ሰላም ቤት ውሃ ልጅ።", "መንገድ ፀሐይ አበባ!", "ከተማ ሰላም ውሃ፣ ልጅ።"]
     long = synthesizer.line(" ".join(sentences), prompt, "--text")
@@ -396,10 +399,51 @@ def test_a_long_text_is_spoken_sentence_by_sentence_with_pauses_whatever_is_besi
     assert not any(line.parts for line in short)
     (whole, sound), *alone = synthesizer.speak([long, *short], sampling)
     assert whole.codes == alone[0][0].codes + alone[1][0].codes
-    silence = torch.zeros(round(generation.PAUSE * synthesizer.codec.config.sample_rate))
+    silence = torch.zeros(round(generation.PAUSE * synthesizer.sound.sample_rate))
     assert torch.equal(sound, torch.cat([alone[0][1], silence, alone[1][1]]))
     silent = generation.joined([(generation.Spoken([], True), torch.zeros(0)), alone[0]], 5)
     assert not silent[0].stopped and len(silent[1]) == 5 + len(alone[0][1])
+
+
+# IndexTTS2's sound; what needs its package is in test_indextts2_sound.py
+
+
+def test_latents_are_what_the_model_knows_before_each_code_whoever_chose_them(model):
+    spoken = generate_codes(model, LINES, Sampling(max_length=20, seed=1))
+    assert len({len(line.codes) for line in spoken}) > 1
+    for line, found in zip(LINES, spoken, strict=True):
+        expected = generation.latents_of(model, line, torch.tensor(found.codes, dtype=torch.int64))
+        assert found.latents.shape == (len(found.codes), 32)
+        assert torch.allclose(found.latents, expected, atol=1e-6)
+
+
+def test_a_model_folder_that_is_not_whole_is_one_list_and_a_missing_package_one_line(trained, tmp_path, monkeypatch):
+    voice = ["--checkpoint", trained.checkpoint, "--prompt", trained.data / "0.wav", "--text", "ሰላም", "--output",
+             tmp_path / "a.wav", "--model-dir", tmp_path / "checkpoints"]
+    assert "no such folder" in error_of(*voice)
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    message = error_of(*voice)
+    for name in ("gpt.pth", "wav2vec2bert_stats.pt", "s2mel.pth", "w2v-bert-2.0", "campplus_cn_common.bin", "bigvgan"):
+        assert name in message
+    assert "`hf download IndexTeam/IndexTTS-2" in message and "`hf download funasr/campplus" in message
+    for name in indextts2_sound.PARTS_READ[1:]:
+        part = PARTS[name]
+        for path in files_in(part, folder / part.place):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes((2).to_bytes(8, "little") + b"{}")  # an empty .safetensors file, else anything
+    monkeypatch.setitem(sys.modules, "indextts", None)
+    message = error_of(*voice)
+    assert message.endswith("Install them with `pip install -r requirements-indextts.txt`") and "\n" not in message
+    assert (ROOT / "requirements-indextts.txt").is_file()
+
+
+def test_a_codec_and_a_model_folder_cannot_be_combined(trained, tmp_path):
+    argv = [*trained.arguments(), "--text", "ሰላም", "--output", tmp_path / "a.wav"]
+    assert "--codec cannot be combined with --model-dir" in error_of(*argv, "--model-dir", tmp_path)
+    assert "--device cuda: the embedded codec works on the CPU" in error_of(*argv, "--device", "cuda")
 
 
 @pytest.mark.parametrize(("text", "message"), [
@@ -499,12 +543,13 @@ def test_another_codec_of_as_many_codes_is_refused(trained, tmp_path):
     codec.codebook.copy_(codec.codebook.flip(0))
     codec.save(tmp_path / "other.pt")
     content = torch.load(trained.checkpoint, weights_only=True)
-    Synthesizer(trained.checkpoint, tmp_path / "other.pt", TOKENIZER)  # data of a program that does not record it
+    other = CodecSound(tmp_path / "other.pt")
+    Synthesizer(trained.checkpoint, other, TOKENIZER)  # data of a program that does not record it
     content["manifests"]["train"][0]["codec_sha256"] = sha256_of(trained.codec)
     trainer.write_checkpoint(tmp_path / "a.pth", content)
-    Synthesizer(tmp_path / "a.pth", trained.codec, TOKENIZER)
+    Synthesizer(tmp_path / "a.pth", CodecSound(trained.codec), TOKENIZER)
     with pytest.raises(ToolError, match="codec_sha256 is .* in .*a.pth, but .* in --codec .*other.pt. Give the codec"):
-        Synthesizer(tmp_path / "a.pth", tmp_path / "other.pt", TOKENIZER)
+        Synthesizer(tmp_path / "a.pth", other, TOKENIZER)
 
 
 @pytest.mark.parametrize(("made_with", "rules"), [({}, 1), ({"text_rules": 1}, 1), ({"text_rules": TEXT_RULES}, 2)])
@@ -512,7 +557,7 @@ def test_a_checkpoint_reads_by_the_text_rules_it_was_trained_under(trained, tmp_
     content = torch.load(trained.checkpoint, weights_only=True)
     content["made_with"] = made_with
     trainer.write_checkpoint(tmp_path / "a.pth", content)
-    synthesizer = Synthesizer(tmp_path / "a.pth", trained.codec, TOKENIZER)
+    synthesizer = Synthesizer(tmp_path / "a.pth", CodecSound(trained.codec), TOKENIZER)
     prompt = synthesizer.prompt(trained.data / "0.wav")
     text = "በ5 ዓ.ም."
     assert synthesizer.line(text, prompt, "here").text == read_aloud(text, rules=rules).text
@@ -532,7 +577,7 @@ def test_a_checkpoint_of_unknown_text_rules_is_one_clear_error(trained, tmp_path
 def test_a_text_of_another_language_is_not_read_as_amharic(trained, tmp_path):
     argv = [*trained.arguments(), "--text", "5", "--output", tmp_path / "a.wav", "--max-length", 9]
     assert "no piece for '5'" in error_of(*argv, "--language", "cs")
-    synthesizer = Synthesizer(trained.checkpoint, trained.codec, None)
+    synthesizer = Synthesizer(trained.checkpoint, CodecSound(trained.codec), None)
     assert synthesizer.line("5", synthesizer.prompt(trained.data / "0.wav"), "here", "am-ET").text == "አምስት"
     data = tmp_path / "data"
     shutil.copytree(trained.data, data)
@@ -650,7 +695,7 @@ def test_sentences_whose_prompt_is_too_short_are_not_watched(trained, tmp_path):
     for row in rows[1:]:
         row["prompt_duration"] = 0.4
     write_manifest(data / "val_pairs.jsonl", rows)
-    synthesizer = Synthesizer(trained.checkpoint, trained.codec, None)
+    synthesizer = Synthesizer(trained.checkpoint, CodecSound(trained.codec), None)
     synthesizer.checkpoint["manifests"] = {"val": [{"path": str(data / "val_pairs.jsonl")}]}
     assert [line.text for line in watch_training.validation_lines(synthesizer)] == [rows[0]["target_text"]]
     write_manifest(data / "val_pairs.jsonl", rows[1:])
@@ -659,8 +704,8 @@ def test_sentences_whose_prompt_is_too_short_are_not_watched(trained, tmp_path):
 
 
 def test_the_synthesizer_is_what_other_programs_build_on(trained):
-    synthesizer = Synthesizer(trained.checkpoint, trained.codec, None)
+    synthesizer = Synthesizer(trained.checkpoint, CodecSound(trained.codec), None)
     line = synthesizer.line("ሰላም", synthesizer.prompt(trained.data / "0.wav"), "here")
     assert synthesizer.model.speed_emb.weight.dtype == torch.float64  # see generate_codes
     (spoken, waveform), = synthesizer.speak([line], Sampling(max_length=5))
-    assert len(waveform) == len(spoken.codes) * synthesizer.codec.config.samples_per_code
+    assert len(waveform) == len(spoken.codes) * synthesizer.sound.codec.config.samples_per_code

@@ -9,8 +9,9 @@ rate (CER) on
 
 is the share of letters that are wrong, missing or too many. All three are heard as waveforms, (b) and (c) through the
 same codec and vocoder. The recogniser learns from the codec's decodings of all training codes: those ship with every
-data set, so (b) and (c) sound like what it learned from, and (a) proved easier for it still. Letters that sound alike
-count as equal, spaces and punctuation make no sound.
+data set, so (b) and (c) sound like what it learned from, and (a) proved easier for it still. With IndexTTS2's sound
+(--model-dir) it learns from the training recordings, and (b) is the true codes with the checkpoint's latents. Letters
+that sound alike count as equal, spaces and punctuation make no sound.
 
 Beside that, the synthesis is compared with 12 round trips of the same voice, the true text's and the 11 nearest to it
 in length, by mel-cepstral distortion after dynamic time warping (MCD): the true one should be the nearest, rank 1.
@@ -43,23 +44,17 @@ from tools._common import (
     make_parser,
     read_jsonl,
     run_program,
-    sha256_of,
     write_text,
     writing_to,
 )
 from tools.amharic_text import TEXT_RULES, letters_of
-from tools.generation import (
-    SHORTEST_PROMPT,
-    Synthesizer,
-    add_sampling_arguments,
-    has_long_prompt,
-    sampling_of,
-)
+from tools.codes_to_sound import SHORTEST_PROMPT, SoundDecoder, add_sound_arguments, sound_of
+from tools.generation import Synthesizer, add_sampling_arguments, has_long_prompt, sampling_of
 from tools.made_with import OF_SOUND, of_checkpoint, of_manifest, require_same
-from tools.recogniser import FORMAT, Recogniser, equal_batches, error_rate, read_recogniser, train_recogniser
+from tools.recogniser import FORMAT, Recogniser, error_rate, read_recogniser, train_recogniser
 from tools.recordings import read_recordings
 from tools.sound_files import load_recording
-from tools.speech_codec import SpeechCodec, codec_record, cosine_basis
+from tools.speech_codec import cosine_basis
 from tools.synthesize import speak_into
 from tools.text_rules import language_of, rules_of
 from trainers.train_gpt_v2 import use_glibc_heap
@@ -75,23 +70,20 @@ CEPSTRA = 13
 
 
 class VoiceData:
-    """Manifests, codes and recordings of a data set, and the codec that made them."""
+    """Manifests, codes and recordings of a data set, and the SoundDecoder that they are for."""
 
-    def __init__(self, folder: Path, codec_path: Path, recordings: Path | None) -> None:
+    def __init__(self, folder: Path, sound: SoundDecoder, recordings: Path | None) -> None:
         """Raises: ToolError when something is missing or damaged."""
-        self.folder, self.recordings = folder, {}
-        self.codec, self.codec_digest = SpeechCodec.load(codec_path), sha256_of(codec_path)
+        self.folder, self.sound, self.recordings = folder, sound, {}
         self.made_with, self.config = of_manifest(folder / "train_pairs.jsonl"), folder / "config.yaml"
         self.rules = rules_of(self.made_with, str(self.config))
-        require_same(str(self.config), self.made_with, f"--codec {codec_path}", codec_record(codec_path, self.codec),
-                     remedy="Give the codec of the data set as --codec")
+        require_same(str(self.config), self.made_with, sound.flag, sound.record, remedy=sound.remedy)
         keys = ["target_id", "target_text", "target_codes_path", "target_code_len", "prompt_id", "speaker"]
         self.train, self.val = (read_jsonl(folder / f"{split}_pairs.jsonl", keys, "`python -m tools.build_pairs` "
                                            "writes it") for split in ("train", "val"))
         if recordings:
             found = read_recordings(recordings, ["id", "audio"], "`python -m tools.speak` writes such a file")
             self.recordings = {row["id"]: recordings.parent / row["audio"] for row in found}
-        self.statistics: dict[Path, Tensor] = {}
         self.arrays: dict[Path, np.ndarray] = {}
 
     def recording(self, row: dict[str, Any], part: str) -> Path | None:
@@ -108,13 +100,6 @@ class VoiceData:
                             "recordings.jsonl that names it as --recordings")
         return path
 
-    def prompt_statistics(self, row: dict[str, Any]) -> Tensor:
-        """The codec's mel statistics [2, n_mels] of a row's prompt."""
-        path = self.prompt(row)
-        if path not in self.statistics:
-            self.statistics[path] = self.codec.mel_statistics(load_recording(path, self.codec.config.sample_rate))
-        return self.statistics[path]
-
     def codes(self, row: dict[str, Any]) -> Tensor:
         """A row's true codes, int64. Raises: ToolError when their file is damaged or too short."""
         path, start = self.folder / row["target_codes_path"], row.get("target_codes_start") or 0
@@ -124,35 +109,19 @@ class VoiceData:
             codes = self.arrays[path][start : start + row["target_code_len"]].astype(np.int64)
         except (OSError, ValueError, EOFError) as error:
             raise ToolError(f"{path}: not a readable .npy file of codes. Preprocess again") from error
-        if len(codes) < row["target_code_len"] or codes.max() >= self.codec.config.num_codes:
-            raise ToolError(f"{path}: does not hold the codes of {row['target_id']!r} in this codec. Preprocess again, "
-                            "or give the codec of the data set as --codec")
+        if len(codes) < row["target_code_len"] or codes.max() >= self.sound.record["num_codes"]:
+            raise ToolError(f"{path}: does not hold the codes of {row['target_id']!r} in {self.sound.flag}. "
+                            f"Preprocess again. {self.sound.remedy}")
         return torch.from_numpy(codes)
 
     def training_rows(self) -> list[dict[str, Any]]:
         """All of them, or every n-th of a large data set."""
         return self.train[:: math.ceil(sum(row["target_code_len"] for row in self.train) / MOST_CODES)]
 
-    def decoded_mels(self, rows: Sequence[dict[str, Any]]) -> list[Tensor]:
-        """The codec's log-mels [frames, n_mels] of the rows' true codes, in half precision to halve the memory."""
-        mels: dict[int, Tensor] = {}
-        progress = Progress("decoding training codes", len(rows))
-        for numbers in equal_batches([row["target_code_len"] for row in rows]):
-            codes = torch.stack([self.codes(rows[i]) for i in numbers])
-            statistics = torch.stack([self.prompt_statistics(rows[i]) for i in numbers])
-            with torch.no_grad():
-                decoded = self.codec.decode_mel(codes, statistics).half()
-            mels.update(zip(numbers, decoded, strict=True))
-            progress.update(len(mels))
-        return [mels[i] for i in range(len(rows))]
-
-    def round_trips(self, rows: Sequence[dict[str, Any]]) -> list[Tensor]:
-        """Log-mels [frames, n_mels] of the rows' true codes as one can hear them: decoded to a waveform."""
-        mels, progress = [], Progress("decoding validation codes", len(rows))
-        for done, row in enumerate(rows, 1):
-            mels.append(self.codec.log_mel(self.codec.decode(self.codes(row), self.prompt_statistics(row))))
-            progress.update(done)
-        return mels
+    def mels_to_learn_from(self, rows: Sequence[dict[str, Any]]) -> list[Tensor]:
+        """Log-mels [frames, n_mels] of the rows' speech, in half precision."""
+        return self.sound.mels_to_learn_from([self.codes(row) for row in rows], [self.prompt(row) for row in rows],
+                                             [self.recording(row, "target") for row in rows])
 
 
 def said_in(row: dict[str, Any], rules: int) -> str:
@@ -188,17 +157,17 @@ def obtain_recogniser(path: Path, data: VoiceData) -> Recogniser:
     """The recogniser of the data's training rows and codec: read, trained to its end, or trained. Raises: ToolError."""
     rows = data.training_rows()
     texts = [said_in(row, data.rules) for row in rows]
-    made_with = hashlib.sha256(f"{data.codec_digest} {[(row['target_id'], row['target_code_len']) for row in rows]} "
+    made_with = hashlib.sha256(f"{data.sound.digest} {[(row['target_id'], row['target_code_len']) for row in rows]} "
                                f"{texts}".encode()).hexdigest()
     state = read_recogniser(path, made_with) or {
         "format": FORMAT, "made_with": made_with, "letters": "".join(sorted(set("".join(texts)))), "done": 0,
         "complete": False}
     torch.manual_seed(0)
-    recogniser = Recogniser(state["letters"], data.codec.config.n_mels)
+    recogniser = Recogniser(state["letters"], data.sound.n_mels)
     if "weights" in state:
         recogniser.load_state_dict(state["weights"])
     if not state["complete"]:
-        train_recogniser(recogniser, data.decoded_mels(rows), texts, state["done"], path, state)
+        train_recogniser(recogniser, data.mels_to_learn_from(rows), texts, state["done"], path, state)
         info(f"recogniser of {len(rows)} clips -> {path}")
     return recogniser.eval().requires_grad_(False)
 
@@ -253,7 +222,7 @@ def candidates_of(row: dict[str, Any], rows: Sequence[dict[str, Any]], rules: in
 # Evaluation
 
 
-def sound_of(path: Path) -> Tensor:
+def read_wav(path: Path) -> Tensor:
     """A WAV that this program wrote, [samples]."""
     try:
         return torch.from_numpy(soundfile.read(path, dtype="float32")[0])
@@ -268,8 +237,20 @@ def synthesised_mels(synthesizer: Synthesizer, data: VoiceData, rows: Sequence[d
     lines = {f"{number:04d}": synthesizer.line(row["target_text"], prompts[data.prompt(row)], row["target_id"],
                                                language_of(row)) for number, row in enumerate(rows, 1)}
     spoken = speak_into(args.output_dir, synthesizer, lines, sampling_of(args))
-    return [data.codec.log_mel(sound_of(args.output_dir / f"{line['name']}.wav")) if line["codes"]
-            else torch.zeros(0, data.codec.config.n_mels) for line in spoken]
+    return [data.sound.log_mel(read_wav(args.output_dir / f"{line['name']}.wav")) if line["codes"]
+            else torch.zeros(0, data.sound.n_mels) for line in spoken]
+
+
+def round_trips(synthesizer: Synthesizer, data: VoiceData, rows: Sequence[dict[str, Any]]) -> list[Tensor]:
+    """Log-mels [frames, n_mels] of the rows' true codes as one can hear them: decoded to a waveform."""
+    mels, progress = [], Progress("decoding validation codes", len(rows))
+    for done, row in enumerate(rows, 1):
+        prompt = synthesizer.prompt(data.prompt(row))
+        waveform = synthesizer.say_codes(data.codes(row), row["target_text"], prompt, row["target_id"],
+                                         language_of(row))
+        mels.append(data.sound.log_mel(waveform))
+        progress.update(done)
+    return mels
 
 
 def rank_of(mel: Tensor, row: dict[str, Any], data: VoiceData, round_trips: dict[str, np.ndarray]
@@ -285,28 +266,28 @@ def rank_of(mel: Tensor, row: dict[str, Any], data: VoiceData, round_trips: dict
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Everything that is measured, as plain values. Raises: ToolError."""
-    data = VoiceData(args.data_dir, args.codec, args.recordings)
+    data = VoiceData(args.data_dir, sound_of(args), args.recordings)
     rows, unseen = choose_rows(list(filter(has_long_prompt, data.val)), data.train, args.texts, data.rules)
     if not rows:
         raise ToolError(f"{args.data_dir}: no validation row has a text that can be heard and a prompt of at least "
                         f"{SHORTEST_PROMPT} s. Run tools.build_pairs with --min-prompt-seconds {SHORTEST_PROMPT}")
-    synthesizer = Synthesizer(args.checkpoint, args.codec, args.tokenizer)
+    synthesizer = Synthesizer(args.checkpoint, data.sound, args.tokenizer)
     require_same(str(args.checkpoint), of_checkpoint(synthesizer.checkpoint), str(data.config), data.made_with,
                  OF_SOUND)  # its texts are written anew, by the checkpoint's tokenizer
     synthesis = synthesised_mels(synthesizer, data, rows, args)
     recogniser = obtain_recogniser(args.recogniser, data)
     needed = {other["target_id"]: other for row in rows for other in candidates_of(row, data.val, data.rules)}
-    round_trips = dict(zip(needed, data.round_trips(list(needed.values())), strict=True))
-    of_cepstra = {name: cepstra(mel) for name, mel in round_trips.items()}
-    rate, results = data.codec.config.sample_rate, []
+    of_true_codes = dict(zip(needed, round_trips(synthesizer, data, list(needed.values())), strict=True))
+    of_cepstra = {name: cepstra(mel) for name, mel in of_true_codes.items()}
+    results = []
     progress = Progress("listening", len(rows))
     for done, (row, mel) in enumerate(zip(rows, synthesis, strict=True), 1):
         true = data.recording(row, "target")
         rank, of, mcd = rank_of(mel, row, data, of_cepstra)
         results.append({
             "id": row["target_id"], "text": row["target_text"], "said": said_in(row, data.rules),
-            "true": recogniser.hear(data.codec.log_mel(load_recording(true, rate))) if true else None,
-            "round_trip": recogniser.hear(round_trips[row["target_id"]]), "synthesis": recogniser.hear(mel),
+            "true": recogniser.hear(data.sound.log_mel(load_recording(true, data.sound.sample_rate))) if true else None,
+            "round_trip": recogniser.hear(of_true_codes[row["target_id"]]), "synthesis": recogniser.hear(mel),
             "rank": rank, "candidates": of, "mcd": None if math.isnan(mcd) else round(mcd, 3)})
         progress.update(done)
     return summary(results) | {"checkpoint": str(args.checkpoint), "step": synthesizer.checkpoint["step"],
@@ -343,8 +324,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output-dir", type=Path, required=True, help="gets the synthesised texts, to listen to")
     parser.add_argument("--data-dir", type=Path, default=Path("processed_data"),
                         help="holds train_pairs.jsonl and val_pairs.jsonl (processed_data)")
-    parser.add_argument("--codec", type=Path, default=Path("processed_data/speech_codec.pt"),
-                        help="the one that the data was made with (processed_data/speech_codec.pt)")
+    add_sound_arguments(parser, "the data")
     parser.add_argument("--tokenizer", type=Path, help="the checkpoint's, unless it was moved")
     parser.add_argument("--recordings", type=Path, help="recordings.jsonl, if the manifests do not name the recordings")
     parser.add_argument("--recogniser", type=Path, default=Path("build/recogniser.pt"),

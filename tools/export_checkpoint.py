@@ -1,52 +1,319 @@
-"""The weights of a training checkpoint alone, as IndexTTS2 loads them: a third of the size, no optimizer state.
+"""The weights of a training checkpoint, without its optimizer state.
 
-The file holds {"model": tensors, "made_with": values}: tensors under IndexTTS2's names and order, float32, and what
-their training data was made with (tools/made_with.py). It loads with weights_only=True. A run
-that started from IndexTTS2's gpt.pth carries its conditioning modules along, and they are in the file too; without
-them (trained from scratch) IndexTTS2 cannot use it, which is said.
+  a voice   CKPT --model-dir checkpoints --output-dir voice: a folder that IndexTTS2's own inference, its packages and
+            vLLM load as it is. gpt.pth (tensors by name, as the released one), the model folder's config.yaml with
+            our number of text tokens, our tokenizer as bpe.model, the licence's notice, and links to the rest of the
+            model folder. It is loaded strictly before it gets its name; whole or not at all.
+  a file    CKPT --output gpt_amharic.pth: {"model": tensors, "made_with": values}, for --base-checkpoint
+
+Tensors have IndexTTS2's names and order, float32 unless --dtype says otherwise, and load with weights_only=True. What
+the training data was made with (tools/made_with.py) is kept: in the file, or in the folder's config.yaml under
+dataset:, since vLLM takes every entry of gpt.pth for a tensor. A run that started from IndexTTS2's gpt.pth carries its
+conditioning modules along; without them (trained from scratch) IndexTTS2 cannot use the weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
+from torch import Tensor
 
-from tools._common import ToolError, atomic_path, info, make_parser, run_program, writing_to
-from tools.made_with import of_checkpoint, of_older_keys, require_same
+from tools._common import Progress, ToolError, atomic_path, info, make_parser, run_program, sha256_of, sync, writing_to
+from tools.generation import UnreadableCheckpoint, weights_of
+from tools.indextts2_features import conditioning_digest, made, read_tensors, require_indextts2, section_of
+from tools.indextts2_modules import VoiceModules
+from tools.made_with import INDEXTTS2, INDEXTTS2_CODES, MadeWith, of_checkpoint, of_older_keys, read_yaml, require_same
+from tools.model_folder import FOR_SOUND, PARTS, download_lines, files_in, place_in
 from tools.run_files import is_checkpoint_name
-from trainers.train_gpt_v2 import CARRIED_PREFIXES, ResumeError, read_checkpoint
+from tools.text_rules import record_path
+from tools.train_tokenizer import load_tokenizer
+from trainers.train_gpt_v2 import (
+    CARRIED_PREFIXES,
+    ModelConfig,
+    ResumeError,
+    UnifiedVoiceGPT,
+    UserError,
+    in_name_order,
+    model_config_from,
+    read_checkpoint,
+)
 
-FIRST_COMMAND = "python -m tools.export_checkpoint training_output/best.pth --output gpt_amharic.pth"
+FIRST_COMMAND = ("python -m tools.export_checkpoint training_output/best.pth --model-dir checkpoints "
+                 "--output-dir voice")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+WRITTEN = {"gpt": "gpt.pth", "config": "config.yaml", "bpe": "bpe.model"}
+SCRATCH = "the run started from scratch, so IndexTTS2 cannot use"
+README = """# A fine-tuned IndexTTS-2
+
+Made from step {step} of a training of {name}. `gpt.pth` and `bpe.model` belong together, and `config.yaml` to them.
+
+This is a derivative work of the IndexTTS-2 weights by bilibili. It is used, and may be passed on, only under the
+bilibili Model Use License Agreement; keep a copy of it beside these files
+(https://github.com/index-tts/index-tts, files LICENSE and LICENSE_ZH.txt). The agreement demands this notice:
+
+> Any modifications made to the original model in this Derivative Work are not endorsed, warranted, or guaranteed by the
+> original right-holder of the original model, and the original right-holder disclaims all liability related to this
+> Derivative Work.
+
+IndexTTS2's own front end takes Amharic for Chinese. Hand it texts as `tools.synthesize` writes them, or speak with
+`python -m tools.synthesize --checkpoint CHECKPOINT --model-dir FOLDER`.
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__, FIRST_COMMAND)
     parser.add_argument("checkpoint", type=Path, help="a training checkpoint, such as training_output/best.pth")
-    parser.add_argument("--output", type=Path, required=True, help="the file to write, such as gpt_amharic.pth")
+    parser.add_argument("--model-dir", type=Path, help="the released IndexTTS-2 folder that the training started from")
+    parser.add_argument("--output-dir", type=Path, help="the folder to write, such as voice; with --model-dir")
+    parser.add_argument("--output", type=Path, help="the file to write instead, such as gpt_amharic.pth")
+    parser.add_argument("--tokenizer", type=Path, help="the checkpoint's, if it was moved; with --model-dir")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the weights (fp32)")
+    parser.add_argument("--copy", action="store_true", help="copy the rest of the model folder instead of linking it")
     args = parser.parse_args(argv)
-    if is_checkpoint_name(args.output.name):
-        raise ToolError(f"--output {args.output}: a training writes files of this name, and could not go on from an "
-                        "export. Choose another name, such as gpt_amharic.pth")
+    problem = flag_problem(args)
+    if problem:
+        raise ToolError(problem)
     try:
         checkpoint = read_checkpoint(args.checkpoint)
     except ResumeError as error:
-        raise ToolError(str(error)) from error
-    tensors, record = checkpoint["model"], of_checkpoint(checkpoint)
+        raise UnreadableCheckpoint(str(error)) from error
+    record = of_checkpoint(checkpoint)
     require_same(f"{args.checkpoint} itself", record, "the manifests and tokenizer that it names",
                  of_older_keys(checkpoint), remedy="Take another checkpoint: this one was put together from two")
+    (export_file if args.output else export_folder)(args, checkpoint, record)
+
+
+def flag_problem(args: argparse.Namespace) -> str:
+    """What is wrong with the choice of flags, or an empty string."""
+    if args.output is None:
+        if args.model_dir is None or args.output_dir is None:
+            return "give --model-dir and --output-dir for a folder, or --output for a file"
+        return ""
+    of_folder = [flag for flag, given in (("--model-dir", args.model_dir), ("--output-dir", args.output_dir),
+                                          ("--tokenizer", args.tokenizer), ("--copy", args.copy)) if given]
+    if of_folder:
+        return f"{of_folder[0]} cannot be combined with --output: one writes a folder, the other a file"
+    if is_checkpoint_name(args.output.name):
+        return (f"--output {args.output}: a training writes files of this name, and could not go on from an export. "
+                "Choose another name, such as gpt_amharic.pth")
+    return ""
+
+
+def save(content: Any, path: Path) -> None:
+    """Raises: ToolError."""
+    try:
+        with path.open("wb") as handle:
+            torch.save(content, handle)
+    except RuntimeError as error:  # PyTorch's own for a full disk
+        raise ToolError(f"{path}: could not be written ({error}). Free some disk space") from error
+
+
+def tensors_of(checkpoint: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
+    """All of IndexTTS2's tensors, in its order. Raises: ToolError where the dtype cannot hold one's values."""
+    tensors = {name: tensor.to(dtype) for name, tensor in in_name_order(weights_of(checkpoint)).items()}
+    beyond = [name for name, tensor in tensors.items() if dtype == torch.float16 and not tensor.isfinite().all()]
+    if beyond:
+        raise ToolError(f"--dtype fp16: {beyond[0]} has values that it cannot hold. Take bf16 or fp32")
+    return tensors
+
+
+def export_file(args: argparse.Namespace, checkpoint: dict[str, Any], record: MadeWith) -> None:
+    """Raises: ToolError."""
     if args.output.exists() and args.output.samefile(args.checkpoint):
         raise ToolError(f"--output {args.output}: that is the checkpoint itself. Choose another name")
-    try:
-        with writing_to(args.output), atomic_path(args.output, durable=True) as temporary:
-            with temporary.open("wb") as handle:
-                torch.save({"model": tensors, "made_with": record}, handle)
-    except RuntimeError as error:  # PyTorch's own for a full disk
-        raise ToolError(f"{args.output}: could not be written ({error}). Free some disk space") from error
+    tensors = tensors_of(checkpoint, DTYPES[args.dtype])
+    with writing_to(args.output), atomic_path(args.output, durable=True) as temporary:
+        save({"model": tensors, "made_with": record}, temporary)
     info(f"{args.output}: step {checkpoint['step']}, {len(tensors)} tensors, {args.output.stat().st_size / 1e6:.1f} MB")
     if not any(name.startswith(CARRIED_PREFIXES) for name in tensors):
-        info("No conditioning modules in it: the run started from scratch, so IndexTTS2 cannot use this file")
+        info(f"No conditioning modules in it: {SCRATCH} this file")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A folder
+
+
+def export_folder(args: argparse.Namespace, checkpoint: dict[str, Any], record: MadeWith) -> None:
+    """Raises: ToolError with what of checkpoint, tokenizer and model folder does not belong together."""
+    require_indextts2(args.model_dir)
+    if args.output_dir.exists() and (not args.output_dir.is_dir() or any(args.output_dir.iterdir())):
+        raise ToolError(f"--output-dir {args.output_dir}: is there already. Choose another name, or remove it")
+    require_indextts2_run(args.checkpoint, checkpoint, record)
+    tokenizer = own_tokenizer(args, checkpoint, record)
+    source = args.model_dir / "config.yaml"
+    config = exported_config(read_yaml(source), checkpoint["model_config"]["number_text_tokens"], record)
+    require_same_sizes(args, config, checkpoint["model_config"])
+    tensors = tensors_of(checkpoint, DTYPES[args.dtype])
+    check_conditioning(args.checkpoint, weights_of(checkpoint), record)
+    check_names_and_shapes(config, {name: list(t.shape) for name, t in tensors.items()}, str(args.checkpoint), source)
+    with writing_to(args.output_dir), new_folder(args.output_dir) as folder:
+        info(f"writing {sum(t.nbytes for t in tensors.values()) / 1e6:.1f} MB of weights")
+        save(tensors, folder / WRITTEN["gpt"])
+        sync(folder / WRITTEN["gpt"])
+        (folder / WRITTEN["config"]).write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        (folder / "README.md").write_text(README.format(step=checkpoint["step"], name=args.checkpoint.name))
+        shutil.copyfile(tokenizer, folder / WRITTEN["bpe"])
+        if record_path(tokenizer).is_file():
+            shutil.copyfile(record_path(tokenizer), record_path(folder / WRITTEN["bpe"]))
+        add_rest(args.model_dir, folder, args.copy)
+        check_folder(folder)
+    size = (args.output_dir / WRITTEN["gpt"]).stat().st_size / 1e6
+    info(f"{args.output_dir}: step {checkpoint['step']}, gpt.pth with {len(tensors)} tensors of {args.dtype}, "
+         f"{size:.1f} MB. A derivative work of IndexTTS-2's weights: README.md there says what its licence asks for")
+    missing = [name for name in (*FOR_SOUND, "qwen") if not all(
+        path.is_file() for path in files_in(PARTS[name], args.output_dir / place_in(PARTS[name], config)))]
+    if missing:
+        info("not in it, since it is not in --model-dir: " + ", ".join(PARTS[name].place for name in missing)
+             + ". IndexTTS2 fetches models of other makers itself; all come with "
+             + " and ".join(f"`{line}`" for line in download_lines(missing, args.output_dir)))
+
+
+def require_indextts2_run(path: Path, checkpoint: Mapping[str, Any], record: MadeWith) -> None:
+    """Raises: ToolError for a run on other codes, or one without conditioning modules."""
+    model: ModelConfig = model_config_from(checkpoint["model_config"], str(path))
+    features = record.get("features", INDEXTTS2)  # a fork's data records nothing
+    codes = record.get("num_codes", model.code_count)
+    if features != INDEXTTS2 or model.languages or codes != INDEXTTS2_CODES:
+        what = "IndexTTS-2.5" if model.languages else f"{features} features, {codes} codes"
+        raise ToolError(f"{path}: was trained on other codes ({what}), which IndexTTS-2's sound does not know. Speak "
+                        "with it by tools.synthesize --codec, or train on data of preprocess --features indextts2")
+    names = weights_of(dict(checkpoint))
+    missing = [prefix for prefix in CARRIED_PREFIXES if not any(name.startswith(prefix) for name in names)]
+    if missing:
+        raise ToolError(f"{path}: has no conditioning modules ({missing[0]}*): {SCRATCH} it. Train with "
+                        f"--base-checkpoint {WRITTEN['gpt']} of the model folder")
+
+
+def own_tokenizer(args: argparse.Namespace, checkpoint: Mapping[str, Any], record: MadeWith) -> Path:
+    """The run's tokenizer. Raises: ToolError where it is gone or another one."""
+    path = args.tokenizer or Path(checkpoint["tokenizer"]["path"])
+    size, remedy = load_tokenizer(path).get_piece_size(), "Give the tokenizer of the run as --tokenizer"
+    require_same(str(args.checkpoint), record, f"--tokenizer {path}", {"tokenizer_sha256": sha256_of(path)},
+                 remedy=remedy)
+    if size != checkpoint["model_config"]["number_text_tokens"]:
+        raise ToolError(f"--tokenizer {path}: has {size} pieces, {args.checkpoint} "
+                        f"{checkpoint['model_config']['number_text_tokens']}. {remedy}")
+    return path
+
+
+def exported_config(config: Mapping[str, Any], tokens: int, record: MadeWith) -> dict[str, Any]:
+    """The model folder's, with our number of text tokens, the names of what is written, and the record. Pure."""
+    dataset = config.get("dataset")
+    return {**config, "gpt": {**config["gpt"], "number_text_tokens": tokens}, "gpt_checkpoint": WRITTEN["gpt"],
+            "dataset": {**(dataset if isinstance(dataset, dict) else {}), "bpe_model": WRITTEN["bpe"], **record}}
+
+
+def require_same_sizes(args: argparse.Namespace, config: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Of the GPT; heads, for one, show in no tensor's shape. Raises: ToolError."""
+    path = args.model_dir / "config.yaml"
+    try:
+        released, trained = model_config_from(config["gpt"], str(path)), model_config_from(own, str(args.checkpoint))
+    except UserError as error:
+        raise ToolError(str(error)) from error
+    differing = [f"gpt.{name} is {value} in {path}, but {getattr(trained, name)} in {args.checkpoint}"
+                 for name, value in vars(released).items() if value != getattr(trained, name)]
+    if differing:
+        raise ToolError(f"{'; '.join(differing)}. Give the model folder that the training started from")
+
+
+def check_conditioning(path: Path, tensors: Mapping[str, Tensor], record: MadeWith) -> None:
+    """Raises: ToolError where the modules are not those that made the training data's conditions."""
+    if "conditioning_sha256" in record:
+        require_same(f"the data that {path} was trained on", record, "its own conditioning modules",
+                     {"conditioning_sha256": conditioning_digest(tensors)}, ("conditioning_sha256",),
+                     "Take another checkpoint: this one was put together from two")
+
+
+def check_names_and_shapes(config: Mapping[str, Any], found: Mapping[str, list[int]], place: str, source: Path) -> None:
+    """What a strict load asks for. Raises: ToolError."""
+    gpt, channels = config["gpt"], section_of(config, "semantic_codec", source)["hidden_size"]
+    emo_width = found.get("emo_perceiver_encoder.latents", [1, 1024])[-1]
+    model_config = model_config_from(gpt, str(source))
+    modules = (made(lambda: VoiceModules(gpt, channels, emo_width), source),
+               made(lambda: UnifiedVoiceGPT(model_config), source))
+    shapes = {name: list(t.shape) for module in modules for name, t in module.state_dict().items()}
+    problems = [f"{name} is missing" for name in shapes if name not in found]
+    problems += [f"{name} is unknown" for name in found if name not in shapes]
+    problems += [f"{name} is {found[name]}, not {shape}" for name, shape in shapes.items()
+                 if name in found and found[name] != shape]
+    if problems:
+        raise ToolError(f"{place}: not the GPT that {source} describes: {'; '.join(problems[:3])}"
+                        f"{f' and {len(problems) - 3} more' if len(problems) > 3 else ''}. Give the model folder that "
+                        "the training started from")
+
+
+def check_folder(folder: Path) -> None:
+    """Reads back what was written, as IndexTTS2 would. Raises: ToolError."""
+    config = read_yaml(folder / WRITTEN["config"])
+    tensors = read_tensors(folder / WRITTEN["gpt"])
+    check_names_and_shapes(config, {name: list(t.shape) for name, t in tensors.items()},
+                           str(folder / WRITTEN["gpt"]), folder / WRITTEN["config"])
+    size = load_tokenizer(folder / WRITTEN["bpe"]).get_piece_size()
+    if size != config["gpt"]["number_text_tokens"]:
+        raise ToolError(f"{folder / WRITTEN['bpe']}: has {size} pieces, config.yaml another number. Export again")
+
+
+def rest_of(model_dir: Path) -> list[Path]:
+    """Files of a model folder, from it, that an exported one needs too: all that lie in it, and its models in folders.
+
+    Not what an export writes anew, not hidden files, not a training's checkpoints.
+    """
+    config = read_yaml(model_dir / "config.yaml")
+    replaced = {*WRITTEN.values(), "README.md", *(Path(place_in(PARTS[name], config)).name for name in WRITTEN)}
+    found = [path for path in sorted(model_dir.iterdir()) if path.is_file() and not path.name.startswith(".")
+             and path.name not in replaced and not is_checkpoint_name(path.name)]
+    folders = {"hf_cache", *(Path(place_in(part, config)).parts[0] for part in PARTS.values() if len(part.files) > 1)}
+    for name in sorted(folders):
+        found += [path for path in sorted((model_dir / name).rglob("*")) if path.is_file()]
+    return [path.relative_to(model_dir) for path in found]
+
+
+def add_rest(model_dir: Path, folder: Path, copy: bool) -> None:
+    """Links of the rest of the model folder, hard ones where the file system has them, or copies."""
+    names = rest_of(model_dir)
+    progress = Progress("copying" if copy else "linking", len(names))
+    for done, name in enumerate(names, 1):
+        source, target = (model_dir / name).resolve(), folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if copy:
+            shutil.copyfile(source, target)
+        else:
+            link(source, target)
+        progress.update(done)
+
+
+def link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without hard links
+        target.symlink_to(source)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yields a folder beside `path`, which gets its name only on success."""
+    path = path.resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+        number = leftover.name.split(".")[-2]
+        if number.isdigit() and not Path(f"/proc/{number}").exists():
+            shutil.rmtree(leftover, ignore_errors=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        os.replace(temporary, path)
+        sync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """Codes from text: a checkpoint's model draws one code after the other, several lines at once, with a cache of keys and
-values; the codec that it was trained with makes sound of them.
+values; the SoundDecoder that it was trained for makes sound of them.
 
 What a line sounds like depends on checkpoint, text, prompt, settings and seed, never on the lines spoken beside it.
 """
@@ -23,11 +23,10 @@ from torch.nn import functional as F
 
 from tools._common import ToolError, sha256_of, warn
 from tools.amharic_text import read_aloud, shown
+from tools.codes_to_sound import SHORTEST_PROMPT, Prompt, SoundDecoder
 from tools.made_with import of_checkpoint, require_same
 from tools.preprocess import text_ids_of
 from tools.sentences import cut_at_pauses
-from tools.sound_files import load_recording
-from tools.speech_codec import SpeechCodec, codec_record
 from tools.text_rules import INDEXTTS2, front_end_of, rules_of, written_for
 from tools.text_tokens import TextTokens, load_tokens
 from trainers.train_gpt_v2 import (
@@ -37,12 +36,13 @@ from trainers.train_gpt_v2 import (
     ResumeError,
     Sample,
     UnifiedVoiceGPT,
+    UserError,
     collate_packed,
+    merged_tensors,
     model_config_from,
     read_checkpoint,
 )
 
-SHORTEST_PROMPT = 0.5  # seconds
 LONGEST_PART = {INDEXTTS2: 120}  # text tokens: as its own inference cuts; 600, which it takes, are over 36 s of codes
 PAUSE = 0.3  # seconds between the parts of a long text
 LINES_AT_ONCE = 16  # at most
@@ -119,16 +119,6 @@ def sampling_of(args: argparse.Namespace) -> Sampling:
 
 
 @dataclass
-class Prompt:
-    """A voice to speak in: condition (ModelConfig.condition_shape), emo_vec [D] and the codec's mel statistics
-    [2, n_mels], float32."""
-
-    condition: Tensor
-    emo_vec: Tensor
-    statistics: Tensor
-
-
-@dataclass
 class Line:
     """A normalised text, its ids and its voice."""
 
@@ -149,6 +139,8 @@ class Spoken:
     stopped: bool
     log_probability: float = field(default=0.0, compare=False)
     """Of all codes and the stop token together, at temperature 1."""
+    latents: Tensor = field(default_factory=lambda: torch.zeros(0, 0), compare=False)
+    """What the model knew before each code, [codes, D], float32."""
 
     @property
     def likelihood(self) -> tuple[bool, float]:
@@ -176,7 +168,8 @@ class KVCache:
     def __init__(self, model: UnifiedVoiceGPT, sequences: int, rows: int) -> None:
         config = model.config
         shape = (config.layers, sequences, rows, config.heads, config.model_dim // config.heads)
-        self.keys, self.values = (torch.zeros(shape, dtype=model.mel_embedding.weight.dtype) for _ in range(2))
+        like = model.mel_embedding.weight
+        self.keys, self.values = (torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(2))
 
 
 def lines_at_once(config: ModelConfig, longest: int) -> int:
@@ -192,15 +185,16 @@ def extend(model: UnifiedVoiceGPT, cache: KVCache, rows: Tensor, starts: Tensor)
     Returns the blocks' output [B, n, D], before the final norms.
     """
     sequences, n, dim = rows.shape
-    places = starts[:, None] + torch.arange(n)
+    places = starts[:, None] + torch.arange(n, device=rows.device)
     longest = int(places.max()) + 1
-    visible = torch.arange(longest) <= places[..., None]
+    visible = torch.arange(longest, device=rows.device) <= places[..., None]
+    every = torch.arange(sequences, device=rows.device)[:, None]
     x = rows.reshape(-1, dim)
     for block, keys, values in zip(model.gpt.h, cache.keys, cache.values, strict=True):
         assert isinstance(block, Block)
         qkv = block.attn.c_attn(block.ln_1(x)).view(sequences, n, 3, *keys.shape[2:])
-        keys[torch.arange(sequences)[:, None], places] = qkv[:, :, 1]
-        values[torch.arange(sequences)[:, None], places] = qkv[:, :, 2]
+        keys[every, places] = qkv[:, :, 1]
+        values[every, places] = qkv[:, :, 2]
         attended = F.scaled_dot_product_attention(qkv[:, :, 0].transpose(1, 2), keys[:, :longest].transpose(1, 2),
                                                   values[:, :longest].transpose(1, 2), attn_mask=visible[:, None])
         x = x + block.attn.c_proj(attended.transpose(1, 2).reshape(-1, dim))
@@ -213,10 +207,12 @@ def prefix_rows(model: UnifiedVoiceGPT, lines: Sequence[Line]) -> tuple[Tensor, 
     no_codes = np.zeros(0, dtype=np.int64)
     samples = [Sample(np.array(line.text_ids, dtype=np.int64), no_codes, line.prompt.condition.numpy(),
                       line.prompt.emo_vec.numpy(), language=line.language) for line in lines]
-    batch = collate_packed(samples, model.config)
-    rows = model.embed(batch).to(model.mel_embedding.weight.dtype).split(batch.lengths)
+    like = model.mel_embedding.weight
+    batch = collate_packed(samples, model.config).to(like.device)
+    rows = model.embed(batch).to(like.dtype).split(batch.lengths)
     without_stop = [sequence[:-1] for sequence in rows]
-    return torch.nn.utils.rnn.pad_sequence(without_stop, batch_first=True), torch.tensor(batch.lengths) - 1
+    return (torch.nn.utils.rnn.pad_sequence(without_stop, batch_first=True),
+            torch.tensor(batch.lengths, device=like.device) - 1)
 
 
 def choose_codes(logits: Tensor, repeated: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
@@ -237,6 +233,11 @@ def choose_codes(logits: Tensor, repeated: Tensor, uniform: Tensor, sampling: Sa
     return codes.gather(1, rank[:, None])[:, 0]
 
 
+def known_after(model: UnifiedVoiceGPT, x: Tensor) -> Tensor:
+    """The blocks' output as heads, and s2mel, read it."""
+    return model.final_norm(model.gpt.ln_f(x))
+
+
 def draws_of(line: Line, seed: int, count: int) -> np.ndarray:
     """[count] numbers from [0, 1) that depend on the seed and the line's text only."""
     digest = hashlib.sha256(f"{seed} {line.text}".encode()).digest()
@@ -248,20 +249,23 @@ def generate_codes(model: UnifiedVoiceGPT, lines: Sequence[Line], sampling: Samp
     """Codes of every line, up to the stop token or the greatest length.
 
     In float64, as load_model gives it, the lines beside a line move its logits by 1e-14: never enough for another code.
+    Codes are chosen on the CPU.
     """
-    config = model.config
+    config, device = model.config, model.mel_embedding.weight.device
     longest = sampling.max_length or config.max_code_len
     rows, ends = prefix_rows(model, lines)
     cache = KVCache(model, len(lines), int(ends.max()) + longest)
-    every = torch.arange(len(lines))
-    x = extend(model, cache, rows, torch.zeros_like(ends))[every, ends - 1]
+    every, latents = torch.arange(len(lines)), []
+    x = extend(model, cache, rows, torch.zeros_like(ends))[every.to(device), ends - 1]
     uniform = torch.tensor(np.array([draws_of(line, sampling.seed, longest) for line in lines]))
     repeated = torch.zeros(len(lines), config.number_mel_codes, dtype=torch.bool)
     never = torch.ones(config.number_mel_codes, dtype=torch.bool)  # a start in mid-speech, and rows without a code
     never[: config.code_count] = never[config.stop_mel_token] = False
     spoken = [Spoken([], False) for _ in lines]
     for step in range(longest):
-        logits = model.mel_head(model.final_norm(model.gpt.ln_f(x))).masked_fill(never, -torch.inf)
+        known = known_after(model, x)
+        latents.append(known.float())
+        logits = model.mel_head(known).cpu().masked_fill(never, -torch.inf)
         chosen = choose_codes(logits, repeated, uniform[:, step], sampling)
         gained = logits.log_softmax(1)[every, chosen]
         for line, code, log_probability in zip(spoken, chosen.tolist(), gained.tolist(), strict=True):
@@ -274,9 +278,23 @@ def generate_codes(model: UnifiedVoiceGPT, lines: Sequence[Line], sampling: Samp
         if all(line.stopped for line in spoken):
             break
         repeated[every, chosen] = chosen != config.stop_mel_token
-        row = model.mel_embedding(chosen) + model.mel_pos_embedding.emb(torch.tensor(step + 1))
+        row = model.mel_embedding(chosen.to(device)) + model.mel_pos_embedding.emb.weight[step + 1]
         x = extend(model, cache, row[:, None], ends + step)[:, 0]
+    for number, line in enumerate(spoken):
+        line.latents = torch.stack([known[number] for known in latents])[: len(line.codes)]
     return spoken
+
+
+@torch.no_grad()
+def latents_of(model: UnifiedVoiceGPT, line: Line, codes: Tensor) -> Tensor:
+    """What the model knows before each of these codes [c], whoever chose them: [c, D], float32."""
+    rows, ends = prefix_rows(model, [line])
+    before = codes[:-1].to(rows.device)
+    places = torch.arange(1, len(before) + 1, device=rows.device)
+    of_codes = model.mel_embedding(before) + model.mel_pos_embedding.emb(places)
+    whole = torch.cat([rows, of_codes[None]], 1)
+    x = extend(model, KVCache(model, 1, whole.shape[1]), whole, torch.zeros_like(ends))[0]
+    return known_after(model, x[int(ends) - 1 :]).float()[: len(codes)]
 
 
 def likeliest_takes(model: UnifiedVoiceGPT, lines: Sequence[Line], sampling: Sampling) -> list[Spoken]:
@@ -298,6 +316,14 @@ class UnreadableCheckpoint(ToolError):
     """A checkpoint file that is missing, damaged or not a checkpoint."""
 
 
+def weights_of(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+    """All of IndexTTS2's tensors. Raises: ToolError where the base of a LoRA is gone."""
+    try:
+        return merged_tensors(checkpoint)
+    except UserError as error:
+        raise ToolError(str(error)) from error
+
+
 def load_model(path: Path) -> tuple[UnifiedVoiceGPT, dict[str, Any]]:
     """A verified checkpoint as a float64 model in evaluation mode, and the checkpoint. Raises: UnreadableCheckpoint."""
     try:
@@ -306,23 +332,23 @@ def load_model(path: Path) -> tuple[UnifiedVoiceGPT, dict[str, Any]]:
         raise UnreadableCheckpoint(str(error)) from error
     model = UnifiedVoiceGPT(model_config_from(checkpoint["model_config"], str(path)))
     own = model.state_dict()
-    model.load_state_dict({name: tensor for name, tensor in checkpoint["model"].items() if name in own})
+    model.load_state_dict({name: tensor for name, tensor in weights_of(checkpoint).items() if name in own})
     return model.double().eval().requires_grad_(False), checkpoint
 
 
 class Synthesizer:
-    """A checkpoint, the tokenizer and the codec that it was trained with."""
+    """A checkpoint, the tokenizer that it was trained with, and the SoundDecoder that it was trained for."""
 
     model: UnifiedVoiceGPT
     tokenizer: TextTokens
-    codec: SpeechCodec
     rules: int
     """Version of the text rules that the checkpoint's texts were read by."""
     front_end: str
     """As whose front end they were then written, "" for none."""
 
-    def __init__(self, checkpoint_path: Path, codec_path: Path, tokenizer_path: Path | None) -> None:
+    def __init__(self, checkpoint_path: Path, sound: SoundDecoder, tokenizer_path: Path | None) -> None:
         """Raises: ToolError when a file is missing or damaged, or one does not fit the others."""
+        self.sound = sound
         self.model, self.checkpoint = load_model(checkpoint_path)
         record = of_checkpoint(self.checkpoint)
         self.rules = rules_of(record, str(checkpoint_path))
@@ -331,25 +357,16 @@ class Synthesizer:
         self.tokenizer = load_tokens(path)
         require_same(str(checkpoint_path), record, f"--tokenizer {path}", {"tokenizer_sha256": sha256_of(path)},
                      remedy="Give the tokenizer that the checkpoint was trained with as --tokenizer")
-        self.codec = SpeechCodec.load(codec_path)
-        require_same(str(checkpoint_path), record, f"--codec {codec_path}", codec_record(codec_path, self.codec),
-                     remedy="Give the codec that its training data was made with as --codec")
-        codes = self.codec.config.num_codes
-        if codes != self.model.config.code_count:
-            raise ToolError(f"--codec {codec_path}: has {codes} codes, the checkpoint {self.model.config.code_count}. "
-                            "Give the codec that its training data was made with as --codec")
-        self.digest = f"{checkpoint_digest(self.checkpoint)} {sha256_of(codec_path)}"
+        require_same(str(checkpoint_path), record, sound.flag, sound.record, remedy=sound.remedy)
+        codes, own = sound.record["num_codes"], self.model.config.code_count
+        if codes != own:
+            raise ToolError(f"{sound.flag}: has {codes} codes, the checkpoint {own}. {sound.remedy}")
+        self.model.to(sound.device)
+        self.digest = f"{checkpoint_digest(self.checkpoint)} {sound.digest}"
 
     def prompt(self, path: Path) -> Prompt:
         """Raises: ToolError for a recording that is unreadable or too short."""
-        rate = self.codec.config.sample_rate
-        waveform = load_recording(path, rate)
-        if len(waveform) < SHORTEST_PROMPT * rate:
-            raise ToolError(f"{path}: {len(waveform) / rate:.2f} s of sound say too little about a voice. Give a "
-                            f"prompt of at least {SHORTEST_PROMPT} s, better 3")
-        config = self.model.config
-        condition, emo_vec = self.codec.condition(waveform, config.model_dim, config.condition_shape)
-        return Prompt(condition, emo_vec, self.codec.mel_statistics(waveform))
+        return self.sound.prompt(path, self.model.config)
 
     def line(self, text: str, prompt: Prompt, place: str, language: str = "am") -> Line:
         """`place` is for the message, `language` the text's. Raises: ToolError for one that the model cannot read."""
@@ -380,7 +397,7 @@ class Synthesizer:
         sounds = self.speak_parts([part for line in lines for part in line.parts or [line]], sampling)
         for line in lines:
             yield joined(list(itertools.islice(sounds, len(line.parts) or 1)),
-                         round(PAUSE * self.codec.config.sample_rate))
+                         round(PAUSE * self.sound.sample_rate))
 
     def speak_parts(self, lines: Sequence[Line], sampling: Sampling) -> Iterator[tuple[Spoken, Tensor]]:
         """The same of lines that the model takes at once, lines_at_once() together. Raises: ToolError."""
@@ -393,7 +410,21 @@ class Synthesizer:
             part = lines[start : start + together]
             for line, spoken in zip(part, likeliest_takes(self.model, part, sampling), strict=True):
                 codes = torch.tensor(spoken.codes, dtype=torch.int64)
-                yield spoken, self.codec.decode(codes, line.prompt.statistics)
+                yield spoken, self.sound.waveform(codes, spoken.latents, line.prompt,
+                                                  noise_seed(line.text, sampling.seed))
+
+    def say_codes(self, codes: Tensor, text: str, prompt: Prompt, place: str, language: str = "am") -> Tensor:
+        """The waveform [samples] of codes [c] that the model did not choose itself, such as a recording's own; the text
+        is read only where latents are. Raises: ToolError as `line` does."""
+        latents = torch.zeros(len(codes), 0)
+        if self.sound.reads_latents:
+            latents = latents_of(self.model, self.line(text, prompt, place, language), codes)
+        return self.sound.waveform(codes, latents, prompt, noise_seed(text, 0))
+
+
+def noise_seed(text: str, seed: int) -> int:
+    """Of what a SoundDecoder draws at random for a line: 63 bits."""
+    return int.from_bytes(hashlib.sha256(f"sound {seed} {text}".encode()).digest()[:8]) >> 1
 
 
 def has_long_prompt(row: dict[str, Any]) -> bool:
@@ -403,9 +434,9 @@ def has_long_prompt(row: dict[str, Any]) -> bool:
 
 def line_mark(synthesizer: Synthesizer, line: Line, sampling: Sampling) -> str:
     """Equal for two lines only if they sound the same."""
-    prompt = [getattr(line.prompt, name).numpy().tobytes() for name in ("condition", "emo_vec", "statistics")]
+    voice = [line.prompt.condition, line.prompt.emo_vec, *line.prompt.sound.values()]
     settings = json.dumps([synthesizer.digest, line.text, asdict(sampling)])
-    return hashlib.sha256(settings.encode() + b"".join(prompt)).hexdigest()
+    return hashlib.sha256(settings.encode() + b"".join(part.numpy().tobytes() for part in voice)).hexdigest()
 
 
 def speed(waveform_seconds: float, seconds: float) -> str:

@@ -6,8 +6,9 @@
   a training   --watch OUTPUT_DIR: speaks the same validation sentences with every new checkpoint of a run into its
                TensorBoard logs, until the run has finished
 
-Codes are drawn one by one, several lines at once, then the embedded codec turns codes into sound. What a line sounds
-like depends on checkpoint, text, prompt, settings and seed, never on the lines spoken beside it.
+Codes are drawn one by one, several lines at once, then the embedded codec turns codes into sound, or for IndexTTS2's
+codes (--model-dir) its s2mel and BigVGAN. What a line sounds like depends on checkpoint, text, prompt, settings and
+seed, never on the lines spoken beside it.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from tools._common import (
     write_jsonl,
     writing_to,
 )
+from tools.codes_to_sound import add_sound_arguments, sound_of
 from tools.generation import (
     LINES_AT_ONCE,
     Line,
@@ -56,8 +58,8 @@ def write_sound(synthesizer: Synthesizer, waveform: Tensor, path: Path) -> Path:
     """The WAV and, beside it, the picture, whose path is returned. Raises: ToolError."""
     picture = path.with_suffix(".png")
     with writing_to(path.parent):
-        mel_picture([("synthesis", synthesizer.codec.log_mel(waveform))], picture)
-        write_wav(path, waveform, synthesizer.codec.config.sample_rate)
+        mel_picture([("synthesis", synthesizer.sound.log_mel(waveform))], picture)
+        write_wav(path, waveform, synthesizer.sound.sample_rate)
     return picture
 
 
@@ -73,7 +75,7 @@ def synthesize(synthesizer: Synthesizer, text: str, prompt: Path, output: Path, 
     picture = write_sound(synthesizer, waveform, output)
     cut = "" if spoken.stopped else ", cut off: the model did not stop before the greatest length"
     info(f"“{line.text}”: {len(spoken.codes)} codes{cut}, "
-         f"{speed(len(waveform) / synthesizer.codec.config.sample_rate, seconds)} -> {output}, {picture}")
+         f"{speed(len(waveform) / synthesizer.sound.sample_rate, seconds)} -> {output}, {picture}")
 
 
 def given_lines(synthesizer: Synthesizer, text_file: Path, prompt: Path, language: str = "am") -> dict[str, Line]:
@@ -133,7 +135,7 @@ def speak_into(folder: Path, synthesizer: Synthesizer, lines: dict[str, Line], s
     for done, (name, (spoken, waveform)) in enumerate(zip(missing, sounds, strict=True), 1):
         if spoken.codes:
             write_sound(synthesizer, waveform, folder / f"{name}.wav")
-        seconds = len(waveform) / synthesizer.codec.config.sample_rate
+        seconds = len(waveform) / synthesizer.sound.sample_rate
         total += seconds
         rows[name] = {"name": name, "text": lines[name].text, "codes": len(spoken.codes), "stopped": spoken.stopped,
                       "seconds": round(seconds, 3), "made_with": wanted[name]}
@@ -194,8 +196,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output-dir", type=Path, help="gets the lines' files")
     parser.add_argument("--watch", type=Path, metavar="OUTPUT_DIR",
                         help="a training's output directory; --text-file and --prompt replace the validation sentences")
-    parser.add_argument("--codec", type=Path, default=Path("processed_data/speech_codec.pt"),
-                        help="the one that the training data was made with (processed_data/speech_codec.pt)")
+    add_sound_arguments(parser, "the training data")
     parser.add_argument("--tokenizer", type=Path, help="the checkpoint's, unless it was moved")
     parser.add_argument("--language", default="am", help="of --text and --text-file; only Amharic is turned into "
                         "words, by the text rules that the checkpoint was trained under (am)")
@@ -206,14 +207,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ToolError(problem)
     if args.output and args.output.suffix != ".wav":
         raise ToolError(f"--output {args.output}: must end in .wav")
+    sound = sound_of(args)
     if args.watch:
         def lines_of(synthesizer: Synthesizer) -> list[Line] | None:
             return list(given_lines(synthesizer, args.text_file, args.prompt, args.language).values()
                         ) if args.text_file else None
 
-        watch(args.watch, lambda checkpoint: Synthesizer(checkpoint, args.codec, args.tokenizer), lines_of, sampling)
+        watch(args.watch, lambda checkpoint: Synthesizer(checkpoint, sound, args.tokenizer), lines_of, sampling)
         return
-    synthesizer = Synthesizer(args.checkpoint, args.codec, args.tokenizer)
+    synthesizer = Synthesizer(args.checkpoint, sound, args.tokenizer)
     if args.text_file:
         synthesize_file(synthesizer, args.text_file, args.prompt, args.output_dir, sampling, args.language)
     else:

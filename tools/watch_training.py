@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from tools._common import ToolError, info, read_jsonl, write_jsonl, writing_to
+from tools.codes_to_sound import SHORTEST_PROMPT
 from tools.generation import (
-    SHORTEST_PROMPT,
     Line,
     Sampling,
     Synthesizer,
@@ -67,7 +67,7 @@ def speak_checkpoint(synthesizer: Synthesizer, lines: Sequence[Line], folder: Pa
     mark = hashlib.sha256("".join(line_mark(synthesizer, line, sampling) for line in lines).encode()).hexdigest()
     if mark in [row["made_with"] for row in spoken]:
         return
-    rate, started = synthesizer.codec.config.sample_rate, time.perf_counter()
+    rate, started = synthesizer.sound.sample_rate, time.perf_counter()
     sounds = [waveform for _, waveform in synthesizer.speak(lines, sampling)]
     seconds = time.perf_counter() - started
     threading.excepthook = ignore_os_errors  # the writer's thread; flush reports what it met
@@ -78,7 +78,7 @@ def speak_checkpoint(synthesizer: Synthesizer, lines: Sequence[Line], folder: Pa
             writer.add_text(f"sentence_{number}", line.text, step)
             if len(waveform):
                 writer.add_audio(f"sentence_{number}", waveform[None], step, rate)
-                image = mel_image([(f"step {step}", synthesizer.codec.log_mel(waveform))])
+                image = mel_image([(f"step {step}", synthesizer.sound.log_mel(waveform))])
                 writer.add_image(f"sentence_{number}", np.array(image), step, dataformats="HWC")
         writer.flush()
         writer.close()
