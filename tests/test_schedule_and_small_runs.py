@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import load_checkpoint, read_jsonl
 from fresh_process import QUICK, SETTINGS, data_args, runs, train_in_process
 from old_checkpoints import make
@@ -108,6 +109,28 @@ def test_a_checkpoint_is_written_at_least_every_thirty_minutes(data, tmp_path):
     output = runs(train_in_process(*args, "--output-dir", tmp_path / "typed", "--save-minutes", 100_000,
                                    before=FAST_CLOCK))
     assert saves(output) == 1
+
+
+def test_a_kill_after_the_first_validation_and_before_the_first_checkpoint_costs_no_more_than_its_steps(data, tmp_path):
+    """The first best.pth comes with a checkpoint: alone it would be nothing that auto takes."""
+    kill = """
+import os, sys
+write, saved = sys.stdout.write, []
+def write_or_die(text):
+    saved.extend(["Saved"] * ("[Info] Saved" in text))
+    if saved and "[Train]" in text:
+        os.kill(os.getpid(), 9)
+    return write(text)
+sys.stdout.write = write_or_die
+"""
+    args = [*data_args(data), *QUICK, "--max-steps", 100, "--epochs", 30, "--save-interval", 1000, "--val-interval", 2,
+            "--resume", "auto", "--output-dir"]
+    runs(train_in_process(*args, tmp_path / "whole"))
+    assert train_in_process(*args, tmp_path / "killed", before=kill)[0] == -9
+    assert (tmp_path / "killed" / "best.pth").exists()
+    assert "Successfully resumed" in runs(train_in_process(*args, tmp_path / "killed"))
+    one, other = (load_checkpoint(tmp_path / name / "latest.pth")["model"] for name in ("whole", "killed"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_save_minutes_counts_since_the_last_save(data, tmp_path):

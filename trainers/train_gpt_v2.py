@@ -3706,7 +3706,9 @@ def after_step(run: Run, stats: StepStats, meter: Meter) -> None:
         best = validate(run)
         meter.restart()
     retry = run.save_retry_step and step >= run.save_retry_step
-    due = (config.save_interval and step % config.save_interval == 0) or run.finished or retry or stats.save_due
+    is_first = best and not (run.saving or run.state.recent_checkpoints)  # best.pth alone is nothing for auto to take
+    due = (config.save_interval and step % config.save_interval == 0) or (
+        run.finished or retry or stats.save_due or is_first)
     if due or best:
         run.save_retry_step = 0 if due else run.save_retry_step
         start_save(run, best, is_checkpoint=bool(due))
