@@ -120,7 +120,8 @@ def sampling_of(args: argparse.Namespace) -> Sampling:
 
 @dataclass
 class Prompt:
-    """A voice to speak in: condition (ModelConfig.condition_shape), emo_vec [D] and the codec's mel statistics [2, n_mels], float32."""
+    """A voice to speak in: condition (ModelConfig.condition_shape), emo_vec [D] and the codec's mel statistics
+    [2, n_mels], float32."""
 
     condition: Tensor
     emo_vec: Tensor
@@ -213,7 +214,8 @@ def prefix_rows(model: UnifiedVoiceGPT, lines: Sequence[Line]) -> tuple[Tensor, 
     samples = [Sample(np.array(line.text_ids, dtype=np.int64), no_codes, line.prompt.condition.numpy(),
                       line.prompt.emo_vec.numpy(), language=line.language) for line in lines]
     batch = collate_packed(samples, model.config)
-    rows = model.embed(batch).to(model.mel_embedding.weight.dtype).split(batch.lengths)
+    dtype = model.mel_embedding.weight.dtype
+    rows = model.embed(replace(batch, condition=batch.condition.to(dtype))).to(dtype).split(batch.lengths)
     without_stop = [sequence[:-1] for sequence in rows]
     return torch.nn.utils.rnn.pad_sequence(without_stop, batch_first=True), torch.tensor(batch.lengths) - 1
 
