@@ -180,7 +180,8 @@ def test_what_is_missing_is_named_with_the_repository_of_25(recordings: Path, re
     with pytest.raises(ToolError) as error:
         run(recordings, tmp_path / "data", *of_folder(folder, tokenizer=released / TIKTOKEN))
     for part in ("gpt.pth is missing (IndexTeam/IndexTTS-2.5, 3.26 GB)", "codec.pth is missing",
-                 "funasr/campplus, 28 MB", f"hf download IndexTeam/IndexTTS-2.5 gpt.pth {TIKTOKEN} wav2vec2bert_stats.pt codec.pth"):
+                 "funasr/campplus, 28 MB",
+                 f"hf download IndexTeam/IndexTTS-2.5 gpt.pth {TIKTOKEN} wav2vec2bert_stats.pt codec.pth"):
         assert part in str(error.value), part
 
 
