@@ -209,7 +209,7 @@ def prefix_rows(model: UnifiedVoiceGPT, lines: Sequence[Line]) -> tuple[Tensor, 
                       line.prompt.emo_vec.numpy(), language=line.language) for line in lines]
     like = model.mel_embedding.weight
     batch = collate_packed(samples, model.config).to(like.device)
-    rows = model.embed(batch).to(like.dtype).split(batch.lengths)
+    rows = model.embed(replace(batch, condition=batch.condition.to(like.dtype))).to(like.dtype).split(batch.lengths)
     without_stop = [sequence[:-1] for sequence in rows]
     return (torch.nn.utils.rnn.pad_sequence(without_stop, batch_first=True),
             torch.tensor(batch.lengths, device=like.device) - 1)
