@@ -594,7 +594,8 @@ def parsed_by_the_program(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> d
 
 
 # What does not go with the other fields: tried in tests of their own.
-NOT_TOGETHER = {"tokenizer": ("model_type", "vocab_size"), "preprocess": ("model_dir",)}
+NOT_TOGETHER = {"tokenizer": ("model_type", "vocab_size"), "preprocess": ("model_dir",), "synthesize": ("model_dir",),
+                "watch": ("model_dir",), "evaluate": ("model_dir",)}
 
 
 def filled(kind: str, workspace: Workspace) -> dict[str, Any]:
@@ -1525,3 +1526,17 @@ def test_uploads_of_a_killed_server_are_removed_and_those_of_a_running_one_are_n
 def test_a_loss_that_was_no_number_is_shown_as_that():
     assert readers.loss_of(None) == "-" and readers.loss_of(None, "") == ""
     assert readers.loss_of({"loss": None}) == "nan" and readers.loss_of({"loss": 1.23456}) == "1.2346"
+
+
+@pytest.mark.parametrize("kind", ["synthesize", "watch", "evaluate"])
+def test_a_model_folder_speaks_instead_of_the_codec_and_what_it_lacks_is_said(kind: str, tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    for name in ("run/latest.pth", "codec.pt", "voice.wav"):
+        (tmp_path / name).touch()
+    form = {"checkpoint": "run/latest.pth", "watch": "run", "data_dir": "run", "output_dir": "out", "text": "ሰላም",
+            "prompt": "voice.wav", "output": "hello.wav", "codec": "codec.pt", "model_dir": "run"}
+    argv = command_lines.command(kind, form)
+    assert argv[argv.index("--model-dir") + 1] == "run" and "--codec" not in argv
+    found = command_lines.problems(kind, form, Workspace(tmp_path))
+    assert [*found] == ["model_dir"] and found["model_dir"][0] == "tool_refuses"
+    assert "model_dir" not in command_lines.problems(kind, {**form, "model_dir": ""}, Workspace(tmp_path))

@@ -143,6 +143,8 @@ def voice_problems(kind: str, form: Form, workspace: Workspace, table: Checkpoin
         found.append(("data_dir", problem_of(workspace.show(config), data, workspace.show(codec), of_codec)))
         found.append(("data_dir", problem_of(workspace.show(config), data, workspace.show(path), record or {},
                                              OF_SOUND)))
+    if typed(form.get("model_dir")):  # sound comes from the folder, which the program compares
+        return {}
     found.append(("codec" if typed(form.get("codec")) else field,
                   problem_of(workspace.show(path), record or {}, workspace.show(codec), of_codec)))
     if typed(form.get("tokenizer")):

@@ -18,8 +18,8 @@ from typing import Any
 
 from tools._common import ToolError
 from tools.amharic_text import KNOWN_RULES
-from tools.made_with import EMBEDDED, FEATURES
-from tools.model_folder import FOR_FEATURES, find_parts, own_download, recognised
+from tools.made_with import EMBEDDED, FEATURES, INDEXTTS2, INDEXTTS25
+from tools.model_folder import FOR_FEATURES, FOR_FEATURES_25, FOR_SOUND, find_parts, own_download, recognised
 from tools.run_files import MAX_WEIGHT, all_checkpoints, foreign_checkpoints, split_manifest
 from webui.workspace import ROOT, Refused, Workspace
 
@@ -201,6 +201,7 @@ PROGRAMS: dict[str, Program] = {
         Field("prompt", "--prompt", "file", required=True),
         Field("output", "--output", "new_file", required=True, suffixes=(".wav",)),
         Field("codec", "--codec", "file"),
+        Field("model_dir", "--model-dir", "model_folder"),
         Field("tokenizer", "--tokenizer", "file"),
         Field("language", "--language", "line"),
         Field("temperature", "--temperature", "float", minimum=0.01),
@@ -215,6 +216,7 @@ PROGRAMS: dict[str, Program] = {
         Field("text_file", "--text-file", "file"),
         Field("prompt", "--prompt", "file"),
         Field("codec", "--codec", "file"),
+        Field("model_dir", "--model-dir", "model_folder"),
         Field("language", "--language", "line"),
         whole("takes", "--takes", 1))),
     "evaluate": Program(("-m", "tools.evaluate_voice"), (
@@ -223,12 +225,14 @@ PROGRAMS: dict[str, Program] = {
         Field("recordings", "--recordings", "file"),
         Field("output_dir", "--output-dir", "new_directory", required=True),
         Field("codec", "--codec", "file"),
+        Field("model_dir", "--model-dir", "model_folder"),
         Field("recogniser", "--recogniser", "new_file", suffixes=(".pt",)),
         whole("texts", "--texts", 1),
         whole("takes", "--takes", 1)), "output_dir"),
     "tensorboard": Program(("-m", "tensorboard.main", "--host", "127.0.0.1", "--port", "0"), (
         Field("logdir", "--logdir", "directory", required=True),)),
 }
+SPEAKING = ("synthesize", "watch", "evaluate")
 # Form values for Tab 6: as many steps of as many samples as `make demo` takes, then knowledge.md's.
 PRESETS: dict[str, Form] = {
     "demo": {"batch_size": 24, "grad_accumulation": 1, "learning_rate": 0.0015, "max_steps": 500, "log_interval": 10,
@@ -247,6 +251,8 @@ def command(kind: str, form: Form) -> list[str]:
     """The argv list for a form whose paths are taken as they are. Pure."""
     if kind == "preprocess" and typed(form.get("features")) not in ("", EMBEDDED):
         form = {**form, "codec": ""}  # the page fills it in; released features have their own
+    if kind in SPEAKING and typed(form.get("model_dir")):
+        form = {**form, "codec": ""}  # likewise: sound comes from the folder
     return training_command(form) if kind == "training" else command_of(PROGRAMS[kind], form)
 
 
@@ -367,6 +373,8 @@ def problems(kind: str, form: Form, workspace: Workspace) -> dict[str, Problem]:
         found = extension_problems(form)
     if kind == "preprocess" and not found:
         found = feature_problems(form, workspace)
+    if kind in SPEAKING and typed(form.get("model_dir")) and not found:
+        found = model_folder_problems(typed(form.get("model_dir")), INDEXTTS2, workspace, FOR_SOUND)
     return found
 
 
@@ -391,7 +399,8 @@ def feature_problems(form: Form, workspace: Workspace) -> dict[str, Problem]:
     return {**found, **{name: ("not_with_features", {"features": features}) for name in wrong if typed(form.get(name))}}
 
 
-def model_folder_problems(text: str, features: str, workspace: Workspace) -> dict[str, Problem]:
+def model_folder_problems(text: str, features: str, workspace: Workspace, parts: Sequence[str] = ()
+                          ) -> dict[str, Problem]:
     """What is missing in the folder, with the lines that download it, as the program would say it."""
     if not text:
         return {"model_dir": ("folder_needed", {"download": own_download(workspace.root / "checkpoints")})}
@@ -400,7 +409,7 @@ def model_folder_problems(text: str, features: str, workspace: Workspace) -> dic
         found = recognised(folder)
         if found != features:
             return {"model_dir": ("other_model", {"path": text, "found": found, "features": features})}
-        find_parts(folder, FOR_FEATURES)
+        find_parts(folder, parts or (FOR_FEATURES_25 if features == INDEXTTS25 else FOR_FEATURES))
     except ToolError as error:
         return {"model_dir": ("tool_refuses", {"reason": str(error)})}
     except OSError:

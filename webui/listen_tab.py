@@ -19,8 +19,8 @@ def create_listen_tab(page: Page) -> None:
         with gr.Row():
             with gr.Column():
                 create_form(page, "synthesize", "listen", [["text"], ["checkpoint", "prompt"], ["output"]],
-                            [["codec", "tokenizer"], ["temperature", "top_k", "top_p"], ["takes", "seed"],
-                             ["language", "greedy"]],
+                            [["codec", "model_dir"], ["tokenizer"], ["temperature", "top_k", "top_p"],
+                             ["takes", "seed"], ["language", "greedy"]],
                             start="listen.start").check_when_read("checkpoint")
             with gr.Column(elem_classes=["live"]):
                 audio = page.add(gr.Audio, "listen.audio", interactive=False, type="filepath", buttons=["download"],
@@ -31,13 +31,13 @@ def create_listen_tab(page: Page) -> None:
         with page.accordion("listen.watch"), gr.Row():
             with gr.Column():
                 create_form(page, "watch", "listen", [["watch"]],
-                            [["text_file", "prompt"], ["codec", "language", "takes"]])
+                            [["text_file", "prompt"], ["codec", "model_dir"], ["language", "takes"]])
             with gr.Column(elem_classes=["live"]):
                 create_job_panel(page, "listen", ["watch"], name="watch")
         with page.accordion("listen.evaluate"), gr.Row():
             with gr.Column():
                 create_form(page, "evaluate", "listen", [["checkpoint", "data_dir"], ["output_dir"]],
-                            [["recordings", "codec"], ["recogniser"], ["texts", "takes"]]
+                            [["recordings", "codec"], ["model_dir", "recogniser"], ["texts", "takes"]]
                             ).check_when_read("checkpoint")
             with gr.Column(elem_classes=["live"]):
                 create_job_panel(page, "listen", ["evaluate"], name="evaluate")
