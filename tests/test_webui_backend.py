@@ -1540,3 +1540,13 @@ def test_a_model_folder_speaks_instead_of_the_codec_and_what_it_lacks_is_said(ki
     found = command_lines.problems(kind, form, Workspace(tmp_path))
     assert [*found] == ["model_dir"] and found["model_dir"][0] == "tool_refuses"
     assert "model_dir" not in command_lines.problems(kind, {**form, "model_dir": ""}, Workspace(tmp_path))
+
+
+def test_the_prompt_is_a_recording_of_the_data_set_that_a_voice_can_be_taken_from(tmp_path: Path):
+    for name in ("phone.m4a", "clip.wav"):
+        (tmp_path / name).touch()
+    rows = ["not JSON", *(json.dumps({"id": name, "audio": name}) for name in ("phone.m4a", "gone.wav", "clip.wav"))]
+    (tmp_path / "recordings.jsonl").write_text("\n".join(rows))
+    found = pipeline.first_of_dataset(Workspace(tmp_path), tmp_path / "recordings.jsonl")
+    assert found == tmp_path / "clip.wav"
+    assert pipeline.first_of_dataset(Workspace(tmp_path), None) is None

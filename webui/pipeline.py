@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -22,6 +23,7 @@ STEP_OF = {"import": "recordings", "speak": "recordings", "filter": "dataset", "
            "watch": "listen", "evaluate": "listen"}
 PROMPTS = (".wav", ".flac", ".ogg", ".mp3")  # sounds that a voice is taken from
 RECORDINGS = "recordings"  # where uploads go
+LOOKED_AT = 100  # rows of a data set, for a recording that may be a prompt
 
 # What makes a step done: one of these files (names below) is there.
 MADE_BY = {"recordings": "recordings", "dataset": "judged", "corpus": "texts", "tokenizer": "tokenizer",
@@ -126,16 +128,19 @@ def files_made(workspace: Workspace, jobs: Sequence[Job]) -> dict[str, str]:
 
 
 def first_of_dataset(workspace: Workspace, dataset: Path | None) -> Path | None:
-    """The recording of the first row: a clip of one speaker, where an upload may be a lecture of an hour."""
+    """A recording of the first rows: a clip of one speaker, where an upload may be a lecture of an hour."""
+    rows: list[bytes] = []
     if dataset is None:
         return None
-    try:
-        with dataset.open("rb") as lines:
-            path = dataset.parent / json.loads(lines.readline(1 << 16))["audio"]
-        workspace.inside(str(path), must_exist=True)
-    except (OSError, ValueError, TypeError, KeyError, Refused):
-        return None
-    return path if path.suffix.lower() in PROMPTS else None
+    with contextlib.suppress(OSError), dataset.open("rb") as lines:
+        rows = list(itertools.islice(lines, LOOKED_AT))
+    for row in rows:
+        with contextlib.suppress(ValueError, TypeError, KeyError, Refused):
+            path = dataset.parent / json.loads(row)["audio"]
+            if path.suffix.lower() in PROMPTS:
+                workspace.inside(str(path), must_exist=True)
+                return path
+    return None
 
 
 def holds_files(folder: Path) -> bool:
