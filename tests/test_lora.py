@@ -11,6 +11,9 @@ from conftest import load_checkpoint, read_jsonl, trainer
 from fresh_process import SETTINGS, data_args, errs, runs, train_in_process
 from old_checkpoints import make
 
+from tools import export_checkpoint, inspect_checkpoint
+from tools._common import ToolError
+
 KILL_AT_STEP_5 = ("import os, sys\nwrite = sys.stdout.write\n"
                   "sys.stdout.write = lambda text: (os.kill(os.getpid(), 9) if ' step=5 ' in text else None, "
                   "write(text))[1]")
@@ -139,3 +142,16 @@ def test_another_rank_on_resume_is_refused(data, base, tmp_path):
     runs(train_in_process(*lora(data, base), tmp_path / "out"))
     errs(train_in_process(*data_args(data), "--resume", "auto", "--max-steps", 9, "--lora-rank", 2, "--output-dir",
                           tmp_path / "out"), "another shape", "--lora-rank")
+
+
+def test_an_export_is_merged_and_asks_for_the_base_where_that_is_gone(data, base, tmp_path):
+    runs(train_in_process(*lora(data, base), tmp_path / "out"))
+    latest, exported = tmp_path / "out" / "latest.pth", tmp_path / "gpt_merged.pth"
+    export_checkpoint.main([str(latest), "--output", str(exported)])
+    merged, found = trainer.merged_tensors(load_checkpoint(latest)), torch.load(exported, weights_only=True)["model"]
+    assert [*found] == [*merged] and all(torch.equal(found[name], merged[name]) for name in merged)
+    assert trainer.read_base_checkpoint(exported)[0].keys() == torch.load(base).keys()
+    inspect_checkpoint.main([str(latest)])
+    base.unlink()
+    with pytest.raises(ToolError, match=r"base\.pth: No such file.*--base-checkpoint"):
+        export_checkpoint.main([str(latest), "--output", str(tmp_path / "again.pth")])

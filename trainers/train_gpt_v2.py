@@ -3317,7 +3317,7 @@ def check_lora_base(path: str, known: Mapping[str, Any] | None) -> dict[str, Any
             digest = hashlib.file_digest(handle, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}. LoRA adds to these weights, a checkpoint does not hold them: bring "
-                        "the file back, or name where it is with --base-checkpoint") from error
+                        "the file back, or resume with --base-checkpoint where it is now") from error
     if known and digest != known["sha256"]:
         raise UserError(f"{path} (sha256 {digest[:12]}) is not the file that this LoRA was trained on (sha256 "
                         f"{known['sha256'][:12]}, then {known['path']}). Name that one with --base-checkpoint")
