@@ -253,7 +253,7 @@ def test_data_of_another_codec_than_the_checkpoints_is_refused(trained, tmp_path
     argv[argv.index("--data-dir") + 1] = str(tmp_path)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"dataset": {"codec_sha256": "0" * 64}}))
     assert f"codec_sha256 is 000000000000 in {tmp_path / 'config.yaml'}, but " in error_of(argv)
-    assert f"in --codec {trained.codec}. Give the codec of the data set" in error_of(argv)
+    assert f"in --codec {trained.codec}. Give the codec that its training data was made with" in error_of(argv)
     (tmp_path / "config.yaml").write_text("")  # nothing recorded; the checkpoint's is
     content = torch.load(trained.checkpoint, weights_only=True)
     content["made_with"] = {"num_codes": 65}
@@ -272,7 +272,7 @@ def test_senseless_input_is_named(trained, tmp_path, flags, message):  # noqa: F
 
 
 def test_the_shipped_data_can_be_read():
-    data = evaluate_voice.VoiceData(ROOT / "processed_data", ROOT / "processed_data/speech_codec.pt", None)
+    data = evaluate_voice.VoiceData(ROOT / "processed_data", CodecSound(ROOT / "processed_data/speech_codec.pt"), None)
     rows, unseen = choose_rows(data.val, data.train, 100)
     assert len(rows) == unseen == 100 and len({row["speaker"] for row in rows}) == 2
     assert all(data.prompt(row).is_file() and len(candidates_of(row, data.val)) == 12 for row in rows)

@@ -22,6 +22,7 @@ from test_tools_text import run_tool
 from tools import build_pairs, made_with, preprocess, text_rules, train_tokenizer
 from tools._common import ToolError, sha256_of
 from tools.amharic_text import TEXT_RULES
+from tools.codes_to_sound import CodecSound
 from tools.generation import Synthesizer
 
 LATIN = [line.upper() for line in re.findall(r"[A-Za-z][A-Za-z ,.!?'-]{20,200}", (ROOT / "knowledge.md").read_text())]
@@ -221,7 +222,7 @@ def test_the_front_end_goes_from_the_tokenizer_into_data_and_checkpoint_and_is_u
     checkpoint = tmp_path / "run/latest.pth"
     assert made_with.of_manifest(tmp_path / "out/utterances.jsonl")["front_end"] == "indextts2" == (
         load_checkpoint(checkpoint)["made_with"]["front_end"])
-    synthesizer = Synthesizer(checkpoint, CODEC, None)
+    synthesizer = Synthesizer(checkpoint, CodecSound(CODEC), None)
     voice = synthesizer.prompt(ROOT / "processed_data/audio/new026_am.flac")
     assert [synthesizer.line(text, voice, "", row.get("language", "am")).text_ids for text, row in zip(
         texts, rows, strict=True)] == [ids[row["text_ids_start"] :][: row["text_len"]].tolist() for row in found]
