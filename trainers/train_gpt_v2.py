@@ -164,7 +164,8 @@ class TrainConfig:
                        const="auto", choices=("auto", "bf16", "fp16", "off"))
     grad_checkpointing: bool = setting(False, "recompute blocks in the backward pass: less memory, slower",
                                        action=argparse.BooleanOptionalAction)
-    save_interval: int = setting(1000, "steps between checkpoints (1000; 0 = only at the end)", 0, type=int)
+    save_interval: int = setting(1000, "steps between checkpoints, besides the first best one (1000; 0 = only at the "
+                                 "end)", 0, type=int)
     save_minutes: float = setting(30.0, "and at least every so many minutes (30; 0 = by steps only)", 0, type=float)
     patience: int = setting(0, "stop after so many validations in a row without a better one (0 = never)", 0, type=int)
     keep_checkpoints: int = setting(3, "newest checkpoints kept (3; 0 = all)", 0, type=int)
@@ -3553,8 +3554,9 @@ def prepare(typed: Mapping[str, Any], point: ResumePoint | None, output_dir: Pat
     attention = choose_attention(model, precision)
     if device.type == "cuda":
         say(f"[Info] Algorithms: {use_deterministic_algorithms(model, precision)}")
-    say(f"[Info] Model: {NAMES[model_config.languages > 0]}, {model_config.layers} layers x {model_config.model_dim}, "
-        f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, attention: {attention}")
+    say(f"[Info] Model: {model_config.layers} layers x {model_config.model_dim}, "
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, layout of "
+        f"{NAMES[model_config.languages > 0]}, attention: {attention}")
     if checkpoint is None:
         say(f"[Info] Base checkpoint: {config.base_checkpoint or 'none, training from scratch'}")
     if base is not None and not carried:
