@@ -95,7 +95,7 @@ def test_sound_is_what_the_packages_own_inference_makes_of_the_same_codes_latent
     cfm = CFM(config.s2mel).eval()
     cfm.load_state_dict(torch.load(folder / "s2mel.pth", weights_only=True)["net"]["cfm"], strict=False)
     cfm.estimator.setup_caches(max_batch_size=1, max_seq_length=8192)
-    prompt = sound.prompt(write_voice(tmp_path / "a.wav", 3), CONFIG["gpt"]["model_dim"])
+    prompt = sound.prompt(write_voice(tmp_path / "a.wav", 3), trainer.model_config_from(CONFIG["gpt"], "test"))
     generator = torch.Generator().manual_seed(1)
     codes, latents = torch.randint(0, 8192, (25,), generator=generator), torch.randn(25, 32, generator=generator)
     mel, style, content = (prompt.sound[name][None] for name in ("mel", "style", "content"))

@@ -204,7 +204,7 @@ class IndexTTS2Features:
         w2v_bert, self.padding = load_w2v_bert(parts["w2v_bert"], check)
         channels = int(w2v_bert.config.hidden_size)  # type: ignore[union-attr, arg-type]
         codec = section_of(config, "semantic_codec", path)
-        self.is_25 = "campplus" in parts
+        self.is_25 = "semantic_codec" not in parts
         gpt = {**section_of(config, "gpt", path), **{name.partition(".")[2]: section_of(config, name, path)
                                                      for name in (SECTIONS_25 if self.is_25 else SECTIONS)[1:]}}
         if codec.get("hidden_size") != channels:
