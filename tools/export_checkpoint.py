@@ -26,7 +26,18 @@ import torch
 import yaml
 from torch import Tensor
 
-from tools._common import Progress, ToolError, atomic_path, info, make_parser, run_program, sha256_of, sync, writing_to
+from tools._common import (
+    Progress,
+    ToolError,
+    _is_running,
+    atomic_path,
+    info,
+    make_parser,
+    run_program,
+    sha256_of,
+    sync,
+    writing_to,
+)
 from tools.generation import UnreadableCheckpoint, weights_of
 from tools.indextts2_features import conditioning_digest, made, read_tensors, require_indextts2, section_of
 from tools.indextts2_modules import VoiceModules
@@ -116,9 +127,9 @@ def save(content: Any, path: Path) -> None:
         raise ToolError(f"{path}: could not be written ({error}). Free some disk space") from error
 
 
-def tensors_of(checkpoint: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
+def tensors_of(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """All of IndexTTS2's tensors, in its order. Raises: ToolError where the dtype cannot hold one's values."""
-    tensors = {name: tensor.to(dtype) for name, tensor in in_name_order(weights_of(checkpoint)).items()}
+    tensors = {name: tensor.to(dtype) for name, tensor in in_name_order(weights).items()}
     beyond = [name for name, tensor in tensors.items() if dtype == torch.float16 and not tensor.isfinite().all()]
     if beyond:
         raise ToolError(f"--dtype fp16: {beyond[0]} has values that it cannot hold. Take bf16 or fp32")
@@ -129,7 +140,7 @@ def export_file(args: argparse.Namespace, checkpoint: dict[str, Any], record: Ma
     """Raises: ToolError."""
     if args.output.exists() and args.output.samefile(args.checkpoint):
         raise ToolError(f"--output {args.output}: that is the checkpoint itself. Choose another name")
-    tensors = tensors_of(checkpoint, DTYPES[args.dtype])
+    tensors = tensors_of(weights_of(checkpoint), DTYPES[args.dtype])
     with writing_to(args.output), atomic_path(args.output, durable=True) as temporary:
         save({"model": tensors, "made_with": record}, temporary)
     info(f"{args.output}: step {checkpoint['step']}, {len(tensors)} tensors, {args.output.stat().st_size / 1e6:.1f} MB")
@@ -146,13 +157,15 @@ def export_folder(args: argparse.Namespace, checkpoint: dict[str, Any], record: 
     require_indextts2(args.model_dir)
     if args.output_dir.exists() and (not args.output_dir.is_dir() or any(args.output_dir.iterdir())):
         raise ToolError(f"--output-dir {args.output_dir}: is there already. Choose another name, or remove it")
-    require_indextts2_run(args.checkpoint, checkpoint, record)
+    info(f"{args.checkpoint}: step {checkpoint['step']}; does it fit tokenizer and model folder?")
+    weights = weights_of(checkpoint)
+    require_indextts2_run(args.checkpoint, checkpoint, weights, record)
     tokenizer = own_tokenizer(args, checkpoint, record)
     source = args.model_dir / "config.yaml"
     config = exported_config(read_yaml(source), checkpoint["model_config"]["number_text_tokens"], record)
     require_same_sizes(args, config, checkpoint["model_config"])
-    tensors = tensors_of(checkpoint, DTYPES[args.dtype])
-    check_conditioning(args.checkpoint, weights_of(checkpoint), record)
+    check_conditioning(args.checkpoint, weights, record)
+    tensors = tensors_of(weights, DTYPES[args.dtype])
     check_names_and_shapes(config, {name: list(t.shape) for name, t in tensors.items()}, str(args.checkpoint), source)
     with writing_to(args.output_dir), new_folder(args.output_dir) as folder:
         info(f"writing {sum(t.nbytes for t in tensors.values()) / 1e6:.1f} MB of weights")
@@ -176,7 +189,8 @@ def export_folder(args: argparse.Namespace, checkpoint: dict[str, Any], record: 
              + " and ".join(f"`{line}`" for line in download_lines(missing, args.output_dir)))
 
 
-def require_indextts2_run(path: Path, checkpoint: Mapping[str, Any], record: MadeWith) -> None:
+def require_indextts2_run(path: Path, checkpoint: Mapping[str, Any], weights: Mapping[str, Tensor], record: MadeWith
+                          ) -> None:
     """Raises: ToolError for a run on other codes, or one without conditioning modules."""
     model: ModelConfig = model_config_from(checkpoint["model_config"], str(path))
     features = record.get("features", INDEXTTS2)  # a fork's data records nothing
@@ -185,8 +199,7 @@ def require_indextts2_run(path: Path, checkpoint: Mapping[str, Any], record: Mad
         what = "IndexTTS-2.5" if model.languages else f"{features} features, {codes} codes"
         raise ToolError(f"{path}: was trained on other codes ({what}), which IndexTTS-2's sound does not know. Speak "
                         "with it by tools.synthesize --codec, or train on data of preprocess --features indextts2")
-    names = weights_of(dict(checkpoint))
-    missing = [prefix for prefix in CARRIED_PREFIXES if not any(name.startswith(prefix) for name in names)]
+    missing = [prefix for prefix in CARRIED_PREFIXES if not any(name.startswith(prefix) for name in weights)]
     if missing:
         raise ToolError(f"{path}: has no conditioning modules ({missing[0]}*): {SCRATCH} it. Train with "
                         f"--base-checkpoint {WRITTEN['gpt']} of the model folder")
@@ -304,7 +317,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     for leftover in path.parent.glob(f".{path.name}.*.tmp"):
         number = leftover.name.split(".")[-2]
-        if number.isdigit() and not Path(f"/proc/{number}").exists():
+        if number.isdigit() and not _is_running(int(number)):  # a killed export's
             shutil.rmtree(leftover, ignore_errors=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.mkdir()

@@ -98,7 +98,9 @@ def filled(build: Callable[[], nn.Module], tensors: Mapping[str, Tensor], path: 
            ) -> nn.Module:
     """A module of the package, ready for use. Raises: ToolError where `config` describes none, or `path` another."""
     try:
-        module = build()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the package's weight norm is an old one
+            module = build()
     except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError, NotImplementedError,
             AssertionError) as error:
         reason = " ".join(str(error).split())[:200]
