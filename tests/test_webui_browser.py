@@ -833,6 +833,8 @@ def test_a_form_is_read_back_from_its_command_line(kind: str, tmp_path: Path):
             for field in command_lines.PROGRAMS[kind].fields}
     if kind == "training":
         form["resume"] = True
+    if kind in command_lines.SPEAKING:
+        form.pop("codec")  # a model folder speaks instead
     workspace = Workspace.open(tmp_path)
     assert pipeline.form_of(kind, command_lines.command_for(kind, form, workspace), workspace) == form
 
