@@ -1925,17 +1925,17 @@ def matching(pattern: str, names: Sequence[str]) -> list[str]:
     return [name for name in names for one in sets.get(pattern, (pattern,)) if fnmatch.fnmatchcase(name, one)]
 
 
-def lr_factors(names: Sequence[str], config: TrainConfig, base_vocab: int, grows: bool = False
+def lr_factors(names: Sequence[str], config: TrainConfig, base_vocab: int, tokens: int = 0
                ) -> tuple[dict[str, float], float]:
     """What LoRA, --freeze (0) and --lr-scale make of the learning rate of every tensor; later rules win.
 
-    grows: the tokenizer has more tokens than the base checkpoint. Returns: the factors, and that of the base
+    tokens are the tokenizer's, of which the base checkpoint has base_vocab. Returns: the factors, and that of the base
     checkpoint's text rows as a part of their tensors'. Raises: UserError.
     """
     factors, rows = dict.fromkeys(names, 1.0), {"base-text": 1.0, "new-text": 1.0}
     if config.lora_rank:
         factors.update({name: 0.0 for name in names if ".lora." not in name and not (
-            grows and name in VOCAB_TENSORS)})
+            0 < base_vocab < tokens and name in VOCAB_TENSORS)})
     rules = [("--lr-scale", *text.rpartition("=")[::2]) for text in config.lr_scale] + [
         ("--freeze", pattern, "0") for pattern in config.freeze] + [
         ("--freeze-base-vocab", "base-text", "0")] * config.freeze_base_vocab
@@ -3546,17 +3546,16 @@ def prepare(typed: Mapping[str, Any], point: ResumePoint | None, output_dir: Pat
         add_lora(model, config)
     if base is not None and base_vocab < tokenizer["size"]:
         say(f"[Info] {tokenizer['size'] - base_vocab} text tokens are new; their rows start from means of the base's")
-    names = [name for name, _ in model.named_parameters()]
     base_vocab = base_vocab or (checkpoint or {}).get("base_vocab", 0)
-    factors, base_text_factor = lr_factors(names, config, base_vocab, 0 < base_vocab < tokenizer["size"])
+    factors, base_text_factor = lr_factors([*dict(model.named_parameters())], config, base_vocab, tokenizer["size"])
     precision = choose_precision(config.amp, device)
     model.to(device)
     attention = choose_attention(model, precision)
     if device.type == "cuda":
         say(f"[Info] Algorithms: {use_deterministic_algorithms(model, precision)}")
-    say(f"[Info] Model: {model_config.layers} layers x {model_config.model_dim}, "
-        f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, layout of "
-        f"{NAMES[model_config.languages > 0]}, attention: {attention}")
+    size, layout = sum(p.numel() for p in model.parameters()) / 1e6, NAMES[model_config.languages > 0]
+    say(f"[Info] Model: {model_config.layers} layers x {model_config.model_dim}, {size:.1f} M parameters, layout of "
+        f"{layout}, attention: {attention}")
     if checkpoint is None:
         say(f"[Info] Base checkpoint: {config.base_checkpoint or 'none, training from scratch'}")
     if base is not None and not carried:
