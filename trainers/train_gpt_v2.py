@@ -902,7 +902,7 @@ class ManifestDataset:
         if unknown:
             raise UserError(f"{self.place(unknown)}: IndexTTS-2.5 has no language {unknown.language!r}. Name one of "
                             f"its own behind the manifest, such as PATH::am: {', '.join(LANGUAGES)}")
-        for kind in KINDS:
+        for kind in KINDS if emo_source == "mixed" else KINDS[:4]:  # else the last is the one before it
             self.check_shards(kind)
         # The first rows that have files of their own are read before anything depends on them.
         own = [i for i, row in enumerate(self.rows) if any(start is None for _, start in row.parts)]
