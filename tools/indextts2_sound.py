@@ -194,7 +194,7 @@ class IndexTTS2Sound:
 
     def __init__(self, model_dir: Path, device: str) -> None:
         """Raises: ToolError with all that is missing, or is not as it should be."""
-        require_indextts2(model_dir)
+        require_indextts2(model_dir, INDEXTTS2, "TODO")
         device, parts = choose_device(device), find_parts(model_dir, PARTS_READ)
         package = package_modules()
         size = sum(PARTS[name].megabytes for name in parts) / 1000
