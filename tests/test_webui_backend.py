@@ -1529,7 +1529,9 @@ def test_a_loss_that_was_no_number_is_shown_as_that():
 
 
 @pytest.mark.parametrize("kind", ["synthesize", "watch", "evaluate"])
-def test_a_model_folder_speaks_instead_of_the_codec_and_what_it_lacks_is_said(kind: str, tmp_path: Path):
+def test_a_model_folder_speaks_instead_of_the_codec_and_what_it_lacks_is_said(
+        kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "none"))
     (tmp_path / "run").mkdir()
     for name in ("run/latest.pth", "codec.pt", "voice.wav"):
         (tmp_path / name).touch()
@@ -1539,6 +1541,9 @@ def test_a_model_folder_speaks_instead_of_the_codec_and_what_it_lacks_is_said(ki
     assert argv[argv.index("--model-dir") + 1] == "run" and "--codec" not in argv
     found = command_lines.problems(kind, form, Workspace(tmp_path))
     assert [*found] == ["model_dir"] and found["model_dir"][0] == "tool_refuses"
+    (tmp_path / "run/config.yaml").write_text("version: 2.5")
+    key, values = command_lines.problems(kind, form, Workspace(tmp_path))["model_dir"]
+    assert key == "tool_refuses" and "codec.pth is missing (IndexTeam/IndexTTS-2.5" in values["reason"]
     assert "model_dir" not in command_lines.problems(kind, {**form, "model_dir": ""}, Workspace(tmp_path))
 
 

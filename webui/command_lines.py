@@ -11,7 +11,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,15 @@ from typing import Any
 from tools._common import ToolError
 from tools.amharic_text import KNOWN_RULES
 from tools.made_with import EMBEDDED, FEATURES, INDEXTTS2, INDEXTTS25
-from tools.model_folder import FOR_FEATURES, FOR_FEATURES_25, FOR_SOUND, find_parts, own_download, recognised
+from tools.model_folder import (
+    FOR_FEATURES,
+    FOR_FEATURES_25,
+    FOR_SOUND,
+    FOR_SOUND_25,
+    find_parts,
+    own_download,
+    recognised,
+)
 from tools.run_files import MAX_WEIGHT, all_checkpoints, foreign_checkpoints, split_manifest
 from webui.workspace import ROOT, Refused, Workspace
 
@@ -233,6 +241,8 @@ PROGRAMS: dict[str, Program] = {
         Field("logdir", "--logdir", "directory", required=True),)),
 }
 SPEAKING = ("synthesize", "watch", "evaluate")
+NEEDED_TO_SPEAK = {INDEXTTS2: FOR_SOUND, INDEXTTS25: FOR_SOUND_25}
+NEEDED_FOR_FEATURES = {INDEXTTS2: FOR_FEATURES, INDEXTTS25: FOR_FEATURES_25}
 # Form values for Tab 6: as many steps of as many samples as `make demo` takes, then knowledge.md's.
 PRESETS: dict[str, Form] = {
     "demo": {"batch_size": 24, "grad_accumulation": 1, "learning_rate": 0.0015, "max_steps": 500, "log_interval": 10,
@@ -374,7 +384,7 @@ def problems(kind: str, form: Form, workspace: Workspace) -> dict[str, Problem]:
     if kind == "preprocess" and not found:
         found = feature_problems(form, workspace)
     if kind in SPEAKING and typed(form.get("model_dir")) and not found:
-        found = model_folder_problems(typed(form.get("model_dir")), INDEXTTS2, workspace, FOR_SOUND)
+        found = model_folder_problems(typed(form.get("model_dir")), NEEDED_TO_SPEAK, workspace)
     return found
 
 
@@ -394,22 +404,23 @@ def feature_problems(form: Form, workspace: Workspace) -> dict[str, Problem]:
         found: dict[str, Problem] = {} if typed(form.get("codec")) else {"codec": ("required", {})}
         wrong = ["model_dir"]
     else:
-        found = model_folder_problems(typed(form.get("model_dir")), features, workspace)
+        needed = {features: NEEDED_FOR_FEATURES[features]}
+        found = model_folder_problems(typed(form.get("model_dir")), needed, workspace)
         wrong = ["config", "model_dim"]
     return {**found, **{name: ("not_with_features", {"features": features}) for name in wrong if typed(form.get(name))}}
 
 
-def model_folder_problems(text: str, features: str, workspace: Workspace, parts: Sequence[str] = ()
-                          ) -> dict[str, Problem]:
-    """What is missing in the folder, with the lines that download it, as the program would say it."""
+def model_folder_problems(text: str, needed: Mapping[str, Sequence[str]], workspace: Workspace) -> dict[str, Problem]:
+    """What is missing in the folder, with the lines that download it, as the program would say it; `needed` are the
+    parts for each of the released models that it may be of."""
     if not text:
         return {"model_dir": ("folder_needed", {"download": own_download(workspace.root / "checkpoints")})}
     folder = workspace.inside(text)
     try:
         found = recognised(folder)
-        if found != features:
-            return {"model_dir": ("other_model", {"path": text, "found": found, "features": features})}
-        find_parts(folder, parts or (FOR_FEATURES_25 if features == INDEXTTS25 else FOR_FEATURES))
+        if found not in needed:
+            return {"model_dir": ("other_model", {"path": text, "found": found, "features": ", ".join(needed)})}
+        find_parts(folder, needed[found])
     except ToolError as error:
         return {"model_dir": ("tool_refuses", {"reason": str(error)})}
     except OSError:
