@@ -122,6 +122,22 @@ def test_a_line_sounds_the_same_alone_and_beside_others(checkpoint, sound, tmp_p
         assert alone == spoken and torch.equal(heard, waveform)
 
 
+def test_all_that_a_waveform_needs_moves_to_another_device_and_the_same_sound_comes_back(folder, sound, tmp_path):
+    for kind, where in ((IndexTTS25Sound, folder), (IndexTTS2Sound, add_sound(make_released_folder(tmp_path / "two")))):
+        other = kind(where, "cpu")
+        assert 1e5 < other.size() < 1e8
+        other.move(torch.device("meta"))
+        parts = [part for part in vars(other).values() if isinstance(part, torch.nn.Module | torch.Tensor)]
+        tensors = [t for part in parts for t in (part.state_dict().values() if isinstance(part, torch.nn.Module)
+                                                 else [part])]
+        assert {t.device.type for t in [*tensors, other.estimator.transformer.freqs_cis]} == {"meta"}
+    layout = trainer.model_config_from({**CONFIG_25["gpt"], "languages": 107}, "test")
+    voice, codes = sound.prompt(write_voice(tmp_path / "a.wav", 2), layout), torch.arange(9)
+    before = sound.waveform(codes, torch.zeros(0, 0), voice, 1)
+    sound.move(torch.device("cpu"))
+    assert torch.equal(sound.waveform(codes, torch.zeros(0, 0), voice, 1), before)
+
+
 def test_the_programs_speak_watch_and_judge(checkpoint, data, folder, tmp_path, capsys):
     write_voice(tmp_path / "a.wav", 1)
     (tmp_path / "texts.txt").write_text("\n".join(TEXTS))

@@ -52,6 +52,12 @@ class SoundDecoder(Protocol):
     digest: str
     """Equal only where codes sound the same."""
 
+    def move(self, device: torch.device) -> None:
+        """What `waveform` needs, to another device; prompts are made before."""
+
+    def size(self) -> int:
+        """Bytes that `move` moves."""
+
     def prompt(self, path: Path, model: ModelConfig) -> Prompt:
         """Of a recording, kept for the next time. Raises: ToolError for one that is unreadable or too short, or where
         no condition for this model can be made."""
@@ -90,6 +96,12 @@ class CodecSound:
         self.sample_rate, self.n_mels = self.codec.config.sample_rate, self.codec.config.n_mels
         self.prompts: dict[tuple[Path, ModelConfig], Prompt] = {}
 
+    def move(self, device: torch.device) -> None:
+        assert device == self.device, "it works on the CPU"
+
+    def size(self) -> int:
+        return 0
+
     def prompt(self, path: Path, model: ModelConfig) -> Prompt:
         if (path, model) not in self.prompts:
             waveform = long_enough(load_recording(path, self.sample_rate), self.sample_rate, path)
@@ -126,8 +138,8 @@ def add_sound_arguments(parser: argparse.ArgumentParser, made: str) -> None:
     parser.add_argument("--device", help="auto, cpu or cuda, with --model-dir (auto)")
 
 
-def sound_of(args: argparse.Namespace) -> SoundDecoder:
-    """As the flags choose it. Raises: ToolError."""
+def sound_of(args: argparse.Namespace, device: str | None = None) -> SoundDecoder:
+    """As the flags choose it, on `device` instead of --device. Raises: ToolError."""
     if args.model_dir is None:
         if args.device is not None:
             raise ToolError(f"--device {args.device}: the embedded codec works on the CPU. Leave it out, or give "
@@ -139,4 +151,4 @@ def sound_of(args: argparse.Namespace) -> SoundDecoder:
     from tools.indextts2_sound import IndexTTS2Sound, IndexTTS25Sound  # which import half a gigabyte of packages
 
     kind = IndexTTS25Sound if recognised(args.model_dir) == INDEXTTS25 else IndexTTS2Sound
-    return kind(args.model_dir, args.device or "auto")
+    return kind(args.model_dir, device or args.device or "auto")

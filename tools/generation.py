@@ -364,6 +364,15 @@ class Synthesizer:
         self.model.to(sound.device)
         self.digest = f"{checkpoint_digest(self.checkpoint)} {sound.digest}"
 
+    def move(self, device: torch.device) -> None:
+        """Model and sound."""
+        self.sound.move(device)
+        self.model.to(device)
+
+    def size(self) -> int:
+        """Bytes of both, and of what speaking takes of keys and values."""
+        return sum(t.nbytes for t in self.model.state_dict().values()) + self.sound.size() + CACHE_BYTES
+
     def prompt(self, path: Path) -> Prompt:
         """Raises: ToolError for a recording that is unreadable or too short."""
         return self.sound.prompt(path, self.model.config)

@@ -262,6 +262,21 @@ class ReleasedSound:
         self.estimator = cfm.estimator.to(self.device)
         self.estimator.setup_caches(max_batch_size=1, max_seq_length=LONGEST_MEL)
 
+    def _moved(self) -> dict[str, Any]:
+        """Modules and tensors by the names of their attributes; not the features, which only prompts need."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, (nn.Module, Tensor))}
+
+    def move(self, device: torch.device) -> None:
+        for name, value in self._moved().items():
+            setattr(self, name, value.to(device))
+        self.estimator.transformer.max_seq_length = -1  # its positions are no buffers, and are made anew
+        self.estimator.setup_caches(max_batch_size=1, max_seq_length=LONGEST_MEL)
+        self.device = device
+
+    def size(self) -> int:
+        return sum(sum(t.nbytes for t in value.state_dict().values()) if isinstance(value, nn.Module) else value.nbytes
+                   for value in self._moved().values())
+
     def _take_mel(self, section: Mapping[str, Any], vocoder: Mapping[str, Any], path: Path) -> None:
         """The mel spectrogram that s2mel makes and BigVGAN reads. Raises: ToolError where they differ."""
         try:

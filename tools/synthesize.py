@@ -4,7 +4,8 @@
   many lines   --checkpoint F --prompt F --text-file F --output-dir D: 0001.wav, 0002.wav ... and spoken.jsonl. The same
                command again goes on where it was stopped, and speaks only lines that are new or changed.
   a training   --watch OUTPUT_DIR: speaks the same validation sentences with every new checkpoint of a run into its
-               TensorBoard logs, until the run has finished
+               TensorBoard logs, until the run has finished; beside one that runs here it takes of processor and GPU
+               only what is free, and says where it speaks
 
 Codes are drawn one by one, several lines at once, then the embedded codec turns codes into sound, or for IndexTTS2's
 codes (--model-dir) its s2mel and BigVGAN. What a line sounds like depends on checkpoint, text, prompt, settings and
@@ -19,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tools._common import (
@@ -207,15 +209,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ToolError(problem)
     if args.output and args.output.suffix != ".wav":
         raise ToolError(f"--output {args.output}: must end in .wav")
-    sound = sound_of(args)
     if args.watch:
+        from tools.indextts2_features import choose_device
+
+        device = choose_device(args.device or "auto") if args.model_dir else "cpu"
+        sound = sound_of(args, "cpu")
         def lines_of(synthesizer: Synthesizer) -> list[Line] | None:
             return list(given_lines(synthesizer, args.text_file, args.prompt, args.language).values()
                         ) if args.text_file else None
 
-        watch(args.watch, lambda checkpoint: Synthesizer(checkpoint, sound, args.tokenizer), lines_of, sampling)
+        watch(args.watch, lambda checkpoint: Synthesizer(checkpoint, sound, args.tokenizer), lines_of, sampling,
+              torch.device(device))
         return
-    synthesizer = Synthesizer(args.checkpoint, sound, args.tokenizer)
+    synthesizer = Synthesizer(args.checkpoint, sound_of(args), args.tokenizer)
     if args.text_file:
         synthesize_file(synthesizer, args.text_file, args.prompt, args.output_dir, sampling, args.language)
     else:
