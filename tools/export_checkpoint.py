@@ -39,7 +39,7 @@ from tools._common import (
     sync,
     writing_to,
 )
-from tools.generation import UnreadableCheckpoint, weights_of
+from tools.generation import UnreadableCheckpoint, add_base_argument, weights_of
 from tools.indextts2_features import NAMES, conditioning_digest, made, read_tensors, require_indextts2, section_of
 from tools.indextts2_modules import VoiceModules
 from tools.made_with import (
@@ -112,6 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output-dir", type=Path, help="the folder to write, such as voice; with --model-dir")
     parser.add_argument("--output", type=Path, help="the file to write instead, such as gpt_amharic.pth")
     parser.add_argument("--tokenizer", type=Path, help="the checkpoint's, if it was moved; with --model-dir")
+    add_base_argument(parser)
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the weights (fp32)")
     parser.add_argument("--copy", action="store_true", help="copy the rest of the model folder instead of linking it")
     args = parser.parse_args(argv)
@@ -166,7 +167,7 @@ def export_file(args: argparse.Namespace, checkpoint: dict[str, Any], record: Ma
     """Raises: ToolError."""
     if args.output.exists() and args.output.samefile(args.checkpoint):
         raise ToolError(f"--output {args.output}: that is the checkpoint itself. Choose another name")
-    tensors = tensors_of(weights_of(checkpoint), DTYPES[args.dtype])
+    tensors = tensors_of(weights_of(checkpoint, args.base_checkpoint), DTYPES[args.dtype])
     with writing_to(args.output), atomic_path(args.output, durable=True) as temporary:
         save({"model": tensors, "made_with": record}, temporary)
     info(f"{args.output}: step {checkpoint['step']}, {len(tensors)} tensors, {args.output.stat().st_size / 1e6:.1f} MB")
@@ -186,7 +187,7 @@ def export_folder(args: argparse.Namespace, checkpoint: dict[str, Any], record: 
     if args.output_dir.exists() and (not args.output_dir.is_dir() or any(args.output_dir.iterdir())):
         raise ToolError(f"--output-dir {args.output_dir}: is there already. Choose another name, or remove it")
     info(f"{args.checkpoint}: step {checkpoint['step']}; does it fit tokenizer and model folder?")
-    weights = weights_of(checkpoint)
+    weights = weights_of(checkpoint, args.base_checkpoint)
     require_indextts2_run(args.checkpoint, model, weights, record)
     tokenizer = own_tokenizer(args, checkpoint, record)
     tokenizer_name = WRITTEN["tiktoken" if kind == INDEXTTS25 else "bpe"]

@@ -40,6 +40,7 @@ from tools.generation import (
     Line,
     Sampling,
     Synthesizer,
+    add_base_argument,
     add_sampling_arguments,
     line_mark,
     sampling_of,
@@ -200,6 +201,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                         help="a training's output directory; --text-file and --prompt replace the validation sentences")
     add_sound_arguments(parser, "the training data")
     parser.add_argument("--tokenizer", type=Path, help="the checkpoint's, unless it was moved")
+    add_base_argument(parser)
     parser.add_argument("--language", default="am", help="of --text and --text-file; only Amharic is turned into "
                         "words, by the text rules that the checkpoint was trained under (am)")
     add_sampling_arguments(parser)
@@ -218,10 +220,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             return list(given_lines(synthesizer, args.text_file, args.prompt, args.language).values()
                         ) if args.text_file else None
 
-        watch(args.watch, lambda checkpoint: Synthesizer(checkpoint, sound, args.tokenizer), lines_of, sampling,
-              torch.device(device))
+        watch(args.watch, lambda checkpoint: Synthesizer(checkpoint, sound, args.tokenizer, args.base_checkpoint),
+              lines_of, sampling, torch.device(device))
         return
-    synthesizer = Synthesizer(args.checkpoint, sound_of(args), args.tokenizer)
+    synthesizer = Synthesizer(args.checkpoint, sound_of(args), args.tokenizer, args.base_checkpoint)
     if args.text_file:
         synthesize_file(synthesizer, args.text_file, args.prompt, args.output_dir, sampling, args.language)
     else:
