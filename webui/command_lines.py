@@ -43,11 +43,11 @@ PATHS = ("file", "directory", "path", "model_folder", "program", "new_file", "ne
 class Field:
     """One input of a form.
 
-    type: "text", "line" (a text without line breaks), "words" (blank-separated names), "int", "float", "choice",
-    "switch" (True emits the flag alone), "patterns" (one a line, the flag before each), "factors" (patterns, each with
-    =FACTOR), "file", "directory" and "path" (either of them; must exist), "model_folder" (a directory; what it lacks
-    is said with how to get it), "program" (an executable file), "manifests" (existing files, one a line, each with an
-    optional ::lang or ::lang@weight), "new_file" and "new_directory" (are written; may exist).
+    type: "text", "line" (a text without line breaks), "words" (blank-separated names, of `choices` if any), "int",
+    "float", "choice", "switch" (True emits the flag alone), "patterns" (one a line, the flag before each), "factors"
+    (patterns, each with =FACTOR), "file", "directory" and "path" (either of them; must exist), "model_folder" (a
+    directory; what it lacks is said with how to get it), "program" (an executable file), "manifests" (existing files,
+    one a line, each with an optional ::lang or ::lang@weight), "new_file" and "new_directory" (are written; may exist).
     """
 
     name: str
@@ -77,6 +77,7 @@ LAYOUTS = ("ljspeech", "common-voice", "nemo", "f5-tts", "gpt-sovits", "filelist
 # Form: its field of the shortest and of the longest, what is chosen where they are empty, and how many times longer.
 LENGTHS = {"import": ("shortest", 2.0, "longest", 15.0, 3.0), "filter": ("shortest", 0.4, "longest", 30.0, 1.0)}
 EMO_SOURCES = ("prompt", "target", "mixed")
+LORA_TARGETS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # as the trainer has them
 PROGRAMS: dict[str, Program] = {
     "import": Program(("-m", "tools.import_recordings"), (
         Field("source", "", "path", required=True),
@@ -196,6 +197,9 @@ PROGRAMS: dict[str, Program] = {
         Field("freeze", "--freeze", "patterns"),
         Field("lr_scale", "--lr-scale", "factors"),
         Field("lora_rank", "--lora-rank", "int", minimum=0, maximum=4096),
+        Field("lora_alpha", "--lora-alpha", "float", minimum=0),
+        Field("lora_dropout", "--lora-dropout", "float", minimum=0, maximum=0.99),
+        Field("lora_targets", "--lora-targets", "words", choices=LORA_TARGETS),
         Field("grad_checkpointing", "--grad-checkpointing", "switch"),
         Field("resume_path", "--resume", "file")), "output_dir"),
     "inspect": Program(("-m", "tools.inspect_checkpoint"), (
@@ -377,6 +381,8 @@ def problems(kind: str, form: Form, workspace: Workspace) -> dict[str, Problem]:
         except Refused as refused:
             field_name = "resume_path" if refused.key.startswith("resume") else "output_dir"
             found[field_name] = refused.key, refused.values
+    if kind == "training" and not found:
+        found = lora_problems(form)
     if kind in LENGTHS and not found:
         found = length_problems(form, *LENGTHS[kind])
     if kind == "tokenizer" and not found:
@@ -386,6 +392,16 @@ def problems(kind: str, form: Form, workspace: Workspace) -> dict[str, Problem]:
     if kind in SPEAKING and typed(form.get("model_dir")) and not found:
         found = model_folder_problems(typed(form.get("model_dir")), NEEDED_TO_SPEAK, workspace)
     return found
+
+
+def lora_problems(form: Form) -> dict[str, Problem]:
+    """Of a training form whose fields are well by themselves: what goes with a LoRA rank, which on resume may be the
+    checkpoint's."""
+    if form.get("resume") or float(typed(form.get("lora_rank")) or 0):
+        return {}
+    names = [name for name in ("lora_alpha", "lora_dropout") if float(typed(form.get(name)) or 0)]
+    names += ["lora_targets"] if typed(form.get("lora_targets")) else []
+    return {name: ("goes_with_lora", {}) for name in names}
 
 
 def extension_problems(form: Form) -> dict[str, Problem]:
@@ -457,6 +473,8 @@ def check_field(field: Field, value: Any, workspace: Workspace) -> None:
     elif field.type in ("int", "float"):
         check_number(field, typed(value))
     elif field.type == "choice" and value is not True and typed(value) not in field.choices:
+        raise Refused("not_a_choice", value=typed(value), choices=", ".join(field.choices))
+    elif field.type == "words" and field.choices and not {*typed(value).split()} <= {*field.choices}:
         raise Refused("not_a_choice", value=typed(value), choices=", ".join(field.choices))
     elif field.type == "words" and not all(map(NAME.fullmatch, typed(value).split())):
         raise Refused("not_a_name", value=typed(value))
