@@ -23,7 +23,7 @@ from test_indextts2_features import make_babble
 from test_indextts2_sound import RATE, TEXTS, error_of, write_voice
 
 from tools import build_pairs, evaluate_voice, export_checkpoint, preprocess, synthesize
-from tools.generation import Sampling, Synthesizer, generate_codes
+from tools.generation import Line, Sampling, Synthesizer, generate_codes
 from tools.indextts2_sound import IndexTTS2Sound, IndexTTS25Sound
 from tools.model_folder import TIKTOKEN
 from tools.sound_files import load_recording
@@ -62,6 +62,15 @@ def checkpoint(folder: Path, data: Path) -> Path:
     return data / "out" / "latest.pth"
 
 
+def greedy_codes(engine: Any, synthesizer: Synthesizer, line: Line) -> tuple[list[int], list[int]]:
+    """14 at most, as the package and as we choose them for a line."""
+    found = engine.gpt.inference_speech(
+        torch.tensor([line.text_ids]), torch.tensor([75]), line.prompt.emo_vec[None], line.prompt.condition,
+        max_generate_length=14, do_sample=False, num_beams=1, repetition_penalty=1.0)[0].tolist()
+    [spoken] = generate_codes(synthesizer.model, [line], Sampling(greedy=True, max_length=14))
+    return [code for code in found if code < 8192], spoken.codes
+
+
 def engine_of(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The package's own inference, whose GPT reads features of 1,024 values: here of ours."""
     from indextts25 import infer_v2_5
@@ -91,12 +100,9 @@ def test_the_packages_inference_loads_an_exported_folder_and_makes_the_same_code
         line = synthesizer.line(text, voice, "test")
         tokens = engine.tokenizer.encode(f"<|am|> {text}", allowed_special="all")
         assert line.text_ids == tokens and line.language == trainer.LANGUAGES.index("am") == 75
-        [spoken] = generate_codes(synthesizer.model, [line], Sampling(greedy=True, max_length=14))
-        found = engine.gpt.inference_speech(
-            torch.tensor([tokens]), torch.tensor([75]), voice.emo_vec[None], style, max_generate_length=14,
-            do_sample=False, num_beams=1, repetition_penalty=1.0)[0].tolist()
-        assert [code for code in found if code < 8192] == spoken.codes and len(set(spoken.codes)) > 1
-        codes = torch.tensor(spoken.codes)
+        found, own = greedy_codes(engine, synthesizer, line)
+        assert found == own and len(set(own)) > 1
+        codes = torch.tensor(own)
         with torch.no_grad():
             rows = engine.semantic_codec.decode(codes[None])
             stretched = engine.s2mel.models["length_regulator"](rows, ylens=torch.tensor([int(rows.shape[1] * 1.72)]))
@@ -110,6 +116,24 @@ def test_the_packages_inference_loads_an_exported_folder_and_makes_the_same_code
         assert (heard - expected).abs().max() < 1e-4
     engine.infer(str(path), TEXTS[0], str(tmp_path / "theirs.wav"), "am", max_mel_tokens=9)
     assert soundfile.info(tmp_path / "theirs.wav").frames
+
+
+def test_the_package_loads_a_lora_that_was_merged_on_export_and_whose_base_had_moved(
+        folder, data, sound, tmp_path, monkeypatch):
+    base = tmp_path / "base.pth"
+    base.write_bytes((folder / "gpt.pth").read_bytes())
+    call_trainer("--train-manifest", data / "train_pairs.jsonl", "--tokenizer", folder / TIKTOKEN, "--base-checkpoint",
+                 base, "--output-dir", tmp_path / "out", "--max-steps", 3, "--batch-size", 2, "--grad-accumulation", 1,
+                 "--lora-rank", 4, "--learning-rate", 0.05, "--warmup-steps", 0)
+    latest, moved = tmp_path / "out/latest.pth", base.rename(tmp_path / "moved.pth")
+    export_checkpoint.main([str(latest), "--model-dir", str(folder), "--output-dir", str(tmp_path / "voice"),
+                            "--base-checkpoint", str(moved)])
+    engine, synthesizer = engine_of(tmp_path / "voice", monkeypatch), Synthesizer(latest, sound, None, moved)
+    line = synthesizer.line(TEXTS[0], synthesizer.prompt(write_voice(tmp_path / "a.wav", 3)), "test")
+    found, own = greedy_codes(engine, synthesizer, line)
+    assert found == own and len(set(own)) > 1
+    plain = torch.load(moved, weights_only=True)["gpt.h.0.mlp.c_fc.weight"]
+    assert (engine.gpt.gpt.h[0].mlp.c_fc.weight - plain).abs().max() > 1e-3
 
 
 def test_a_line_sounds_the_same_alone_and_beside_others(checkpoint, sound, tmp_path):
