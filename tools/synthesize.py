@@ -48,7 +48,7 @@ from tools.generation import (
 )
 from tools.mel_picture import mel_picture
 from tools.sound_files import write_wav
-from tools.watch_training import watch
+from tools.watch_training import stand_back_beside, watch
 
 FIRST_COMMAND = ("python -m tools.synthesize --checkpoint training_output/best.pth --text 'ሰላም ለዓለም' "
                  "--prompt processed_data/audio/new026_am.flac --output hello.wav")
@@ -164,6 +164,24 @@ def synthesize_file(synthesizer: Synthesizer, text_file: Path, prompt: Path, fol
                         "for these lines. The others are spoken")
 
 
+def speak_training(args: argparse.Namespace, sampling: Sampling) -> None:
+    """Every checkpoint of a training; all is kept on the CPU meanwhile. Raises: ToolError."""
+    from tools.indextts2_features import choose_device
+
+    stand_back_beside(args.watch)
+    device = choose_device(args.device or "auto") if args.model_dir else "cpu"
+    sound = sound_of(args, "cpu")
+
+    def load(checkpoint: Path) -> Synthesizer:
+        return Synthesizer(checkpoint, sound, args.tokenizer, args.base_checkpoint)
+
+    def lines_of(synthesizer: Synthesizer) -> list[Line] | None:
+        return list(given_lines(synthesizer, args.text_file, args.prompt, args.language).values()
+                    ) if args.text_file else None
+
+    watch(args.watch, load, lines_of, sampling, torch.device(device))
+
+
 # The command line
 
 MODES = {"watch": [], "text_file": ["output_dir", "checkpoint", "prompt"], "text": ["output", "checkpoint", "prompt"]}
@@ -212,16 +230,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.output and args.output.suffix != ".wav":
         raise ToolError(f"--output {args.output}: must end in .wav")
     if args.watch:
-        from tools.indextts2_features import choose_device
-
-        device = choose_device(args.device or "auto") if args.model_dir else "cpu"
-        sound = sound_of(args, "cpu")
-        def lines_of(synthesizer: Synthesizer) -> list[Line] | None:
-            return list(given_lines(synthesizer, args.text_file, args.prompt, args.language).values()
-                        ) if args.text_file else None
-
-        watch(args.watch, lambda checkpoint: Synthesizer(checkpoint, sound, args.tokenizer, args.base_checkpoint),
-              lines_of, sampling, torch.device(device))
+        speak_training(args, sampling)
         return
     synthesizer = Synthesizer(args.checkpoint, sound_of(args), args.tokenizer, args.base_checkpoint)
     if args.text_file:

@@ -47,10 +47,18 @@ CPU = torch.device("cpu")
 # Beside a training
 
 
+def stand_back_beside(output_dir: Path) -> bool:
+    """Where a training holds the directory; whether one does."""
+    is_training = lock_holder(output_dir) is not None
+    if is_training:
+        stand_back()
+    return is_training
+
+
 def stand_back() -> None:
     """Every thread of this process, and what they start, gets the processor when nobody else wants it, and a quarter
     of the cores at most."""
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // 4))
+    torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // 4)))
     if not hasattr(os, "SCHED_IDLE"):  # macOS
         os.nice(19)
         return
@@ -192,7 +200,7 @@ def watch(output_dir: Path, load: Callable[[Path], Synthesizer], lines_of: Calla
     def speak(synthesizer: Synthesizer, lines: Sequence[Line], sampling: Sampling) -> list[Tensor]:
         if card is None:
             return waveforms(synthesizer, lines, sampling)
-        return card.speak(synthesizer, lines, sampling, lock_holder(output_dir) is not None)
+        return card.speak(synthesizer, lines, sampling, stand_back_beside(output_dir))
 
     if not output_dir.is_dir():
         raise ToolError(f"{output_dir}: no such directory. Start the training first, or correct the path")
@@ -203,8 +211,7 @@ def watch(output_dir: Path, load: Callable[[Path], Synthesizer], lines_of: Calla
         found = signature(latest)  # in this order, so that no checkpoint is missed
         if found and found != seen:
             seen = found
-            if lock_holder(output_dir) is not None:
-                stand_back()
+            stand_back_beside(output_dir)
             try:
                 synthesizer = load(latest)
             except UnreadableCheckpoint as error:  # half copied, or replaced while it was read
