@@ -2,8 +2,8 @@
 that stands back as tools.synthesize --watch does, and with one that does not, in turns of a few steps.
 
 Each runs in a session of its own, as the page starts them; speakers speak without a pause and are halted between their
-turns. Printed are medians of the ratios of neighbouring turns, with quartiles: a noisy machine disturbs all alike. Where
-all share one core (taskset -c 0), what a speaker takes of it is what the training loses.
+turns. Printed are medians of the ratios of neighbouring turns, with quartiles: a noisy machine disturbs all alike.
+Where all share one core (taskset -c 0), what a speaker takes of it is what the training loses.
 """
 
 from __future__ import annotations
