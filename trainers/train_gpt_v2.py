@@ -3284,9 +3284,10 @@ def find_model_yaml(config: TrainConfig, checkpoint: Mapping[str, Any] | None) -
     if checkpoint is not None and "moments" not in checkpoint:  # a fork's holds no config
         return None
     manifest = Path(split_manifest((config.train_manifest or config.val_manifest)[0])[0])
-    if manifest.is_dir():
-        raise UserError(f"manifest {manifest}: Is a directory. Name the file in it, such as "
-                        f"{manifest / 'train_pairs.jsonl'}")
+    if manifest.is_dir() or not manifest.exists():
+        raise UserError(f"manifest {manifest}: " + (
+            f"Is a directory. Name the file in it, such as {manifest / 'train_pairs.jsonl'}" if manifest.is_dir() else
+            "No such file or directory. Check --train-manifest; tools.build_pairs writes it"))
     beside = manifest.with_name("config.yaml")
     for path in (beside, Path("checkpoints/config.yaml")):
         if path.is_file():
@@ -3323,7 +3324,8 @@ def resolve_config(typed: Mapping[str, Any], checkpoint: Mapping[str, Any] | Non
         # Nobody's run is judged on the demo's voice unasked.
         beside = Path(split_manifest(config.train_manifest[0])[0]).with_name("val_pairs.jsonl")
         config.val_manifest = config.val_manifest or [str(beside)]
-        if config.val_manifest == [str(beside)] and not beside.is_file() and "val_manifest" not in asked:
+        has_data = Path(split_manifest(config.train_manifest[0])[0]).exists()  # else that is what is said
+        if has_data and config.val_manifest == [str(beside)] and not beside.is_file() and "val_manifest" not in asked:
             raise UserError(f"no validation data: {beside} does not exist. Pass --val-manifest (tools.preprocess holds "
                             "sentences back for it)")
     config.tokenizer = config.tokenizer or "tokenizers/amharic_extended_bpe.model"
