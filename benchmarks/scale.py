@@ -1,7 +1,8 @@
-"""What a data set of a million rows costs to open: seconds, and memory above that of the program itself.
+"""What a data set of a million rows costs to open and to prepare: seconds, and memory above that of the program.
 
-Rows have the layout of tools.build_pairs over shards of tools.preprocess; the arrays are empty space on the disk
-(holes), so only what is done per row counts. Each line of the table is a process of its own.
+Only what is done for every row counts. The arrays that the trainer opens are holes on the disk, in shards as of
+tools.preprocess; what the tools would measure or compute of the sounds is there already. Each line of the table is a
+process of its own.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,29 @@ def make_manifest(folder: Path, rows: int) -> Path:
     return manifest
 
 
+def speaker_of(i: int) -> str:
+    return f"s{i * 2654435761 % 2**32 * 200 >> 32:03d}"
+
+
+def sentence(i: int) -> str:
+    """One for each number, of eight words."""
+    words = "ስለሰብአዊ መብቶች ለማስተማር የሚረዱ አንዳንድ ዘዴዎች ሰላም ለዓለም ውሃ ብርሃን ትምህርት ቤት መንገድ ከተማ ዛፍ ወንዝ".split()
+    return " ".join(words[i >> 4 * place & 15] for place in range(8))
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, object]]) -> Path:
+    with path.open("w", encoding="utf-8") as handle:
+        for row in rows:
+            handle.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return path
+
+
+def make_recordings(folder: Path, rows: int) -> Path:
+    return write_rows(folder / "recordings.jsonl", (
+        {"id": f"t{i:08d}", "text": sentence(i), "audio": f"audio/t{i:08d}.flac", "speaker": speaker_of(i),
+         "language": "am"} for i in range(rows)))
+
+
 def memory_mb(field: str) -> float:
     """VmRSS or VmHWM (the highest so far) of this process."""
     status = Path("/proc/self/status").read_text()
@@ -71,7 +95,56 @@ def open_manifest(folder: Path, rows: int) -> Callable[[], object]:
     return lambda: trainer.ManifestDataset([str(manifest)], trainer.model_config_from(MODEL, "config.yaml")).fingerprint
 
 
-MEASURED = {"the trainer opens the manifest": open_manifest}
+def build_pairs(folder: Path, rows: int) -> Callable[[], object]:
+    from tools import build_pairs
+
+    (folder / "config.yaml").write_text(json.dumps({"gpt": MODEL}))
+    write_rows(folder / "utterances.jsonl", (
+        {"id": f"t{i:08d}", "speaker": speaker_of(i), "language": "am", "split": "val" if i % 50 == 49 else "train",
+         "text": sentence(i), "audio": f"audio/t{i:08d}.flac", "duration": 3.2, "text_ids_start": TEXT * i,
+         "text_len": TEXT, "codes_start": CODES * i, "code_len": CODES, "emo_vec_start": i,
+         **({"condition_start": 32 * i, "condition_len": 32} if i % 100 < 4 else {})} for i in range(rows)))
+    return lambda: build_pairs.main(["--data-dir", str(folder)])
+
+
+def filter_dataset(folder: Path, rows: int) -> Callable[[], object]:
+    """Recordings of 2 to 14 seconds that are measured already."""
+    from tools import clip_measures, filter_dataset
+
+    path, draw = make_recordings(folder, rows), np.random.default_rng(0)
+    width = (clip_measures.BANDS - 1) // 8
+    with (folder / "filter_cache.jsonl").open("w") as cache:
+        for i in range(rows):
+            seconds = float(draw.uniform(2, 14))
+            found = clip_measures.Measures(seconds, -20.0, 40.0, 0.0, 0.0, 0.1, seconds - 0.1, draw.bytes(
+                width * int(seconds / clip_measures.HOP)).hex(), seconds - 0.2)
+            name = json.dumps(["measures", filter_dataset.MEASURED_BY, f"audio/t{i:08d}.flac", 1, 1])
+            cache.write(json.dumps([name, found.as_json()]) + "\n")
+    filter_dataset.stamp_of = lambda path, sound: [sound, 1, 1]
+    filter_dataset.path_within = lambda audio, audio_dir: audio_dir / audio
+    filter_dataset.trim = lambda item, *rest: item.row
+    filter_dataset.worst_clips = lambda *rest: []
+    return lambda: filter_dataset.main([str(path)])
+
+
+def preprocess(folder: Path, rows: int) -> Callable[[], object]:
+    """Recordings whose features are computed already."""
+    from tools import features, preprocess
+
+    path = make_recordings(folder, rows)
+    codes = np.zeros(CODES, np.int32)
+    of_clip = {"codes": codes, "samples": np.array([CODES * 320]), "condition": np.zeros((32, 256), np.float32),
+               "emo_vec": np.zeros((1, 256), np.float32)}
+    preprocess.find_clip = lambda audio, audio_dir: features.Clip(audio, 1, 1)
+    preprocess.fill_cache = lambda *rest: {}
+    features.FeatureCache.read = lambda cache, clips: ((i, of_clip) for i in range(len(clips)))  # type: ignore
+    return lambda: preprocess.main(["--recordings", str(path), "--codec", "processed_data/speech_codec.pt",
+                                    "--tokenizer", "tokenizers/amharic_extended_bpe.model", "--output-dir",
+                                    str(folder / "arrays")])
+
+
+MEASURED = {"the trainer opens the manifest": open_manifest, "tools.build_pairs": build_pairs,
+            "tools.filter_dataset": filter_dataset, "tools.preprocess": preprocess}
 
 
 def measure(name: str, rows: int, scratch: Path) -> None:
