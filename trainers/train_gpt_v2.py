@@ -447,7 +447,7 @@ Attention = Callable[[Tensor, PackedBatch], Tensor]
 
 def dropped(x: Tensor, p: float, training: bool) -> Tensor:
     """F.dropout; on a CPU from 16 random bits a value, which are drawn in a seventh of the time of PyTorch's masks."""
-    if x.device.type != "cpu" or not training or not p:
+    if x.device.type != "cpu" or not training or not p or torch.compiler.is_compiling():
         return F.dropout(x, p, training)
     limit, count = min(round(p * 2**16), 2**16 - 1), x.numel()
     bits = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[:count]
