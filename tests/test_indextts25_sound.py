@@ -20,7 +20,7 @@ from conftest import call_trainer, read_jsonl, trainer
 from released_folder import CHANNELS, CONFIG, CONFIG_25, make_released_folder, make_released_folder_25
 from released_sound import add_sound
 from test_indextts2_features import make_babble
-from test_indextts2_sound import RATE, TEXTS, error_of, write_voice
+from test_indextts2_sound import RATE, TEXTS, error_of, speak_texts, write_voice
 
 from tools import build_pairs, evaluate_voice, export_checkpoint, preprocess, synthesize
 from tools.generation import Line, Sampling, Synthesizer, generate_codes
@@ -163,13 +163,7 @@ def test_all_that_a_waveform_needs_moves_to_another_device_and_the_same_sound_co
 
 
 def test_the_programs_speak_watch_and_judge(checkpoint, data, folder, tmp_path, capsys):
-    write_voice(tmp_path / "a.wav", 1)
-    (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
-    voice = ["--checkpoint", str(checkpoint), "--prompt", str(tmp_path / "a.wav"), "--model-dir", str(folder),
-             "--max-length", "9"]
-    synthesize.main([*voice, "--text", TEXTS[0], "--output", str(tmp_path / "out.wav")])
-    synthesize.main([*voice, "--text-file", str(tmp_path / "texts.txt"), "--output-dir", str(tmp_path / "lines")])
-    first, rate = soundfile.read(tmp_path / "out.wav")
+    first, rate = speak_texts(checkpoint, folder, tmp_path)
     assert rate == RATE and len(first) and np.array_equal(first, soundfile.read(tmp_path / "lines/0001.wav")[0])
     assert len(read_jsonl(tmp_path / "lines/spoken.jsonl")) == 3
     synthesize.main(["--watch", str(checkpoint.parent), "--model-dir", str(folder), "--max-length", "6"])

@@ -142,7 +142,8 @@ def test_a_line_sounds_the_same_alone_and_beside_others_and_latents_are_the_gpts
     assert other.shape != together[0][1].shape or not torch.equal(other, together[0][1])
 
 
-def test_the_program_speaks_a_text_a_file_and_watches_a_run(checkpoint, folder, tmp_path, capsys):
+def speak_texts(checkpoint: Path, folder: Path, tmp_path: Path) -> tuple[np.ndarray, int]:
+    """The program says the first of TEXTS to out.wav, and all of them to lines/. Returns out.wav and its rate."""
     write_voice(tmp_path / "a.wav", 1)
     (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
     voice = ["--checkpoint", str(checkpoint), "--prompt", str(tmp_path / "a.wav"), "--model-dir", str(folder),
@@ -150,6 +151,11 @@ def test_the_program_speaks_a_text_a_file_and_watches_a_run(checkpoint, folder, 
     synthesize.main([*voice, "--text", TEXTS[0], "--output", str(tmp_path / "out.wav")])
     synthesize.main([*voice, "--text-file", str(tmp_path / "texts.txt"), "--output-dir", str(tmp_path / "lines")])
     first, rate = soundfile.read(tmp_path / "out.wav")
+    return first, rate
+
+
+def test_the_program_speaks_a_text_a_file_and_watches_a_run(checkpoint, folder, tmp_path, capsys):
+    first, rate = speak_texts(checkpoint, folder, tmp_path)
     again, _ = soundfile.read(tmp_path / "lines/0001.wav")
     assert rate == RATE and len(first) and np.array_equal(first, again) and (tmp_path / "out.png").stat().st_size
     assert [row["name"] for row in read_jsonl(tmp_path / "lines/spoken.jsonl")] == ["0001", "0002", "0003"]

@@ -133,6 +133,9 @@ class MicroBatch:
     text_scored: int
     mel_scored: int
 
+    def logits(self, model: ModelConfig) -> int:
+        return self.text_scored * (model.number_text_tokens + 1) + self.mel_scored * model.number_mel_codes
+
 
 def kept_for_backward(model: ModelConfig, batch: MicroBatch, width: int, has_dropout: bool, recomputes: bool) -> int:
     """Bytes that forward passes keep; width: bytes of a number in matrix products (2 or 4). The residual stream, the
@@ -140,21 +143,19 @@ def kept_for_backward(model: ModelConfig, batch: MicroBatch, width: int, has_dro
     dim, scored = model.model_dim, batch.text_scored + batch.mel_scored
     block = dim * (2 * 4 + (1 + 3 + 1 + 1 + 4 + 4) * width + 2 * has_dropout) + 4 * model.heads
     blocks = (block + 4 * dim * (model.layers - 1) if recomputes else block * model.layers) + dim * has_dropout
-    logits = batch.text_scored * (model.number_text_tokens + 1) + batch.mel_scored * model.number_mel_codes
-    return batch.rows * blocks + scored * dim * (2 * 4 + width) + 4 * logits
+    return batch.rows * blocks + scored * dim * (2 * 4 + width) + 4 * batch.logits(model)
 
 
 def memory_of(model: ModelConfig, parameters: int, batch: MicroBatch, width: int, config: TrainConfig
               ) -> dict[str, int]:
     """Bytes on the GPU at the start of the backward pass, where they are most; logits are there in float32 and in their
     own width besides."""
-    logits = batch.text_scored * (model.number_text_tokens + 1) + batch.mel_scored * model.number_mel_codes
     matrices = 12 * model.layers * model.model_dim**2 + model.model_dim * (
         model.number_text_tokens + 1 + model.number_mel_codes)
     kept = kept_for_backward(model, batch, width, config.dropout > 0, config.grad_checkpointing)
     return {"weights": 4 * parameters, "gradients": 4 * parameters, "moments": 8 * parameters,
-            "16-bit weights": 2 * matrices if width == 2 else 0, "activations": kept + logits * (4 + width),
-            "CUDA": int(CUDA_ITSELF * GIB)}
+            "16-bit weights": 2 * matrices if width == 2 else 0,
+            "activations": kept + batch.logits(model) * (4 + width), "CUDA": int(CUDA_ITSELF * GIB)}
 
 
 def largest_micro_batch(model: ModelConfig, lengths: np.ndarray, order: np.ndarray, config: TrainConfig) -> MicroBatch:
