@@ -140,7 +140,7 @@ def writing_to(folder: Path) -> Iterator[None]:
                         f"{remedy_for(error)}") from error
 
 
-def _is_running(process_id: int) -> bool:
+def is_running(process_id: int) -> bool:
     try:
         os.kill(process_id, 0)
     except ProcessLookupError:
@@ -156,7 +156,7 @@ def _leftovers(folder: Path) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
     for path in folder.glob(".*.tmp*"):
         match = re.fullmatch(r"\.(.+)\.(\d+)\.tmp(\.[^.]*)?", path.name)
-        if match and not _is_running(int(match[2])):
+        if match and not is_running(int(match[2])):
             found.setdefault(match[1] + (match[3] or ""), []).append(path)
     return found
 

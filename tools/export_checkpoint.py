@@ -30,9 +30,9 @@ from torch import Tensor
 from tools._common import (
     Progress,
     ToolError,
-    _is_running,
     atomic_path,
     info,
+    is_running,
     make_parser,
     run_program,
     sha256_of,
@@ -361,7 +361,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     for leftover in path.parent.glob(f".{path.name}.*.tmp"):
         number = leftover.name.split(".")[-2]
-        if number.isdigit() and not _is_running(int(number)):  # a killed export's
+        if number.isdigit() and not is_running(int(number)):  # a killed export's
             shutil.rmtree(leftover, ignore_errors=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.mkdir()
