@@ -65,9 +65,10 @@ LINES = {
     "out_of_memory": Line("Out of memory", "processes", 90),
     "several_processes": Line("Several processes, NCCL", "processes", 90),
     "resume_fp16": Line("Killed and resumed, fp16", "processes", 200),
+    "features": Line("Features", "features", 90),
+    "resume_compiled": Line("Killed and resumed, compiled", "compiled", 200),
     "compiled": Line("Speed, compiled", "compiled", 400),  # it reports as it goes, and takes what time is left
 }
-NOT_BUILT = {"features": "Features per hour of speech"}
 
 
 @dataclass
@@ -104,7 +105,7 @@ def aims(results: dict[str, Result]) -> dict[str, str]:
     empty = not_measured("")
     mfu = best_mfu(results)
     cost = results.get("resume_bf16", empty).figures.get("cost_of_run")
-    resumes = {name: results[name].figures["differs"] for name in ("resume_bf16", "resume_fp16")
+    resumes = {name: results[name].figures["differs"] for name in ("resume_bf16", "resume_fp16", "resume_compiled")
                if "differs" in results.get(name, empty).figures}
     equal = all(not differing for differing in resumes.values()) if resumes else None
     return {"MFU >= 0.5 on real tokens, 16 bit": verdict(mfu is not None and mfu >= 0.5 if mfu is not None else None,
@@ -125,9 +126,8 @@ def table_text(results: dict[str, Result], heading: str) -> str:
     verdicts = {True: "ok", False: "FAILED", None: ""}
     lines = [heading, ""]
     for name, result in results.items():
-        title = LINES[name].title if name in LINES else NOT_BUILT[name]
         first, *others = result.text.splitlines() or [""]
-        lines.append(f"{title:32} {verdicts[result.passed]:6} {first}  [{result.seconds:.0f} s]")
+        lines.append(f"{LINES[name].title:32} {verdicts[result.passed]:6} {first}  [{result.seconds:.0f} s]")
         lines += [f"{'':39} {other}" for other in others]
     for name, ratios in speed_ratios(results).items():
         if ratios:
@@ -317,7 +317,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             measure_group([name for name in names if LINES[name].group == group], arguments,
                           began + 60 * args.minutes, on_result, patience=3.0 if args.tiny else 1.0)
     results = {key: results[key] for key in LINES if key in results}
-    results.update({name: Result("not built") for name in NOT_BUILT})
     heading += f", {time.monotonic() - began:.0f} s"
     write_table(output, results, heading)
     print(f"\n{(output / 'TABLE.txt').read_text(encoding='utf-8')}\n{output}", flush=True)

@@ -24,7 +24,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,9 +94,10 @@ class Bench:
         self.so_far = outcome
         print("\n@so_far " + json.dumps(dataclasses.asdict(outcome)), flush=True)
 
-    def drive(self, mode: str, at: int, flags: Sequence[str], launcher: Sequence[str] = ()) -> gpu_trainer.Driven:
+    def drive(self, mode: str, at: int, flags: Sequence[str], launcher: Sequence[str] = (),
+              environment: Mapping[str, str] | None = None) -> gpu_trainer.Driven:
         """Starts a trainer, which ends with the line at the latest."""
-        self.started_trainers.append(gpu_trainer.drive(mode, at, flags, launcher))
+        self.started_trainers.append(gpu_trainer.drive(mode, at, flags, launcher, environment))
         return self.started_trainers[-1]
 
     @contextmanager
@@ -534,7 +535,7 @@ def synchronisations(bench: Bench) -> Outcome:
             torch.cuda.set_sync_debug_mode("default")
     places: dict[str, int] = {}
     for warning in heard:
-        if "synchroniz" in str(warning.message):
+        if "called a synchronizing" in str(warning.message):
             place = f"{Path(warning.filename).name}:{warning.lineno}"
             places[place] = places.get(place, 0) + 1
     return Outcome(f"{sum(places.values())} in a step" + (": " + ", ".join(f"{place} ({count})" for place, count in
@@ -592,32 +593,33 @@ def eager(bench: Bench) -> Outcome:
     return Outcome(f"{dtype_name(run.precision.dtype)}: {describe(timings)}", {"batch": timings})
 
 
-def compiled(bench: Bench) -> Outcome:
+def require_compiler() -> None:
+    needs_gpu("--compile")
     if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
         raise CannotMeasure("torch.compile needs a C compiler, and there is none")
-    run = bench.make_run(compile=True)
-    timings: Timings = {}
-    peak, first = trainer.peak_flops(run.precision), {}  # type: ignore[var-annotated]
+
+
+def compiled(bench: Bench) -> Outcome:
+    require_compiler()
+    run, timings = bench.make_run(compile=True), {}  # type: ignore[var-annotated]
+    seconds: dict[int, float] = {}
     for size in reversed(bench.sizes.batch_sizes):  # the largest first: it is the one that matters, and time may end
         started = time.perf_counter()
-        if steps_or_none(run, size, 1, warm_up=0) is None:
-            timings[size] = None
-            continue
-        first[size] = time.perf_counter() - started
-        bench.tell(compiled_outcome(run, timings, first))
-        timing = steps_or_none(run, size, bench.sizes.steps)
-        timings[size] = timing.figures(peak) if timing else None
-        bench.tell(compiled_outcome(run, timings, first))
-    return compiled_outcome(run, timings, first)
+        fits = steps_or_none(run, size, 1) is not None  # sizes on both sides of some bounds are compiled apart
+        seconds[size] = time.perf_counter() - started
+        timing = steps_or_none(run, size, bench.sizes.steps) if fits else None
+        timings[size] = timing.figures(trainer.peak_flops(run.precision)) if timing else None
+        bench.tell(compiled_outcome(run, timings, seconds))
+    return compiled_outcome(run, timings, seconds)
 
 
-def compiled_outcome(run: trainer.Run, timings: Timings, first: dict[int, float]) -> Outcome:
+def compiled_outcome(run: trainer.Run, timings: Timings, seconds: dict[int, float]) -> Outcome:
     counters = torch._dynamo.utils.counters
     graphs, breaks = counters["stats"].get("unique_graphs", 0), sum(counters["graph_break"].values())
-    seconds = ", ".join(f"{value:.1f} s at batch {size}" for size, value in first.items())
-    return Outcome(f"{dtype_name(run.precision.dtype)}: {describe(timings) or 'no speed yet'}; first steps {seconds}; "
-                   f"{graphs} graphs compiled, {breaks} breaks",
-                   {"batch": dict(timings), "first_step_seconds": dict(first), "graphs": graphs, "breaks": breaks})
+    first = ", ".join(f"{value:.1f} s at batch {size}" for size, value in seconds.items())
+    return Outcome(f"{dtype_name(run.precision.dtype)}: {describe(timings)}; the first four steps {first}; {graphs} "
+                   f"graphs compiled, {breaks} breaks",
+                   {"batch": dict(timings), "first_steps_seconds": dict(seconds), "graphs": graphs, "breaks": breaks})
 
 
 def loader(bench: Bench) -> Outcome:
@@ -719,6 +721,24 @@ def usual_way(bench: Bench) -> Outcome:
                    {"batch": timings, "blocks": name})
 
 
+def features(bench: Bench) -> Outcome:
+    """tools.preprocess --features indextts2 on this device, with random weights of the released sizes."""
+    if version_of("transformers") == "none":
+        raise CannotMeasure("transformers is not installed")
+    from benchmarks.features import seconds_of_parts
+    from benchmarks.random_weights import make_parts
+    from tools.indextts2_features import IndexTTS2Features
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with bench.folders("released"):
+        made = IndexTTS2Features(make_parts(bench.scratch / "released", bench.sizes.released), device)
+        figures = {seconds: seconds_of_parts(made, seconds, rounds=8) for seconds in (3.0, 6.0, 12.0)}
+    texts = [f"recordings of {seconds:g} s {of['an utterance'] / seconds * 3600:.0f} s (w2v-BERT "
+             f"{of['filter bank and w2v-BERT'] / seconds * 3600:.0f})" for seconds, of in figures.items()]
+    return Outcome(f"codes and emotion vectors of an hour of speech, one process: {', '.join(texts)}; a prompt's "
+                   f"condition {1e3 * figures[12.0]['a prompt, once more']:.0f} ms", {"seconds": figures})
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The trainer as a process
 
@@ -756,29 +776,40 @@ def fewer_layers(bench: Bench, layers: int) -> Path:
     return path
 
 
-def killed_and_resumed(bench: Bench, amp: str, layers: int, timed: bool) -> tuple[dict[str, Any], list[str]]:
+def killed_and_resumed(bench: Bench, amp: str, layers: int, timed: bool = False, compiled: bool = False
+                       ) -> tuple[dict[str, Any], list[str]]:
     """Kills a run after a save, resumes it, and compares it with one that nobody stopped.
 
-    timed: nothing runs beside the killed run, whose save and steps are measured.
+    timed: nothing runs beside the killed run, whose second save and steps are measured. compiled: by --compile, and
+    each process finds no kernels that another has compiled, as on another machine.
     Returns: figures, and what differs.
     """
     config = fewer_layers(bench, layers) if layers != bench.sizes.gpt["layers"] else None
-    flags = functools.partial(process_flags, bench, amp=amp, config=config)
-    last, say = SAVE_STEP + 2, functools.partial(print, flush=True)
+    typed: dict[str, Any] = {"compile": True} if compiled else {}
+
+    def flags(output: str, **more: Any) -> list[str]:
+        return process_flags(bench, output, amp, config, **typed, **more)
+
+    say = functools.partial(print, flush=True)
+
+    def drive(mode: str, at: int, cache: str, flags: list[str]) -> gpu_trainer.Driven:
+        return bench.drive(mode, at, flags, environment={
+            f"{name}_CACHE_DIR": str(bench.scratch / cache / name) for name in ("TORCHINDUCTOR", "TRITON")})
+
     say(f"{amp}, {layers} layers: a run that is killed once step {SAVE_STEP} is saved")
-    stopped = bench.drive("kill", SAVE_STEP, flags("killed", save_interval=SAVE_STEP))
-    reference = None if timed else bench.drive("until", last, flags("whole"))
-    save = stopped.report(status=-9)
+    save = drive("kill2" if timed else "kill", SAVE_STEP, "cache1", flags("killed", save_interval=SAVE_STEP)
+                 ).report(status=-9)
     if save["error"]:
         raise RuntimeError(f"the save failed: {save['error']}")
     del save["output"]
     if timed:
         bench.tell(Outcome(describe_save(save).strip(), save))
+    last = save["saved"] + 2
     say(f"{amp}: killed after step {save['step']}; resuming, beside a run that nobody stops")
-    resumed = bench.drive("until", last, flags("killed", resume="auto"))
-    reference = reference or bench.drive("until", last, flags("whole"))
+    resumed = drive("until", last, "cache2", flags("killed", resume="auto"))
+    reference = drive("until", last, "cache3", flags("whole"))
     after, undisturbed = resumed.report(), reference.report()
-    if f"Step: {SAVE_STEP}\n" not in after["output"]:
+    if f"Step: {save['saved']}\n" not in after["output"]:
         raise RuntimeError("the resumed run did not go on from the saved step")
     differing = [part for part, digest in undisturbed["digests"].items() if after["digests"][part] != digest]
     losses = [train_lines(bench.scratch / name) for name in ("killed", "whole")]
@@ -804,7 +835,7 @@ def resume_bf16(bench: Bench) -> Outcome:
 def describe_resume(figures: dict[str, Any], differing: list[str]) -> str:
     verdict = f"differs in {', '.join(differing)}" if differing else (
         "the same bits (weights, optimizer, scaler, losses)")
-    return (f"{figures['layers']} layers, SIGKILL in step {figures['step'] + 1}, resumed from step {SAVE_STEP}: "
+    return (f"{figures['layers']} layers, SIGKILL in step {figures['step'] + 1}, resumed from step {figures['saved']}: "
             f"{verdict}; "
             f"{figures['seconds_to_resume']:.1f} s from the command to the first step, the file in the page cache (a "
             f"fresh start {figures['seconds_to_start']:.1f} s, beside it)")
@@ -832,7 +863,17 @@ def resume_fp16(bench: Bench) -> Outcome:
         layers = max(1, layers // 4)
     require_disk(bench, layers, 2)
     with bench.folders("killed", "whole"):
-        figures, differing = killed_and_resumed(bench, "fp16", layers, timed=False)
+        figures, differing = killed_and_resumed(bench, "fp16", layers)
+    return Outcome(describe_resume(figures, differing), figures, not differing)
+
+
+def resume_compiled(bench: Bench) -> Outcome:
+    """The same with --compile, on few layers, for each of three processes compiles."""
+    require_compiler()
+    layers = max(1, bench.sizes.gpt["layers"] // 6)
+    require_disk(bench, layers, 2)
+    with bench.folders("killed", "whole", "cache1", "cache2", "cache3"):
+        figures, differing = killed_and_resumed(bench, "auto", layers, compiled=True)
     return Outcome(describe_resume(figures, differing), figures, not differing)
 
 
@@ -879,8 +920,8 @@ def ranks_agree(bench: Bench, count: int) -> Outcome:
 FUNCTIONS: dict[str, Callable[[Bench], Outcome]] = {
     function.__name__: function for function in (
         machine, matrix, attention, precisions, same_bits, deterministic_cost, checkpointing, memory_plan,
-        synchronisations, eager, loader, profile, usual_way, compiled, resume_bf16, resume_fp16, out_of_memory,
-        several_processes)}
+        synchronisations, eager, loader, profile, usual_way, compiled, features, resume_bf16, resume_fp16,
+        resume_compiled, out_of_memory, several_processes)}
 DEVICE_FAULT = re.compile(r"CUDA error|device-side assert|illegal memory|AcceleratorError|CUBLAS_STATUS|CUDNN_STATUS")
 
 

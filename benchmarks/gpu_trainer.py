@@ -3,8 +3,8 @@
     python -m benchmarks.gpu_trainer MODE STEP TRAINER_ARGUMENTS...
 
 MODE: until (leaves once STEP is logged, without saving), kill (SIGKILL in the midst of a step, once the save of STEP is
-on the disk), oom (fills the GPU's memory after step 2, so that the batch no longer fits, and leaves once STEP is
-logged). What it saw is one line, "@report " and a JSON object.
+on the disk), kill2 (once a second save, which is measured, is there too), oom (fills the GPU's memory after step 2, so
+that the batch no longer fits, and leaves once STEP is logged). What it saw is one line, "@report " and a JSON object.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ import numpy as np
 import torch
 import yaml
 
+from benchmarks.random_weights import ReleasedSizes
 from trainers import train_gpt_v2 as trainer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,6 +53,7 @@ class Sizes:
     steps: int  # that a timing takes
     matrix: int  # side of the matrix products that are timed
     batch_flags: tuple[str, ...] = ()  # of trainer processes; none: as the trainer chooses
+    released: ReleasedSizes = ReleasedSizes()  # of what makes features
 
 
 REAL = Sizes({"model_dim": 1280, "layers": 24, "heads": 20, "max_text_tokens": 600, "max_mel_tokens": 1815,
@@ -60,7 +62,8 @@ REAL = Sizes({"model_dim": 1280, "layers": 24, "heads": 20, "max_text_tokens": 6
 TINY = Sizes({"model_dim": 32, "layers": 2, "heads": 2, "max_text_tokens": 30, "max_mel_tokens": 60,
               "number_text_tokens": 400, "number_mel_codes": 66, "start_mel_token": 64, "stop_mel_token": 65},
              text=(3, 12), codes=(6, 40), rows=40, prompts=4, batch_sizes=(2, 4), steps=2, matrix=64,
-             batch_flags=("--batch-size", "4", "--grad-accumulation", "1"))
+             batch_flags=("--batch-size", "4", "--grad-accumulation", "1"),
+             released=ReleasedSizes(hidden=24, layers=17, heads=2, wide=32, width=16, blocks=1, codec=16))
 
 
 def make_tokenizer(path: Path, size: int) -> None:
@@ -152,6 +155,7 @@ class Driver:
     alone: list[float] = field(default_factory=list)  # seconds of steps without a save beside them
     beside: list[float] = field(default_factory=list)
     save: trainer.PendingSave | None = None
+    first_save: trainer.PendingSave | None = None  # page-locks memory, which the next ones find
     ballast: Any = None
     split_from: int = 0  # batch size before the memory was filled
     notes: dict[str, Any] = field(default_factory=dict)
@@ -164,7 +168,7 @@ class Driver:
             self.first_step_at = self.notes["first_step_at"] = time.time()
         if name == "logged":
             self.note_step()
-        {"until": self.until, "kill": self.kill, "oom": self.oom}[self.mode](name, run, *details)
+        {"until": self.until, "kill": self.kill, "kill2": self.kill, "oom": self.oom}[self.mode](name, run, *details)
         if name in ("logged", "save"):
             self.began = time.perf_counter()
 
@@ -183,13 +187,19 @@ class Driver:
 
     def kill(self, name: str, run: trainer.Run, *details: Any) -> None:
         if name == "save" and self.save is None:
-            self.save = run.saving
-            run.config = dataclasses.replace(run.config, save_interval=0)  # no second save while this one is measured
+            run.config = dataclasses.replace(run.config, save_interval=0)  # no other save while this one is measured
+            if self.mode == "kill" or self.first_save:
+                self.save = run.saving
+            self.first_save = self.first_save or run.saving
+        first = self.first_save
+        if name == "logged" and first and self.save is None and first.written and first.written.done():
+            run.config = dataclasses.replace(run.config, save_interval=1)
         if name != "micro_step" or self.save is None or self.save.written is None or not self.save.written.done():
             return
         steady = self.alone[len(self.alone) // 2 :]
         values = {"bytes": 0, "seconds_written": 0.0, **self.save.values}
-        self.report(step=run.state.position.step, error=str(self.save.error or ""), **values,
+        self.report(step=run.state.position.step, saved=self.save.state.position.step,
+                    error=str(self.save.error or ""), **values,
                     step_alone=statistics.median(steady) if steady else None,
                     step_beside=statistics.fmean(self.beside) if self.beside else None, steps_beside=len(self.beside),
                     global_batch=run.config.global_batch)
@@ -252,12 +262,13 @@ class Driven:
         return {**reports[0], "output": output}
 
 
-def drive(mode: str, at: int, flags: Sequence[str], launcher: Sequence[str] = ()) -> Driven:
+def drive(mode: str, at: int, flags: Sequence[str], launcher: Sequence[str] = (),
+          environment: Mapping[str, str] | None = None) -> Driven:
     """Starts the trainer under the driver; launcher: what stands before the module's name (torchrun's arguments)."""
     command = [sys.executable, *launcher, "-m", "benchmarks.gpu_trainer", mode, str(at), *flags]
     started = time.time()
     return Driven(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                   errors="replace"), started)
+                                   errors="replace", env={**os.environ, **(environment or {})}), started)
 
 
 def main() -> int:

@@ -62,7 +62,7 @@ TESTED = {
     "--lora-dropout": "test_lora.py::test_dropout_changes_what_is_learned",
     "--lora-targets": "test_lora.py::test_its_checkpoint_holds_the_small_part_and_what_it_adds_to",
     "--freeze-base-vocab": "test_settings.py::test_a_frozen_vocabulary_stays_and_the_rest_trains",
-    "--compile": "test_settings.py::test_compile_compiles",
+    "--compile": "test_settings.py::test_compile_is_asked_for_kernels_that_give_the_same_bits_again",
     "--profile": "test_settings.py::test_profile_writes_a_trace",
 }
 
@@ -354,18 +354,23 @@ def act(): print("helpers", threading.active_count() + len(multiprocessing.activ
     assert state_of(tmp_path / "1") == state_of(tmp_path / "6")
 
 
-def test_compile_compiles(tmp_path):
+def test_compile_is_asked_for_kernels_that_give_the_same_bits_again(tmp_path):
     """Its own backend needs a C compiler and many seconds; that it is asked for the training step is enough."""
     before = """
-import torch
+import torch, torch._inductor.config as inductor
 def compile_nothing(self, *args, **options):
-    print("compiled", options, flush=True)
+    print("compiled", options, inductor.deterministic, inductor.split_reductions, flush=True)
 torch.nn.Module.compile = compile_nothing
-real = torch.compile
-torch.compile = lambda model=None, *args, **options: (print("compiled", options, flush=True), model)[1]
+def as_on_a_gpu(model, precision):
+    model.attention = trainer.varlen_attention = trainer.padded_attention
+    return "varlen"
+trainer.choose_attention = as_on_a_gpu
 """
-    assert "compiled" in train(tmp_path / "out", "--max-steps", 1, "--compile", before=before)
+    compiled = "compiled {'dynamic': True} True False"
+    assert compiled in train(tmp_path / "out", "--max-steps", 1, "--compile", before=before)
     assert "compiled" not in train(tmp_path / "plain", "--max-steps", 1, before=before)
+    args = [*data_args(make.HERE / "data"), *SETTINGS, "--output-dir", tmp_path / "cpu", "--compile"]
+    errs(train_in_process(*args), "type --no-compile")
 
 
 def test_profile_writes_a_trace(tmp_path):

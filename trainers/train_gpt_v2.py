@@ -420,6 +420,7 @@ class PackedBatch:
     bad_rows: dict[int, str]  # data set row -> what is wrong with its files
     error: str  # a row contradicts the manifest or the model; "" if none does
     lengths: list[int]  # rows of each sample, [B]
+    longest: int
     text_counts: list[int]  # scored text rows of each sample, [B]
     mel_counts: list[int]
     condition: Tensor  # [B, 32, D] float32; [B, 1, 192] in IndexTTS-2.5
@@ -493,8 +494,8 @@ def varlen_attention(qkv: Tensor, batch: PackedBatch) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = qkv.unbind(1)
-    longest = max(batch.lengths)
-    out: Any = varlen_attn(q, k, v, batch.cu_seqlens, batch.cu_seqlens, longest, longest, window_size=(-1, 0))
+    out: Any = varlen_attn(q, k, v, batch.cu_seqlens, batch.cu_seqlens, batch.longest, batch.longest,
+                           window_size=(-1, 0))
     return out.flatten(1)
 
 
@@ -1183,7 +1184,7 @@ def collate_packed(samples: Sequence[Sample | BrokenRow], model: ModelConfig) ->
     return PackedBatch(
         rows=[s.row for s in good], bad_rows={b.row: b.reason for b in broken if not b.fatal},
         error=next((b.reason for b in broken if b.fatal), ""), lengths=lengths,
-        text_counts=text_counts, mel_counts=mel_counts,
+        longest=max(lengths, default=0), text_counts=text_counts, mel_counts=mel_counts,
 
         condition=torch.from_numpy(condition), emo_vec=torch.from_numpy(emo_vec),
         cu_seqlens=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32), groups=groups, ungroup=ungroup,
@@ -2249,6 +2250,21 @@ def split_after_out_of_memory(run: Run) -> None:
     torch.cuda.empty_cache()  # nothing without CUDA
 
 
+def compile_model(model: UnifiedVoiceGPT) -> None:
+    """Compiles it so that a resumed run, on another machine too, gets the same bits: no kernel is chosen for the time
+    that it takes, and sums are not cut up by the sizes of the batch that happens to be compiled first.
+
+    Raises: UserError where attention would be compiled anew for many a batch.
+    """
+    import torch._inductor.config as inductor
+
+    if model.attention is not varlen_attention:
+        raise UserError("--compile works with varlen attention only: on a GPU of compute capability 8.0 and up, with "
+                        "--amp. Leave it out, or type --no-compile")
+    inductor.deterministic, inductor.split_reductions = True, False
+    model.compile(dynamic=True)
+
+
 def wrap_for_ranks(run: Run) -> None:
     """Wraps the model for several processes, which then start from rank 0's weights.
 
@@ -2572,14 +2588,27 @@ def check_finite(run: Run) -> None:
                         "skipped. Resume from an older checkpoint with --amp bf16 or --amp off")
 
 
+def on_the_host(tensor: Tensor) -> Tensor:
+    """A copy that stays as it is. From a GPU it is there once this has waited for the device: into page-locked memory,
+    which PyTorch keeps for the next save, it takes a thirtieth of the time."""
+    tensor = tensor.detach()
+    if tensor.device.type != "cuda":
+        return tensor.to("cpu", copy=True)
+    try:
+        return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+    except RuntimeError:  # no more memory may be locked
+        return tensor.to("cpu", copy=True)
+
+
 def make_checkpoint(run: Run, state: TrainState) -> dict[str, Any]:
     """A snapshot of the run at an optimizer-step boundary: plain values, and CPU tensors that stay as they are."""
     position = state.position
     config = {k: v for k, v in dataclasses.asdict(run.config).items() if k not in PER_PROCESS}
     model, optimizer, scaler, nonfinite = map_tree(
         (run.model.state_dict(), run.optimizer.state_dict(),
-         run.scaler.state_dict() if run.scaler.is_enabled() else None, run.nonfinite),
-        lambda tensor: tensor.detach().to("cpu", copy=True))
+         run.scaler.state_dict() if run.scaler.is_enabled() else None, run.nonfinite), on_the_host)
+    if run.precision.device.type == "cuda":
+        torch.cuda.synchronize()
     return {
         "format_version": FORMAT_VERSION,
         "model": in_name_order({**run.carried, **model} if run.lora_base is None else {
@@ -3657,7 +3686,7 @@ def prepare(typed: Mapping[str, Any], point: ResumePoint | None, output_dir: Pat
     else:
         run.state.schedule = make_schedule(config, run.state.position, epoch_size(train_data.mix))
     if config.compile:
-        model.compile(dynamic=True)
+        compile_model(model)
     return run
 
 
