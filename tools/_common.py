@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import errno
 import functools
 import hashlib
@@ -14,10 +15,12 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
+
+import orjson
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_RIGHT = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -194,8 +197,31 @@ def write_text(path: Path, text: str) -> None:
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """One compact JSON object per line; Ethiopic letters stay readable."""
-    lines = (json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in rows)
-    write_text(path, "".join(lines))
+    encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as handle:
+        handle.writelines(encode(row) + "\n" for row in rows)
+
+
+def _lines(path: Path, remedy: str) -> Iterator[bytes]:
+    """One at a time. Raises: ToolError for what is not UTF-8."""
+    start = 0
+    with path.open("rb") as handle:
+        for line in handle:  # a text may hold other line ends
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                raise ToolError(f"{path}: not UTF-8 text at byte {start + error.start}. {remedy}") from error
+            yield line if start else line.removeprefix(codecs.BOM_UTF8)
+            start += len(line)
+
+
+def _read_row(line: bytes) -> Any:
+    """What json makes of it, or says is wrong with it; orjson is quick, and refuses some of what json takes."""
+    with suppress(ValueError):
+        return orjson.loads(line)
+    row = json.loads(line)
+    json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair could not be written again
+    return row
 
 
 def read_jsonl(path: Path, required: Sequence[str], remedy: str,
@@ -209,17 +235,11 @@ def read_jsonl(path: Path, required: Sequence[str], remedy: str,
     if not Path(path).is_file():
         raise ToolError(f"{path}: no such file. {remedy}")
     rows = []
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # a text may hold other line ends
-    except UnicodeDecodeError as error:
-        raise ToolError(f"{path}: not UTF-8 text at byte {error.start}. {remedy}") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
+    for number, line in enumerate(_lines(Path(path), remedy), 1):
+        if line.isspace():
             continue
         try:
-            row = json.loads(line)
-            if "\\u" in line:  # half of a surrogate pair could not be written again
-                json.dumps(row, ensure_ascii=False).encode()
+            row = _read_row(line)
         except (ValueError, RecursionError) as error:
             reason = error.msg if isinstance(error, json.JSONDecodeError) else error
             raise ToolError(f"{path}, line {number}: not JSON ({reason}). {remedy}") from error

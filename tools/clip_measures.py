@@ -24,6 +24,7 @@ ALIKE_THIRD = 0.3  # the same for the worst third of them
 SHIFTS = range(-3, 4)  # rows by which the start of a copy may differ
 COMPARED = 24  # rows at the start of all prints that are compared at first
 SAME_LENGTH = 0.3  # seconds that copies of a sound may differ by
+BLOCK = 1024  # clips that are compared at a time
 
 
 @dataclass(frozen=True)
@@ -149,18 +150,25 @@ def alike(prints: Sequence[str], seconds: Sequence[float], progress: Progress | 
     order = np.argsort(seconds, kind="stable")
     lengths, starts = np.asarray(seconds)[order], starts[order]
     ends = np.searchsorted(lengths, lengths + SAME_LENGTH, side="right")
-    inner = starts[:, reach: reach + COMPARED]
+
+    def signs(first: int, end: int, shift: int) -> np.ndarray:
+        """The compared bits of clips as 1 and -1: two clips' product is the bits that agree less those that differ."""
+        moved = starts[first: end, reach + shift: reach + shift + COMPARED].reshape(end - first, -1)
+        return np.unpackbits(moved, axis=1).astype(np.float32) * 2 - 1
+
     pairs = []
-    for i, end in enumerate(ends):
-        if progress:
-            progress.update(i + 1)
-        close = np.zeros(end - i - 1, bool)
+    for first in range(0, len(bits), BLOCK):
+        last = min(first + BLOCK, len(bits))
+        end, inner = int(ends[last - 1]), signs(first, last, 0)
+        close = np.zeros((last - first, end - first), bool)
         for shift in SHIFTS:
-            moved = starts[i + 1: end, reach + shift: reach + shift + COMPARED]
-            close |= np.bitwise_count(moved ^ inner[i]).sum((1, 2)) <= ALIKE * COMPARED * (BANDS - 1)
-        for k in np.flatnonzero(close):
-            one, other = sorted((int(order[i]), int(order[i + 1 + k])))
-            whole, worst = distance(bits[one], bits[other])
-            if whole <= ALIKE and worst <= ALIKE_THIRD:
-                pairs.append((one, other))
+            close |= inner @ signs(first, end, shift).T >= (1 - 2 * ALIKE) * COMPARED * (BANDS - 1)
+        for i, k in zip(*np.nonzero(np.triu(close, 1)), strict=True):
+            if first + k < ends[first + i]:
+                one, other = sorted((int(order[first + i]), int(order[first + k])))
+                whole, worst = distance(bits[one], bits[other])
+                if whole <= ALIKE and worst <= ALIKE_THIRD:
+                    pairs.append((one, other))
+        if progress:
+            progress.update(last)
     return sorted(pairs)

@@ -53,10 +53,13 @@ import sys
 import threading
 import time
 import zipfile
+from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from json.encoder import encode_basestring_ascii
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -71,6 +74,11 @@ import yaml
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
+
+try:
+    from orjson import loads as read_json
+except ImportError:  # a rented machine's own Python: slower, else alike
+    from json import loads as read_json  # type: ignore[assignment]
 
 FORMAT_VERSION = 2  # of checkpoints; 1 is read too: it had validation_owed, and codec_sha256 instead of made_with
 ARITHMETIC = 1  # raised when the same settings give other bits; said on resume
@@ -665,6 +673,7 @@ class Row:
     """One line of a manifest. parts: of each of KINDS the file, and where in it this utterance begins; a start of None
     means that the file holds this utterance alone."""
 
+    number: int  # among the rows of all manifests
     id: str
     language: str  # "" where nothing tells it
     manifest: int
@@ -742,71 +751,123 @@ def compare_made_with(records: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple
     return {key: value for key, (_, value) in known.items()}, problems
 
 
-
-def emo_vecs(record: Mapping[str, Any], emo_source: str) -> tuple[str, str]:
-    """Whose emo_vec a row takes, and whose where --emo-source mixed draws the target's: names in the manifest.
+def emo_vecs(record: Mapping[str, Any], emo_source: str) -> tuple[str, ...]:
+    """Whose emo_vec a row takes, and with --emo-source mixed whose where the target's is drawn: names in the manifest.
 
     A row that has only one of the two takes that, but for --emo-source target, which wants the target's in every row.
     """
-    prompt, target = "prompt_emo_vec", "target_emo_vec"
-    if emo_source == "target":
-        return target, target
-    usual = prompt if record.get(f"{prompt}_path") else target
-    return usual, target if emo_source == "mixed" and record.get(f"{target}_path") else usual
+    usual = "prompt_emo_vec" if emo_source != "target" and record.get("prompt_emo_vec_path") else "target_emo_vec"
+    other = "target_emo_vec" if record.get("target_emo_vec_path") else usual
+    return (usual, other) if emo_source == "mixed" else (usual,)
 
 
-def parse_row(record: Any, manifest: int, line: int, folder: Path, emo_source: str = "prompt") -> Row:
-    """Raises: UserError that names what is missing or wrong in the row, without its place."""
+@functools.cache
+def row_keys(emo: tuple[str, ...]) -> tuple[Any, ...]:
+    """Keys of a row's texts and of its numbers, what takes the values of both from it, and the types they have."""
+    names = ("target_text_ids", "target_codes", "prompt_condition", *emo)
+    texts = ("id", *(f"{name}_path" for name in names))
+    numbers = ("target_text_len", "target_code_len", *(f"{name}_start" for name in names))
+    return texts, numbers, itemgetter(*texts, *numbers), (*[str for _ in texts], *[int for _ in numbers])
+
+
+def parse_row(record: Any, emo_source: str) -> tuple[Any, ...]:
+    """The values of row_keys. A start is -1 where the file holds this utterance alone.
+
+    Raises: UserError that names what is missing or wrong in the row, without its place.
+    """
     if not isinstance(record, dict):
         raise UserError("not a JSON object. Each line is one pair, as tools.build_pairs writes it")
-    names = ("target_text_ids", "target_codes", "prompt_condition", *emo_vecs(record, emo_source))
-    missing = [key for key in ("id", "target_text_len", "target_code_len") if record.get(key) in (None, "")]
-    missing += [f"{name}_path" for name in dict.fromkeys(names) if not isinstance(record.get(f"{name}_path"), str)]
+    texts, numbers, take, types = row_keys(emo_vecs(record, emo_source))
+    try:
+        row, lengths = take(record), len(texts)
+        if (*map(type, row),) == types and all(row[: lengths + 2]) and min(row[lengths:]) >= 0:
+            return row  # as nearly every one
+    except KeyError:
+        pass
+    missing = [key for key in ("id", *numbers[:2]) if record.get(key) in (None, "")]
+    missing += [key for key in texts[1:] if not isinstance(record.get(key), str)]
     if missing == ["target_emo_vec_path"] and emo_source == "target":
         raise UserError(NO_TARGET_EMO)
     if missing:
         hint = ("A manifest of single clips? Pair it with tools.build_pairs" if "codes_path" in record else
                 "Build the manifest with tools.build_pairs, or delete the line")
         raise UserError(f"missing {', '.join(missing)}. {hint}")
-    numbers = ["target_text_len", "target_code_len"] + [f"{name}_start" for name in names if f"{name}_start" in record]
-    for key in numbers:
+    for key in filter(record.__contains__, numbers):
         value, lowest = record[key], 1 if key.endswith("_len") else 0
         if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
             raise UserError(f"{key} is {value!r}, not a whole number of at least {lowest}")
-    # Interned: a shard's name stands in every row.
-    parts = tuple((sys.intern(str(folder / record[f"{name}_path"])), record.get(f"{name}_start")) for name in names)
-    language = sys.intern(str(record.get("target_language") or record.get("language") or "").lower())
-    return Row(str(record["id"]), language, manifest, line, record["target_text_len"], record["target_code_len"], parts)
+    return (str(record["id"]), *map(record.get, texts[1:]), *(record.get(key, -1) for key in numbers))
 
 
-def read_manifest(path: Path, number: int, emo_source: str = "prompt") -> tuple[list[Row], list[float]]:
-    """Returns the rows, and codes a second, over prompts that are targets too: what a fifth of them is below, the
-    median, what a fifth is above (a length in whole seconds may have been cut to that); [] where lengths tell nothing.
+class Rows:
+    """The rows of all manifests in columns, 120 bytes each; a Row is made when it is asked for."""
+
+    def __init__(self) -> None:
+        self.numbers, self.ids, self.ends = array("q"), bytearray(), array("q", [0])
+        self.places = dict[Any, int]()  # what many rows share, numbered: manifest, language, folder, file of each kind
+        self.digest = hashlib.sha256()  # of ids, lengths and order
+
+    def append(self, row: tuple[Any, ...], line: int, *place: Any) -> None:
+        """A row as parse_row returns it; place: manifest, language, folder."""
+        lengths = len(row) // 2
+        self.numbers.extend((self.places.setdefault(place + row[1:lengths], len(self.places)), line, *row[lengths:]))
+        self.ids += row[0].encode(errors="surrogatepass")
+        self.ends.append(len(self.ids))
+        self.digest.update(f"[{encode_basestring_ascii(row[0])}, {row[lengths]}, {row[lengths + 1]}]".encode())
+
+    def finish(self) -> None:
+        """table: int64 [rows, columns]: number of the place, line, text_len, code_len, start of each kind."""
+        self.table, self.files = np.frombuffer(self.numbers, np.int64).reshape(len(self.ends) - 1, -1), [*self.places]
+
+    def __getitem__(self, i: int) -> Row:
+        place, line, text_len, code_len, *starts = self.table[i].tolist()
+        manifest, language, folder, *files = self.files[place]
+        row_id = self.ids[self.ends[i] : self.ends[i + 1]].decode(errors="surrogatepass")
+        return Row(i, row_id, language, manifest, line, text_len, code_len, tuple(
+            (os.path.join(folder, file), None if start < 0 else start)
+            for file, start in zip(files, starts, strict=True)))
+
+
+def read_manifest(path: Path, number: int, rows: Rows, emo_source: str, language: str | None,
+                  progress: Callable[[str], None]) -> tuple[int, list[float]]:
+    """Adds a manifest's rows. Returns how many, and codes a second, over prompts that are targets too: what a fifth of
+    them is below, the median, what a fifth is above (a length in whole seconds may have been cut to that); [] where
+    lengths tell nothing.
 
     Raises: UserError for a missing or empty file, and for a bad line with its number.
     """
-    rows, seconds, codes, line, has_target_emo = [], {}, {}, 0, False
+    seconds, codes, line, has_target_emo, before, folder = {}, {}, 0, False, len(rows.ends), os.path.dirname(path)
     try:
-        with path.open(encoding="utf-8-sig") as handle:
+        with path.open("rb") as handle:
             for line, text in enumerate(handle, 1):
-                if not text.strip():
+                if text.isspace():
                     continue
-                record = json.loads(text)
-                rows.append(parse_row(record, number, line, path.parent, emo_source))
-                if isinstance(record.get("prompt_duration"), (int, float)):
-                    seconds[str(record.get("prompt_id"))] = record["prompt_duration"]
-                codes[str(record.get("target_id"))] = rows[-1].code_len
+                try:
+                    record = read_json(text)
+                except ValueError:  # NaN, a byte order mark; or json's own words for what is wrong
+                    record = json.loads(text.decode("utf-8-sig"))
+                row = parse_row(record, emo_source)
+                spoken = language or str(record.get("target_language") or record.get("language") or "").lower()
+                rows.append(row, line, number, spoken, folder)
+                if line <= 200_000:  # enough to tell
+                    if isinstance(record.get("prompt_duration"), (int, float)):
+                        seconds[str(record.get("prompt_id"))] = record["prompt_duration"]
+                    codes[str(record.get("target_id"))] = record["target_code_len"]
                 has_target_emo = has_target_emo or bool(record.get("target_emo_vec_path"))
+                if line % 2**14 == 0:
+                    progress(f"{path}: {handle.tell() / os.fstat(handle.fileno()).st_size:.0%} read")
     except UserError as error:
         raise UserError(f"{path}:{line}: {error}") from error
     except (json.JSONDecodeError, RecursionError) as error:
         reason = f"{error.msg} at column {error.colno}" if isinstance(error, ValueError) else "nested too deeply"
         raise UserError(f"{path}:{line}: broken JSON ({reason}). Mend or delete the line") from error
+    except OverflowError as error:
+        raise UserError(f"{path}:{line}: a number beyond 2^63. Mend or delete the line") from error
     except OSError as error:
         raise UserError(f"manifest {path}: {error.strerror}. Check --train-manifest and --val-manifest") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"manifest {path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-    if not rows:
+        raise UserError(f"{path}:{line}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    if len(rows.ends) == before:
         raise UserError(f"manifest {path}: no rows. Build it with tools.build_pairs")
     if emo_source == "mixed" and not has_target_emo:
         raise UserError(f"manifest {path}: {NO_TARGET_EMO}")
@@ -814,7 +875,8 @@ def read_manifest(path: Path, number: int, emo_source: str = "prompt") -> tuple[
     rates = sorted(count / duration for count, duration in both)
     least = sorted(count / (duration + (duration % 1 == 0)) for count, duration in both)
     fifth = len(both) // 5
-    return rows, [rates[fifth], float(np.median(rates)), least[-1 - fifth] if fifth else rates[0]] if both else []
+    spread = [rates[fifth], float(np.median(rates)), least[-1 - fifth] if fifth else rates[0]] if both else []
+    return len(rows.ends) - before, spread
 
 
 class ArrayFile:
@@ -868,9 +930,10 @@ class ManifestDataset:
     Raises: UserError for bad manifests, and for files of which many rows would miss something.
     """
 
-    def __init__(self, manifests: Sequence[str], model: ModelConfig, emo_source: str = "prompt"):
-        self.model = model
-        self.rows: list[Row] = []
+    def __init__(self, manifests: Sequence[str], model: ModelConfig, emo_source: str = "prompt",
+                 progress: Callable[[str], None] = lambda text: None):
+        self.model, self.rows, show_from = model, Rows(), time.monotonic() + 2
+        self.progress = lambda text: progress(text) if time.monotonic() > show_from else None
         self.manifests: list[dict[str, Any]] = []
         self.mix: list[tuple[int, float]] = []  # (rows, weight) of each manifest
         self.rates: list[list[float]] = []  # codes a second
@@ -880,40 +943,41 @@ class ManifestDataset:
         self.unreported: dict[int, str] = {}  # met by this process, not yet known to the others
         for number, manifest in enumerate(manifests):
             path, language, weight = split_manifest(manifest)
-            rows, rates = read_manifest(Path(path), number, emo_source)
-            for row in rows if language else ():
-                row.language = language  # type: ignore[assignment]
-            self.rows += rows
+            count, rates = read_manifest(Path(path), number, self.rows, emo_source, language, self.progress)
             self.rates.append(rates)
-            self.mix.append((len(rows), weight))
-            self.manifests.append({"path": path, "language": language, "rows": len(rows),
+            self.mix.append((count, weight))
+            self.manifests.append({"path": path, "language": language, "rows": count,
                                    "made_with": recorded_beside(Path(path))})
-        self.languages = sorted({row.language for row in self.rows} - {""})
+        self.rows.finish()
+        self.languages = sorted({language for _, language, *_ in self.rows.files} - {""})
         # What validation tells apart, where there are several.
         self.parts = [part for group in (dict.fromkeys(manifest["path"] for manifest in self.manifests), self.languages)
                       if len(group) > 1 for part in group]
         most_text, most_codes = model.max_text_tokens, model.max_code_len
-        long = [row for row in self.rows if row.text_len > most_text or row.code_len > most_codes]
-        if long:
-            raise UserError(f"{self.place(long[0])}: {long[0].text_len} text tokens and {long[0].code_len} codes; the "
+        long = np.flatnonzero((self.rows.table[:, 2:4] > [most_text, most_codes]).any(axis=1))
+        if len(long):
+            row = self.rows[long[0]]
+            raise UserError(f"{self.place(row)}: {row.text_len} text tokens and {row.code_len} codes; the "
                             f"model takes at most {most_text} and {most_codes}. {len(long)} of {len(self)} rows are "
                             "too long: leave them out (tools.build_pairs has length limits)")
-        unknown = next((row for row in self.rows if model.languages and row.language not in LANGUAGES), None)
-        if unknown:
-            raise UserError(f"{self.place(unknown)}: IndexTTS-2.5 has no language {unknown.language!r}. Name one of "
-                            f"its own behind the manifest, such as PATH::am: {', '.join(LANGUAGES)}")
+        unknown = [place[1] not in LANGUAGES and model.languages > 0 for place in self.rows.files]
+        if any(unknown):
+            row = self.rows[int(np.array(unknown)[self.rows.table[:, 0]].argmax())]
+            raise UserError(f"{self.place(row)}: IndexTTS-2.5 has no language {row.language!r}. Name one of its own "
+                            f"behind the manifest, such as PATH::am: {', '.join(LANGUAGES)}")
         for kind in KINDS if emo_source == "mixed" else KINDS[:4]:  # else the last is the one before it
             self.check_shards(kind)
         # The first rows that have files of their own are read before anything depends on them.
-        own = [i for i, row in enumerate(self.rows) if any(start is None for _, start in row.parts)]
-        for sample in map(self.__getitem__, own[:CHECKED_ROWS]):
-            if isinstance(sample, BrokenRow) and sample.fatal:
+        own = np.flatnonzero((self.rows.table[:, 4:] < 0).any(axis=1))[:CHECKED_ROWS].tolist()
+        with ThreadPoolExecutor(16) as pool:  # their disk may be far away
+            broken = [sample for sample in pool.map(self.__getitem__, own) if isinstance(sample, BrokenRow)]
+        for sample in broken:
+            if sample.fatal:
                 raise UserError(sample.reason)
-            if isinstance(sample, BrokenRow):
-                self.unreported[sample.row] = sample.reason
+            self.unreported[sample.row] = sample.reason
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.rows.ends) - 1
 
     def place(self, row: Row) -> str:
         return f"{self.manifests[row.manifest]['path']}:{row.line}"
@@ -921,39 +985,43 @@ class ManifestDataset:
     @functools.cached_property
     def fingerprint(self) -> str:
         """sha256 of row ids, lengths and order, and of weights; never of paths, so that a data set may move."""
-        digest = hashlib.sha256()
-        for row in self.rows:
-            digest.update(json.dumps([row.id, row.text_len, row.code_len]).encode())
+        digest = self.rows.digest.copy()
         if any(weight != 1 for _, weight in self.mix):
             digest.update(json.dumps(self.mix).encode())
         return digest.hexdigest()
 
     def check_shards(self, kind: str) -> None:
         """Opens every shard: one that is missing, or too short, or holds a wrong number, is an error at once."""
-        at, rows_of = KINDS.index(kind), {}  # type: ignore[var-annotated]
-        for row in self.rows:
-            if row.parts[at][1] is not None:
-                rows_of.setdefault(row.parts[at][0], []).append(row)
-        for path, rows in rows_of.items():
+        at, table, places = KINDS.index(kind), self.rows.table, self.rows.files
+        shared = np.flatnonzero(table[:, 4 + at] >= 0)
+        used, of_row = np.unique(table[shared, 0], return_inverse=True)
+        paths = [os.path.join(places[place][2], places[place][3 + at]) for place in used]
+        number = {path: i for i, path in enumerate(dict.fromkeys(paths))}
+        files = np.array([number[path] for path in paths])[of_row]
+        order = files.argsort(kind="stable")
+        for path, rows in zip(number, np.split(shared[order], np.diff(files[order]).nonzero()[0] + 1), strict=False):
+            row, starts = self.rows[rows[0]], table[rows, 4 + at]
+            self.progress(f"checking {path}")
             try:
                 file = self.shards[path] = self.shards.get(path) or ArrayFile(path)
-                self.check_type(file, rows[0], kind)
-                starts = np.array([row.parts[at][1] for row in rows])
-                ends = starts + [self.expected(row, kind)[0] for row in rows]
-                if ends.max() > file.shape[0]:
-                    i = int((ends > file.shape[0]).argmax())
-                    raise UserError(f"{self.place(rows[i])}: {kind} {starts[i]} to {ends[i]} lie beyond the end of "
-                                    f"{path} ({file.shape[0]} values). Manifest and arrays are not of one run of "
-                                    "tools.preprocess")
-                for first in range(0, file.shape[0] if kind in ("text_ids", "codes") else 0, 2**22):
-                    self.check_values(file.read(first, 2**22), kind, path, rows, starts - first, ends - first)
+                self.check_type(file, row, kind)
+                counts = table[rows, 2 + at] if at < 2 else np.full(len(rows), self.expected(row, kind)[0])
+                beyond = starts > file.shape[0] - counts
+                if beyond.any():
+                    i = int(beyond.argmax())
+                    raise UserError(f"{self.place(self.rows[rows[i]])}: {kind} {starts[i]} to {starts[i] + counts[i]} "
+                                    f"lie beyond the end of {path} ({file.shape[0]} values). Manifest and arrays are "
+                                    "not of one run of tools.preprocess")
+                for first in range(0, file.shape[0] if at < 2 else 0, 2**22):
+                    self.check_values(file.read(first, 2**22), kind, path, rows, starts, starts + counts, first)
             except BadFeatureFile as error:
-                raise UserError(f"{self.place(rows[0])}: {kind} of {len(rows)} of {len(self)} rows cannot be read: "
+                raise UserError(f"{self.place(row)}: {kind} of {len(rows)} of {len(self)} rows cannot be read: "
                                 f"{error}. Bring the file back, or preprocess again") from error
 
-    def check_values(self, values: np.ndarray, kind: str, path: str, rows: Sequence[Row], starts: Any, ends: Any
+    def check_values(self, values: np.ndarray, kind: str, path: str, rows: Any, starts: Any, ends: Any, first: int
                      ) -> None:
-        """Raises: UserError for an id or code outside the model's that a row uses; rows lie at starts .. ends - 1."""
+        """Raises: UserError for an id or code outside the model's that a row uses; rows lie at starts .. ends - 1 of
+        the file, the values from `first` on."""
         what, limit, remedy = "text id", self.model.number_text_tokens, (
             "The manifest was made with another tokenizer: pass that one as --tokenizer, or preprocess again")
         if kind == "codes" and len(values):
@@ -961,11 +1029,11 @@ class ManifestDataset:
             remedy = "The config's number_mel_codes is not that of the codec"
             self.highest_code = max(self.highest_code, int(values.max()))
             self.codes_seen += len(values)
-        for wrong in np.flatnonzero((values < 0) | (values >= limit)):
-            used_by = np.flatnonzero((starts <= wrong) & (wrong < ends))
-            if len(used_by):
-                raise UserError(f"{self.place(rows[used_by[0]])}: {what} {values[wrong]} is outside 0..{limit - 1}. "
-                                f"{remedy} ({path})")
+        wrong = first + np.flatnonzero((values < 0) | (values >= limit))
+        following = np.append(wrong, 2**62)[wrong.searchsorted(starts)] if len(wrong) else ends
+        for i in np.flatnonzero(following < ends)[:1]:
+            raise UserError(f"{self.place(self.rows[rows[i]])}: {what} {values[following[i] - first]} is outside "
+                            f"0..{limit - 1}. {remedy} ({path})")
 
     def expected(self, row: Row, kind: str) -> tuple[int, tuple[int, ...]]:
         """Rows of the array that an utterance has, and the shape of each."""
@@ -1006,7 +1074,7 @@ class ManifestDataset:
             raise UserError(f"{self.place(row)}: the manifest says {count} {kind}, {path} has {len(values)}. "
                             "Preprocess the recording again")
         if start is None:
-            self.check_values(values, kind, path, [row], np.array([0]), np.array([count]))
+            self.check_values(values, kind, path, [row.number], np.array([0]), np.array([count]), 0)
         return values.astype(np.int64)
 
     def __getitem__(self, item: int) -> Sample | BrokenRow:
@@ -1014,9 +1082,9 @@ class ManifestDataset:
         try:
             if index in self.bad_rows:
                 raise BadFeatureFile(self.bad_rows[index])
-            text_ids, codes, condition, emo_vec = (self.read_part(self.rows[index], kind)
-                                                   for kind in (*KINDS[:3], emo))
-            language = LANGUAGES.index(self.rows[index].language) if self.model.languages else 0
+            row = self.rows[index]
+            text_ids, codes, condition, emo_vec = (self.read_part(row, kind) for kind in (*KINDS[:3], emo))
+            language = LANGUAGES.index(row.language) if self.model.languages else 0
             return Sample(text_ids, codes, condition, emo_vec, index, language)
         except (BadFeatureFile, UserError) as error:  # returned: the other rows of the batch are good
             return BrokenRow(index, str(error), fatal=isinstance(error, UserError))
@@ -3424,9 +3492,9 @@ def check_padding(path: str, rates: Sequence[float], data: ManifestDataset) -> N
 
     Raises: UserError.
     """
-    rows = [row for row in data.rows if data.manifests[row.manifest]["path"] == path]
-    endings = []
-    for row in (rows[i] for i in evenly_spread(len(rows), 200)):
+    places = [i for i, (number, *_) in enumerate(data.rows.files) if data.manifests[number]["path"] == path]
+    rows, endings = np.flatnonzero(np.isin(data.rows.table[:, 0], places)), []
+    for row in map(data.rows.__getitem__, rows[evenly_spread(len(rows), 200)]):
         with contextlib.suppress(BadFeatureFile, UserError):  # said where the row is read for training
             endings.append(data.read_part(row, "codes")[-75:])
     padded = sum(len(ending) == 75 and bool((ending == ending[0]).all()) for ending in endings)
@@ -3489,8 +3557,8 @@ def build_model(config: TrainConfig, model_config: ModelConfig, train_data: Mani
     """The model on the CPU, tensors carried along, and the base's vocabulary; from a checkpoint they come later."""
     model = UnifiedVoiceGPT(model_config, config.dropout, config.grad_checkpointing)
     if fresh:
-        ratio = sum(row.code_len for row in train_data.rows) / sum(row.text_len for row in train_data.rows)
-        init_fresh_weights(model, config.seed, ratio)
+        text_tokens, codes = train_data.rows.table[:, 2:4].sum(axis=0).tolist()
+        init_fresh_weights(model, config.seed, codes / text_tokens)
     if base is None:
         return model, {}, 0
     return model, *load_base_checkpoint(model, base, Path(config.base_checkpoint), config.tokenizer, config.seed)
@@ -3522,6 +3590,13 @@ def read_base(config: TrainConfig, checkpoint: Mapping[str, Any] | None, process
     return tensors, content, lora_base
 
 
+def open_data(manifests: Sequence[str], config: TrainConfig, model: ModelConfig, process: Process) -> ManifestDataset:
+    """Raises: UserError, Stopped."""
+    data = process.in_thread(lambda: ManifestDataset(manifests, model, config.emo_source, process.console.progress))
+    process.console.end_progress()
+    return data
+
+
 def prepare(typed: Mapping[str, Any], point: ResumePoint | None, output_dir: Path, process: Process) -> Run:
     """Settings, data and model of a run; a checkpoint is applied. Raises: UserError, Stopped."""
     say, device, fork = process.say, setup_device(), point if point and "moments" in point.checkpoint else None
@@ -3533,9 +3608,8 @@ def prepare(typed: Mapping[str, Any], point: ResumePoint | None, output_dir: Pat
     say(f"[Info] Config: {config.config or (point.path if point else '')}")
     tokenizer = read_tokenizer(config.tokenizer)
     model_config, gpt_section = read_model_config(config, checkpoint, tokenizer)
-    val_data = process.in_thread(lambda: ManifestDataset(config.val_manifest, model_config, config.emo_source))
-    train_data = val_data if config.eval_only else process.in_thread(
-        lambda: ManifestDataset(config.train_manifest, model_config, config.emo_source))
+    val_data = open_data(config.val_manifest, config, model_config, process)
+    train_data = val_data if config.eval_only else open_data(config.train_manifest, config, model_config, process)
     datasets = [val_data] if config.eval_only else [train_data, val_data]
     for manifest in (manifest for data in datasets for manifest in data.manifests):
         say(f"[Info] {manifest['path']}: {manifest['rows']} rows")
