@@ -100,11 +100,17 @@ def codec_tensors(section: Mapping[str, Any], generator: torch.Generator) -> dic
     """Encoder and quantizer, and the decoder that features do not need."""
     with torch.device("meta"):
         shapes = shapes_of(SemanticCodec(section))
+    return randomised({**shapes, **decoder_shapes(section)}, generator)
+
+
+def decoder_shapes(section: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Of a semantic codec, beside encoder and quantizer."""
+    with torch.device("meta"):
+        shapes = shapes_of(SemanticCodec(section))
     decoder = {f"decoder.{name.removeprefix('encoder.')}": t for name, t in shapes.items() if name.startswith("enc")}
     width, dim = section["hidden_size"], section["codebook_dim"]
     out = {"weight_g": torch.empty(width, 1, 1), "weight_v": torch.empty(width, dim, 1), "bias": torch.empty(width)}
-    projection = {f"quantizer.quantizers.0.out_project.{name}": t for name, t in out.items()}
-    return randomised({**shapes, **decoder, **projection}, generator)
+    return {**decoder, **{f"quantizer.quantizers.0.out_project.{name}": t for name, t in out.items()}}
 
 
 def w2v_bert_tensors(settings: Mapping[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
@@ -146,7 +152,7 @@ def make_released_folder(folder: Path, seed: int = 0, config: Mapping[str, Any] 
     return folder
 
 
-def make_released_folder_25(folder: Path, seed: int = 0) -> Path:
+def make_released_folder_25(folder: Path, seed: int = 0, emo_width: int = EMO_WIDTH) -> Path:
     """The same of IndexTTS-2.5."""
     make_released_folder(folder, seed)
     for name in ("bpe.model", "hf_cache/semantic_codec_model.safetensors"):
@@ -156,11 +162,12 @@ def make_released_folder_25(folder: Path, seed: int = 0) -> Path:
     languages = {"languages": len(trainer.LANGUAGES) + 1}
     model = trainer.UnifiedVoiceGPT(trainer.model_config_from({**languages, **gpt}, "config.yaml"), 0.0, False)
     with torch.device("meta"):
-        voice, codec, speaker = VoiceModules(gpt, CHANNELS, EMO_WIDTH, False), EnhancedCodec(section), CAMPlusPlus()
+        voice, codec, speaker = VoiceModules(gpt, CHANNELS, emo_width, False), EnhancedCodec(section), CAMPlusPlus()
     tensors = randomised({**shapes_of(voice), **shapes_of(model)}, generator)
     torch.save(trainer.in_name_order(tensors), folder / "gpt.pth")
     up = {f"up.{name}": t for name, t in shapes_of(codec.down).items()}
-    torch.save({"model": randomised({**shapes_of(codec), **up}, generator)}, folder / "codec.pth")
+    decoder = randomised(decoder_shapes(section), torch.Generator().manual_seed(seed))
+    torch.save({"model": {**randomised({**shapes_of(codec), **up}, generator), **decoder}}, folder / "codec.pth")
     torch.save(randomised(shapes_of(speaker), generator), folder / "hf_cache/campplus_cn_common.bin")
     tokens = dict.fromkeys([b"!", *(bytes([byte]) for byte in range(256)), *(word.encode() for word in TOKENS_25)])
     (folder / TIKTOKEN).write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank

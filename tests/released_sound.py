@@ -1,4 +1,4 @@
-"""What speaks in a folder like the released IndexTTS-2: s2mel, CAM++ and BigVGAN, tiny and with random weights."""
+"""What speaks in a folder like the released ones: s2mel, CAM++ and BigVGAN, tiny and with random weights."""
 
 from __future__ import annotations
 
@@ -38,21 +38,26 @@ BIGVGAN: dict[str, Any] = {
 
 
 def add_sound(folder: Path, seed: int = 1) -> Path:
-    """Adds to a folder of released_folder.make_released_folder what IndexTTS2 speaks with."""
-    package, generator = package_modules(), torch.Generator().manual_seed(seed)
+    """Adds to a folder of released_folder what IndexTTS2, or IndexTTS-2.5, speaks with. Tensors of both have the names
+    of IndexTTS2's package, whose modules have weight norm."""
+    package, generator = package_modules("indextts2"), torch.Generator().manual_seed(seed)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
     args, dim = namespaced(S2MEL), CONFIG["gpt"]["model_dim"]
-    sizes = {"0.weight": torch.empty(8, dim), "1.weight": torch.empty(8, 8), "2.weight": torch.empty(CHANNELS, 8)}
-    bigvgan = package.BigVGAN(package.AttrDict(BIGVGAN), use_cuda_kernel=False)
-    modules: dict[str, nn.Module] = {"cfm": package.CFM(args), "gpt_layer": latent_layers(sizes),
-                                     "length_regulator": length_regulator(package, args.length_regulator),
-                                     "campplus": package.CAMPPlus(feat_dim=80, embedding_size=192)}
-    tensors = {name: trained_like(module, generator) for name, module in modules.items()}
-    torch.save(tensors.pop("campplus"), folder / "hf_cache/campplus_cn_common.bin")
-    torch.save({"net": tensors}, folder / "s2mel.pth")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        bigvgan = package.BigVGAN(package.AttrDict(BIGVGAN), use_cuda_kernel=False)
+    modules: dict[str, nn.Module] = {"cfm": package.CFM(args),
+                                     "length_regulator": length_regulator(package, args.length_regulator)}
+    if config["version"] < 2.5:
+        sizes = {"0.weight": torch.empty(8, dim), "1.weight": torch.empty(8, 8), "2.weight": torch.empty(CHANNELS, 8)}
+        modules["gpt_layer"] = latent_layers(sizes)
+        campplus = trained_like(package.CAMPPlus(feat_dim=80, embedding_size=192), generator)
+        torch.save(campplus, folder / "hf_cache/campplus_cn_common.bin")
+    torch.save({"net": {name: trained_like(module, generator) for name, module in modules.items()}},
+               folder / "s2mel.pth")
     (folder / "hf_cache/bigvgan").mkdir()
     torch.save({"generator": bigvgan.state_dict()}, folder / "hf_cache/bigvgan/bigvgan_generator.pt")
     (folder / "hf_cache/bigvgan/config.json").write_text(json.dumps(BIGVGAN))
-    config = yaml.safe_load((folder / "config.yaml").read_text())
     (folder / "config.yaml").write_text(yaml.safe_dump({**config, "s2mel": S2MEL}, sort_keys=False))
     return folder
 

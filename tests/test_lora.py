@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import load_checkpoint, read_jsonl, trainer
+from conftest import ROOT, load_checkpoint, read_jsonl, trainer
 from fresh_process import SETTINGS, data_args, errs, runs, train_in_process
 from old_checkpoints import make
 
-from tools import export_checkpoint, inspect_checkpoint
+from tools import export_checkpoint, generation, inspect_checkpoint, synthesize
 from tools._common import ToolError
 
 KILL_AT_STEP_5 = ("import os, sys\nwrite = sys.stdout.write\n"
@@ -152,6 +152,17 @@ def test_an_export_is_merged_and_asks_for_the_base_where_that_is_gone(data, base
     assert [*found] == [*merged] and all(torch.equal(found[name], merged[name]) for name in merged)
     assert trainer.read_base_checkpoint(exported)[0].keys() == torch.load(base).keys()
     inspect_checkpoint.main([str(latest)])
-    base.unlink()
+    moved, again = base.rename(tmp_path / "moved.pth"), tmp_path / "again.pth"
     with pytest.raises(ToolError, match=r"base\.pth: No such file.*--base-checkpoint"):
-        export_checkpoint.main([str(latest), "--output", str(tmp_path / "again.pth")])
+        export_checkpoint.main([str(latest), "--output", str(again)])
+    export_checkpoint.main([str(latest), "--output", str(again), "--base-checkpoint", str(moved)])
+    assert again.read_bytes() == exported.read_bytes()
+    model, _ = generation.load_model(latest, moved)
+    assert torch.equal(model.gpt.h[1].mlp.c_fc.weight, merged["gpt.h.1.mlp.c_fc.weight"].double())
+    speak = ["--checkpoint", str(latest), "--codec", str(ROOT / "processed_data/speech_codec.pt"), "--prompt", "a.wav",
+             "--text", "a", "--output", "a.wav", "--base-checkpoint"]
+    with pytest.raises(ToolError, match="is not the file that this LoRA was trained on.*--base-checkpoint"):
+        synthesize.main([*speak, str(exported)])
+    speak[1] = str(tmp_path / "first/latest.pth")
+    with pytest.raises(ToolError, match=r"--base-checkpoint .*moved\.pth: the checkpoint is no LoRA.* Leave it out"):
+        synthesize.main([*speak, str(moved)])

@@ -21,14 +21,14 @@ import soundfile
 import torch
 import yaml
 from conftest import GPT, ROOT, TOKENIZER, TRAINER, call_trainer, data_args, read_jsonl, write_manifest
-from released_folder import CONFIG
+from released_folder import CONFIG, CONFIG_25
 
-from tools import build_pairs, generation, indextts2_sound, preprocess, speech_codec, synthesize, watch_training
+from tools import build_pairs, generation, preprocess, speech_codec, synthesize, watch_training
 from tools._common import ToolError, sha256_of
 from tools.amharic_text import TEXT_RULES, read_aloud
 from tools.codes_to_sound import CodecSound, Prompt
 from tools.generation import Line, Sampling, Synthesizer, choose_codes, generate_codes
-from tools.model_folder import PARTS, files_in
+from tools.model_folder import FOR_SOUND, FOR_SOUND_25, files_in, parts_of
 from trainers import train_gpt_v2 as trainer
 
 RATE = 22050
@@ -417,24 +417,27 @@ def test_latents_are_what_the_model_knows_before_each_code_whoever_chose_them(mo
         assert torch.allclose(found.latents, expected, atol=1e-6)
 
 
-def test_a_model_folder_that_is_not_whole_is_one_list_and_a_missing_package_one_line(trained, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("config", "own", "parts", "package"), [
+    (CONFIG, "IndexTTS-2", FOR_SOUND, "indextts"), (CONFIG_25, "IndexTTS-2.5", FOR_SOUND_25, "indextts25")])
+def test_a_model_folder_that_is_not_whole_is_one_list_and_a_missing_package_one_line(
+        trained, tmp_path, monkeypatch, config, own, parts, package):
     voice = ["--checkpoint", trained.checkpoint, "--prompt", trained.data / "0.wav", "--text", "ሰላም", "--output",
              tmp_path / "a.wav", "--model-dir", tmp_path / "checkpoints"]
     assert "no such folder" in error_of(*voice)
     folder = tmp_path / "checkpoints"
     folder.mkdir()
-    (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
     message = error_of(*voice)
     for name in ("gpt.pth", "wav2vec2bert_stats.pt", "s2mel.pth", "w2v-bert-2.0", "campplus_cn_common.bin", "bigvgan"):
         assert name in message
-    assert "`hf download IndexTeam/IndexTTS-2" in message and "`hf download funasr/campplus" in message
-    for name in indextts2_sound.PARTS_READ[1:]:
-        part = PARTS[name]
+    assert f"`hf download IndexTeam/{own} " in message and "`hf download funasr/campplus" in message
+    for name in parts[1:]:
+        part = parts_of(config)[name]
         for path in files_in(part, folder / part.place):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes((2).to_bytes(8, "little") + b"{}")  # an empty .safetensors file, else anything
-    monkeypatch.setitem(sys.modules, "indextts", None)
+    monkeypatch.setitem(sys.modules, package, None)
     message = error_of(*voice)
     assert message.endswith("Install them with `pip install -r requirements-indextts.txt`") and "\n" not in message
     assert (ROOT / "requirements-indextts.txt").is_file()

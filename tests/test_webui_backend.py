@@ -610,7 +610,8 @@ def filled(kind: str, workspace: Workspace) -> dict[str, Any]:
               "factors": "new-text=10\n*.ln_?.weight=0.5"}
     form = {}
     for field in command_lines.PROGRAMS[kind].fields:
-        value = field.choices[-1] if field.type == "choice" else values[field.type]
+        value = (field.choices[-1] if field.type == "choice" else " ".join(field.choices[:2]) if field.choices
+                 else values[field.type])
         value = "embedded" if field.name == "features" else value
         value = min(value, field.maximum) if field.type == "float" else value
         form[field.name] = f"{value}{field.suffixes[0]}" if field.suffixes else value
@@ -669,8 +670,9 @@ def test_the_trainer_accepts_the_command_line_of_the_training_form(workspace: Wo
         "train_manifest": [f"{file}::am", file], "val_manifest": [f"{file}::am", file], "tokenizer": file,
         "output_dir": str(workspace.root / "new"), "learning_rate": 0.5, "amp": "off", "config": file,
         "base_checkpoint": file, "grad_checkpointing": True, "resume": file, "save_minutes": 0.5, "dropout": 0.5,
-        "emo_source": "mixed", "freeze": ["first:2", "base-text"], "lr_scale": ["new-text=10", "*.ln_?.weight=0.5"],
-        **ints}
+        "lora_alpha": 0.5, "lora_dropout": 0.5, "lora_targets": ["attn.c_attn", "attn.c_proj"], "emo_source": "mixed",
+        "freeze": ["first:2", "base-text"], "lr_scale": ["new-text=10", "*.ln_?.weight=0.5"], **ints}
+    assert command_lines.LORA_TARGETS == trainer.LORA_TARGETS
 
 
 @pytest.mark.parametrize("form,flags", [
@@ -760,6 +762,10 @@ def test_the_preview_runs_in_a_shell_as_the_job_runs(workspace: Workspace):
     ({"lr_scale": "new-text=10\nnew-text"}, "lr_scale", "bad_factor"),
     ({"lr_scale": "new-text=0"}, "lr_scale", "bad_factor"), ({"lr_scale": "=2"}, "lr_scale", "bad_factor"),
     ({"freeze": "first:2=0.5"}, "freeze", "factor_of_freeze"), ({"lora_rank": 4097}, "lora_rank", "too_large"),
+    ({"lora_targets": "attn.c_attn attn.q"}, "lora_targets", "not_a_choice"),
+    ({"lora_dropout": 1}, "lora_dropout", "too_large"),
+    ({"lora_alpha": 16, "output_dir": "new"}, "lora_alpha", "goes_with_lora"),
+    ({"lora_targets": "mlp.c_fc", "lora_rank": 0, "output_dir": "new"}, "lora_targets", "goes_with_lora"),
     ({"dropout": 1}, "dropout", "too_large"), ({"emo_source": "both"}, "emo_source", "not_a_choice"),
     ({"output_dir": "t.model"}, "output_dir", "not_a_directory"),
     ({"output_dir": "t.model/x"}, "output_dir", "not_writable"),
@@ -780,6 +786,8 @@ def test_what_can_be_known_before_training_starts_is_said_at_its_field(trained: 
 
 
 @pytest.mark.parametrize("form", [{"resume": True}, {"resume": True, "resume_path": "out/model_step5.pth"},
+                                  {"resume": True, "lora_dropout": 0.1},
+                                  {"output_dir": "fresh", "lora_rank": 8, "lora_alpha": 16, "lora_targets": "mlp.c_fc"},
                                   {"output_dir": "fresh/new"}, {"output_dir": "fresh", "resume": True}])
 def test_a_form_without_mistakes_has_no_problems(trained: Path, form: dict[str, Any]):
     assert command_lines.problems("training", {**TRAINING, **form}, Workspace(trained)) == {}
@@ -1529,7 +1537,9 @@ def test_a_loss_that_was_no_number_is_shown_as_that():
 
 
 @pytest.mark.parametrize("kind", ["synthesize", "watch", "evaluate"])
-def test_a_model_folder_speaks_instead_of_the_codec_and_what_it_lacks_is_said(kind: str, tmp_path: Path):
+def test_a_model_folder_speaks_instead_of_the_codec_and_what_it_lacks_is_said(
+        kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "none"))
     (tmp_path / "run").mkdir()
     for name in ("run/latest.pth", "codec.pt", "voice.wav"):
         (tmp_path / name).touch()
@@ -1539,6 +1549,9 @@ def test_a_model_folder_speaks_instead_of_the_codec_and_what_it_lacks_is_said(ki
     assert argv[argv.index("--model-dir") + 1] == "run" and "--codec" not in argv
     found = command_lines.problems(kind, form, Workspace(tmp_path))
     assert [*found] == ["model_dir"] and found["model_dir"][0] == "tool_refuses"
+    (tmp_path / "run/config.yaml").write_text("version: 2.5")
+    key, values = command_lines.problems(kind, form, Workspace(tmp_path))["model_dir"]
+    assert key == "tool_refuses" and "codec.pth is missing (IndexTeam/IndexTTS-2.5" in values["reason"]
     assert "model_dir" not in command_lines.problems(kind, {**form, "model_dir": ""}, Workspace(tmp_path))
 
 

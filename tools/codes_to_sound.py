@@ -1,4 +1,4 @@
-"""Codes to sound, behind one small interface: the embedded codec here, IndexTTS2's s2mel and BigVGAN in
+"""Codes to sound, behind one small interface: the embedded codec here, s2mel and BigVGAN of IndexTTS2 or 2.5 in
 tools.indextts2_sound. One of them, chosen by flags, is all that generation and its programs know of."""
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from tools._common import Progress, ToolError, sha256_of
-from tools.made_with import MadeWith
+from tools.made_with import INDEXTTS25, MadeWith
+from tools.model_folder import recognised
 from tools.recogniser import equal_batches
 from tools.sound_files import load_recording
 from tools.speech_codec import SpeechCodec, codec_record
@@ -25,7 +26,8 @@ CODEC = Path("processed_data/speech_codec.pt")
 
 @dataclass
 class Prompt:
-    """A voice to speak in: condition [32, D] and emo_vec [D] for the GPT, float32, and what its decoder keeps of it."""
+    """A voice to speak in: condition [32, D] (in IndexTTS-2.5's layout [1, 192]) and emo_vec [D] for the GPT, float32,
+    and what its decoder keeps of it."""
 
     condition: Tensor
     emo_vec: Tensor
@@ -49,6 +51,12 @@ class SoundDecoder(Protocol):
     """What the codes and conditions must have been made with."""
     digest: str
     """Equal only where codes sound the same."""
+
+    def move(self, device: torch.device) -> None:
+        """What `waveform` needs, to another device; prompts are made before."""
+
+    def size(self) -> int:
+        """Bytes that `move` moves."""
 
     def prompt(self, path: Path, model: ModelConfig) -> Prompt:
         """Of a recording, kept for the next time. Raises: ToolError for one that is unreadable or too short, or where
@@ -88,6 +96,12 @@ class CodecSound:
         self.sample_rate, self.n_mels = self.codec.config.sample_rate, self.codec.config.n_mels
         self.prompts: dict[tuple[Path, ModelConfig], Prompt] = {}
 
+    def move(self, device: torch.device) -> None:
+        assert device == self.device, "it works on the CPU"
+
+    def size(self) -> int:
+        return 0
+
     def prompt(self, path: Path, model: ModelConfig) -> Prompt:
         if (path, model) not in self.prompts:
             waveform = long_enough(load_recording(path, self.sample_rate), self.sample_rate, path)
@@ -119,13 +133,13 @@ class CodecSound:
 def add_sound_arguments(parser: argparse.ArgumentParser, made: str) -> None:
     """`made` says what was made with the codec or the folder."""
     parser.add_argument("--codec", type=Path, help=f"the one that {made} was made with ({CODEC})")
-    parser.add_argument("--model-dir", type=Path, metavar="DIR", help=f"instead of a codec: the released IndexTTS-2 "
-                        f"folder whose features {made} was made with; needs requirements-indextts.txt")
+    parser.add_argument("--model-dir", type=Path, metavar="DIR", help="instead of a codec: the folder of IndexTTS-2 or "
+                        f"2.5 whose features {made} was made with; needs requirements-indextts.txt")
     parser.add_argument("--device", help="auto, cpu or cuda, with --model-dir (auto)")
 
 
-def sound_of(args: argparse.Namespace) -> SoundDecoder:
-    """As the flags choose it. Raises: ToolError."""
+def sound_of(args: argparse.Namespace, device: str | None = None) -> SoundDecoder:
+    """As the flags choose it, on `device` instead of --device. Raises: ToolError."""
     if args.model_dir is None:
         if args.device is not None:
             raise ToolError(f"--device {args.device}: the embedded codec works on the CPU. Leave it out, or give "
@@ -134,6 +148,7 @@ def sound_of(args: argparse.Namespace) -> SoundDecoder:
     if args.codec is not None:
         raise ToolError("--codec cannot be combined with --model-dir: codes are the codec's or IndexTTS2's. Give the "
                         "one that the training data was made with")
-    from tools.indextts2_sound import IndexTTS2Sound  # which imports half a gigabyte of packages
+    from tools.indextts2_sound import IndexTTS2Sound, IndexTTS25Sound  # which import half a gigabyte of packages
 
-    return IndexTTS2Sound(args.model_dir, args.device or "auto")
+    kind = IndexTTS25Sound if recognised(args.model_dir) == INDEXTTS25 else IndexTTS2Sound
+    return kind(args.model_dir, device or args.device or "auto")

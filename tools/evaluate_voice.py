@@ -49,7 +49,7 @@ from tools._common import (
 )
 from tools.amharic_text import TEXT_RULES, letters_of
 from tools.codes_to_sound import SHORTEST_PROMPT, SoundDecoder, add_sound_arguments, sound_of
-from tools.generation import Synthesizer, add_sampling_arguments, has_long_prompt, sampling_of
+from tools.generation import Synthesizer, add_base_argument, add_sampling_arguments, has_long_prompt, sampling_of
 from tools.made_with import OF_SOUND, of_checkpoint, of_manifest, require_same
 from tools.recogniser import FORMAT, Recogniser, error_rate, read_recogniser, train_recogniser
 from tools.recordings import read_recordings
@@ -271,7 +271,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     if not rows:
         raise ToolError(f"{args.data_dir}: no validation row has a text that can be heard and a prompt of at least "
                         f"{SHORTEST_PROMPT} s. Run tools.build_pairs with --min-prompt-seconds {SHORTEST_PROMPT}")
-    synthesizer = Synthesizer(args.checkpoint, data.sound, args.tokenizer)
+    synthesizer = Synthesizer(args.checkpoint, data.sound, args.tokenizer, args.base_checkpoint)
     require_same(str(args.checkpoint), of_checkpoint(synthesizer.checkpoint), str(data.config), data.made_with,
                  OF_SOUND)  # its texts are written anew, by the checkpoint's tokenizer
     synthesis = synthesised_mels(synthesizer, data, rows, args)
@@ -326,6 +326,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                         help="holds train_pairs.jsonl and val_pairs.jsonl (processed_data)")
     add_sound_arguments(parser, "the data")
     parser.add_argument("--tokenizer", type=Path, help="the checkpoint's, unless it was moved")
+    add_base_argument(parser)
     parser.add_argument("--recordings", type=Path, help="recordings.jsonl, if the manifests do not name the recordings")
     parser.add_argument("--recogniser", type=Path, default=Path("build/recogniser.pt"),
                         help="trained when it is not there (build/recogniser.pt)")

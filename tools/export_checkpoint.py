@@ -2,8 +2,9 @@
 
   a voice   CKPT --model-dir checkpoints --output-dir voice: a folder that IndexTTS2's own inference, its packages and
             vLLM load as it is. gpt.pth (tensors by name, as the released one), the model folder's config.yaml with
-            our number of text tokens, our tokenizer as bpe.model, the licence's notice, and links to the rest of the
-            model folder. It is loaded strictly before it gets its name; whole or not at all.
+            our number of text tokens, our tokenizer as bpe.model (of IndexTTS-2.5 its own .tiktoken file), the
+            licence's notice, and links to the rest of the model folder. It is loaded strictly before it gets its name;
+            whole or not at all.
   a file    CKPT --output gpt_amharic.pth: {"model": tensors, "made_with": values}, for --base-checkpoint
 
 Tensors have IndexTTS2's names and order, float32 unless --dtype says otherwise, and load with weights_only=True. What
@@ -38,14 +39,33 @@ from tools._common import (
     sync,
     writing_to,
 )
-from tools.generation import UnreadableCheckpoint, weights_of
-from tools.indextts2_features import conditioning_digest, made, read_tensors, require_indextts2, section_of
+from tools.generation import UnreadableCheckpoint, add_base_argument, weights_of
+from tools.indextts2_features import NAMES, conditioning_digest, made, read_tensors, require_indextts2, section_of
 from tools.indextts2_modules import VoiceModules
-from tools.made_with import INDEXTTS2, INDEXTTS2_CODES, MadeWith, of_checkpoint, of_older_keys, read_yaml, require_same
-from tools.model_folder import FOR_SOUND, PARTS, download_lines, files_in, place_in
+from tools.made_with import (
+    INDEXTTS2,
+    INDEXTTS2_CODES,
+    INDEXTTS25,
+    MadeWith,
+    of_checkpoint,
+    of_older_keys,
+    read_yaml,
+    require_same,
+)
+from tools.model_folder import (
+    FOR_SOUND,
+    FOR_SOUND_25,
+    TIKTOKEN,
+    download_lines,
+    files_in,
+    find_parts,
+    parts_of,
+    place_in,
+)
+from tools.preprocess import languages_of
 from tools.run_files import is_checkpoint_name
 from tools.text_rules import record_path
-from tools.train_tokenizer import load_tokenizer
+from tools.text_tokens import load_tokens
 from trainers.train_gpt_v2 import (
     CARRIED_PREFIXES,
     ModelConfig,
@@ -60,13 +80,13 @@ from trainers.train_gpt_v2 import (
 FIRST_COMMAND = ("python -m tools.export_checkpoint training_output/best.pth --model-dir checkpoints "
                  "--output-dir voice")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-WRITTEN = {"gpt": "gpt.pth", "config": "config.yaml", "bpe": "bpe.model"}
+WRITTEN = {"gpt": "gpt.pth", "config": "config.yaml", "bpe": "bpe.model", "tiktoken": TIKTOKEN}
 SCRATCH = "the run started from scratch, so IndexTTS2 cannot use"
-README = """# A fine-tuned IndexTTS-2
+README = """# A fine-tuned {model}
 
-Made from step {step} of a training of {name}. `gpt.pth` and `bpe.model` belong together, and `config.yaml` to them.
+Made from step {step} of a training of {name}. `gpt.pth` and `{tokenizer}` belong together, and `config.yaml` to them.
 
-This is a derivative work of the IndexTTS-2 weights by bilibili. It is used, and may be passed on, only under the
+This is a derivative work of the {model} weights by bilibili. It is used, and may be passed on, only under the
 bilibili Model Use License Agreement; keep a copy of it beside these files
 (https://github.com/index-tts/index-tts, files LICENSE and LICENSE_ZH.txt). The agreement demands this notice:
 
@@ -74,18 +94,25 @@ bilibili Model Use License Agreement; keep a copy of it beside these files
 > original right-holder of the original model, and the original right-holder disclaims all liability related to this
 > Derivative Work.
 
-IndexTTS2's own front end takes Amharic for Chinese. Hand it texts as `tools.synthesize` writes them, or speak with
+{front_end} Hand it texts as `tools.synthesize` writes them, or speak with
 `python -m tools.synthesize --checkpoint CHECKPOINT --model-dir FOLDER`.
 """
+FRONT_END = {
+    INDEXTTS2: "IndexTTS2's own front end takes Amharic for Chinese.",
+    INDEXTTS25: "The language of Amharic is `am`. IndexTTS-2.5's own front end reads none of its numerals, dates and "
+                "abbreviations,\nand its own inference places codes one position too late (the package "
+                "indextts25-inference mends that).",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__, FIRST_COMMAND)
     parser.add_argument("checkpoint", type=Path, help="a training checkpoint, such as training_output/best.pth")
-    parser.add_argument("--model-dir", type=Path, help="the released IndexTTS-2 folder that the training started from")
+    parser.add_argument("--model-dir", type=Path, help="the released folder that the training started from")
     parser.add_argument("--output-dir", type=Path, help="the folder to write, such as voice; with --model-dir")
     parser.add_argument("--output", type=Path, help="the file to write instead, such as gpt_amharic.pth")
     parser.add_argument("--tokenizer", type=Path, help="the checkpoint's, if it was moved; with --model-dir")
+    add_base_argument(parser)
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the weights (fp32)")
     parser.add_argument("--copy", action="store_true", help="copy the rest of the model folder instead of linking it")
     args = parser.parse_args(argv)
@@ -140,7 +167,7 @@ def export_file(args: argparse.Namespace, checkpoint: dict[str, Any], record: Ma
     """Raises: ToolError."""
     if args.output.exists() and args.output.samefile(args.checkpoint):
         raise ToolError(f"--output {args.output}: that is the checkpoint itself. Choose another name")
-    tensors = tensors_of(weights_of(checkpoint), DTYPES[args.dtype])
+    tensors = tensors_of(weights_of(checkpoint, args.base_checkpoint), DTYPES[args.dtype])
     with writing_to(args.output), atomic_path(args.output, durable=True) as temporary:
         save({"model": tensors, "made_with": record}, temporary)
     info(f"{args.output}: step {checkpoint['step']}, {len(tensors)} tensors, {args.output.stat().st_size / 1e6:.1f} MB")
@@ -154,16 +181,19 @@ def export_file(args: argparse.Namespace, checkpoint: dict[str, Any], record: Ma
 
 def export_folder(args: argparse.Namespace, checkpoint: dict[str, Any], record: MadeWith) -> None:
     """Raises: ToolError with what of checkpoint, tokenizer and model folder does not belong together."""
-    require_indextts2(args.model_dir)
+    model = model_config_from(checkpoint["model_config"], str(args.checkpoint))
+    kind = INDEXTTS25 if model.languages else INDEXTTS2
+    require_indextts2(args.model_dir, kind, f"Give the folder of {NAMES[kind]} that the training started from")
     if args.output_dir.exists() and (not args.output_dir.is_dir() or any(args.output_dir.iterdir())):
         raise ToolError(f"--output-dir {args.output_dir}: is there already. Choose another name, or remove it")
     info(f"{args.checkpoint}: step {checkpoint['step']}; does it fit tokenizer and model folder?")
-    weights = weights_of(checkpoint)
-    require_indextts2_run(args.checkpoint, checkpoint, weights, record)
+    weights = weights_of(checkpoint, args.base_checkpoint)
+    require_indextts2_run(args.checkpoint, model, weights, record)
     tokenizer = own_tokenizer(args, checkpoint, record)
+    tokenizer_name = WRITTEN["tiktoken" if kind == INDEXTTS25 else "bpe"]
     source = args.model_dir / "config.yaml"
-    config = exported_config(read_yaml(source), checkpoint["model_config"]["number_text_tokens"], record)
-    require_same_sizes(args, config, checkpoint["model_config"])
+    config = exported_config(read_yaml(source), model.number_text_tokens, record)
+    require_same_sizes(args, config, model)
     check_conditioning(args.checkpoint, weights, record)
     tensors = tensors_of(weights, DTYPES[args.dtype])
     check_names_and_shapes(config, {name: list(t.shape) for name, t in tensors.items()}, str(args.checkpoint), source)
@@ -172,43 +202,49 @@ def export_folder(args: argparse.Namespace, checkpoint: dict[str, Any], record: 
         save(tensors, folder / WRITTEN["gpt"])
         sync(folder / WRITTEN["gpt"])
         (folder / WRITTEN["config"]).write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-        (folder / "README.md").write_text(README.format(step=checkpoint["step"], name=args.checkpoint.name))
-        shutil.copyfile(tokenizer, folder / WRITTEN["bpe"])
+        (folder / "README.md").write_text(README.format(
+            model=NAMES[kind], step=checkpoint["step"], name=args.checkpoint.name, tokenizer=tokenizer_name,
+            front_end=FRONT_END[kind]))
+        shutil.copyfile(tokenizer, folder / tokenizer_name)
         if record_path(tokenizer).is_file():
-            shutil.copyfile(record_path(tokenizer), record_path(folder / WRITTEN["bpe"]))
+            shutil.copyfile(record_path(tokenizer), record_path(folder / tokenizer_name))
         add_rest(args.model_dir, folder, args.copy)
-        check_folder(folder)
+        check_folder(folder, tokenizer_name)
     size = (args.output_dir / WRITTEN["gpt"]).stat().st_size / 1e6
     info(f"{args.output_dir}: step {checkpoint['step']}, gpt.pth with {len(tensors)} tensors of {args.dtype}, "
-         f"{size:.1f} MB. A derivative work of IndexTTS-2's weights: README.md there says what its licence asks for")
-    missing = [name for name in (*FOR_SOUND, "qwen") if not all(
-        path.is_file() for path in files_in(PARTS[name], args.output_dir / place_in(PARTS[name], config)))]
+         f"{size:.1f} MB. A derivative work of {NAMES[kind]}'s weights: README.md there says what its licence asks for")
+    parts = parts_of(config)
+    missing = [name for name in (FOR_SOUND_25 if kind == INDEXTTS25 else (*FOR_SOUND, "qwen")) if not all(
+        path.is_file() for path in files_in(parts[name], args.output_dir / place_in(parts[name], config)))]
     if missing:
-        info("not in it, since it is not in --model-dir: " + ", ".join(PARTS[name].place for name in missing)
+        info("not in it, since it is not in --model-dir: " + ", ".join(parts[name].place for name in missing)
              + ". IndexTTS2 fetches models of other makers itself; all come with "
              + " and ".join(f"`{line}`" for line in download_lines(missing, args.output_dir)))
 
 
-def require_indextts2_run(path: Path, checkpoint: Mapping[str, Any], weights: Mapping[str, Tensor], record: MadeWith
-                          ) -> None:
+def require_indextts2_run(path: Path, model: ModelConfig, weights: Mapping[str, Tensor], record: MadeWith) -> None:
     """Raises: ToolError for a run on other codes, or one without conditioning modules."""
-    model: ModelConfig = model_config_from(checkpoint["model_config"], str(path))
-    features = record.get("features", INDEXTTS2)  # a fork's data records nothing
+    kind = INDEXTTS25 if model.languages else INDEXTTS2
+    features = record.get("features", kind)  # a fork's data records nothing
     codes = record.get("num_codes", model.code_count)
-    if features != INDEXTTS2 or model.languages or codes != INDEXTTS2_CODES:
-        what = "IndexTTS-2.5" if model.languages else f"{features} features, {codes} codes"
-        raise ToolError(f"{path}: was trained on other codes ({what}), which IndexTTS-2's sound does not know. Speak "
-                        "with it by tools.synthesize --codec, or train on data of preprocess --features indextts2")
-    missing = [prefix for prefix in CARRIED_PREFIXES if not any(name.startswith(prefix) for name in weights)]
+    if features != kind or codes != INDEXTTS2_CODES:
+        raise ToolError(f"{path}: was trained on other codes ({features} features, {codes} codes), which "
+                        f"{NAMES[kind]}'s sound does not know. Speak with it by tools.synthesize --codec, or train on "
+                        f"data of preprocess --features {kind}")
+    needed = [prefix for prefix in CARRIED_PREFIXES if not model.languages or prefix.startswith("emo")]
+    missing = [prefix for prefix in needed if not any(name.startswith(prefix) for name in weights)]
     if missing:
         raise ToolError(f"{path}: has no conditioning modules ({missing[0]}*): {SCRATCH} it. Train with "
                         f"--base-checkpoint {WRITTEN['gpt']} of the model folder")
 
 
 def own_tokenizer(args: argparse.Namespace, checkpoint: Mapping[str, Any], record: MadeWith) -> Path:
-    """The run's tokenizer. Raises: ToolError where it is gone or another one."""
-    path = args.tokenizer or Path(checkpoint["tokenizer"]["path"])
-    size, remedy = load_tokenizer(path).get_piece_size(), "Give the tokenizer of the run as --tokenizer"
+    """The run's tokenizer; of IndexTTS-2.5 it is the model folder's. Raises: ToolError where it is gone or another
+    one."""
+    is_25 = "tiktoken" in parts_of(read_yaml(args.model_dir / "config.yaml"))
+    path = args.tokenizer or (find_parts(args.model_dir, ["tiktoken"])["tiktoken"] if is_25 else
+                              Path(checkpoint["tokenizer"]["path"]))
+    size, remedy = load_tokens(path).size, "Give the tokenizer of the run as --tokenizer"
     require_same(str(args.checkpoint), record, f"--tokenizer {path}", {"tokenizer_sha256": sha256_of(path)},
                  remedy=remedy)
     if size != checkpoint["model_config"]["number_text_tokens"]:
@@ -220,17 +256,23 @@ def own_tokenizer(args: argparse.Namespace, checkpoint: Mapping[str, Any], recor
 def exported_config(config: Mapping[str, Any], tokens: int, record: MadeWith) -> dict[str, Any]:
     """The model folder's, with our number of text tokens, the names of what is written, and the record. Pure."""
     dataset = config.get("dataset")
+    bpe = {"bpe_model": WRITTEN["bpe"]} if "bpe" in parts_of(config) else {}
     return {**config, "gpt": {**config["gpt"], "number_text_tokens": tokens}, "gpt_checkpoint": WRITTEN["gpt"],
-            "dataset": {**(dataset if isinstance(dataset, dict) else {}), "bpe_model": WRITTEN["bpe"], **record}}
+            "dataset": {**(dataset if isinstance(dataset, dict) else {}), **bpe, **record}}
 
 
-def require_same_sizes(args: argparse.Namespace, config: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Of the GPT; heads, for one, show in no tensor's shape. Raises: ToolError."""
-    path = args.model_dir / "config.yaml"
+def sizes_of(config: Mapping[str, Any], source: Path) -> ModelConfig:
+    """Of the GPT of a model folder's config.yaml. Raises: ToolError."""
     try:
-        released, trained = model_config_from(config["gpt"], str(path)), model_config_from(own, str(args.checkpoint))
+        return model_config_from({**languages_of(dict(config)), **config["gpt"]}, str(source))
     except UserError as error:
         raise ToolError(str(error)) from error
+
+
+def require_same_sizes(args: argparse.Namespace, config: Mapping[str, Any], trained: ModelConfig) -> None:
+    """Of the GPT; heads, for one, show in no tensor's shape. Raises: ToolError."""
+    path = args.model_dir / "config.yaml"
+    released = sizes_of(config, path)
     differing = [f"gpt.{name} is {value} in {path}, but {getattr(trained, name)} in {args.checkpoint}"
                  for name, value in vars(released).items() if value != getattr(trained, name)]
     if differing:
@@ -249,8 +291,8 @@ def check_names_and_shapes(config: Mapping[str, Any], found: Mapping[str, list[i
     """What a strict load asks for. Raises: ToolError."""
     gpt, channels = config["gpt"], section_of(config, "semantic_codec", source)["hidden_size"]
     emo_width = found.get("emo_perceiver_encoder.latents", [1, 1024])[-1]
-    model_config = model_config_from(gpt, str(source))
-    modules = (made(lambda: VoiceModules(gpt, channels, emo_width), source),
+    model_config = sizes_of(config, source)
+    modules = (made(lambda: VoiceModules(gpt, channels, emo_width, not model_config.languages), source),
                made(lambda: UnifiedVoiceGPT(model_config), source))
     shapes = {name: list(t.shape) for module in modules for name, t in module.state_dict().items()}
     problems = [f"{name} is missing" for name in shapes if name not in found]
@@ -263,15 +305,15 @@ def check_names_and_shapes(config: Mapping[str, Any], found: Mapping[str, list[i
                         "the training started from")
 
 
-def check_folder(folder: Path) -> None:
+def check_folder(folder: Path, tokenizer: str) -> None:
     """Reads back what was written, as IndexTTS2 would. Raises: ToolError."""
     config = read_yaml(folder / WRITTEN["config"])
     tensors = read_tensors(folder / WRITTEN["gpt"])
     check_names_and_shapes(config, {name: list(t.shape) for name, t in tensors.items()},
                            str(folder / WRITTEN["gpt"]), folder / WRITTEN["config"])
-    size = load_tokenizer(folder / WRITTEN["bpe"]).get_piece_size()
+    size = load_tokens(folder / tokenizer).size
     if size != config["gpt"]["number_text_tokens"]:
-        raise ToolError(f"{folder / WRITTEN['bpe']}: has {size} pieces, config.yaml another number. Export again")
+        raise ToolError(f"{folder / tokenizer}: has {size} pieces, config.yaml another number. Export again")
 
 
 def rest_of(model_dir: Path) -> list[Path]:
@@ -280,10 +322,12 @@ def rest_of(model_dir: Path) -> list[Path]:
     Not what an export writes anew, not hidden files, not a training's checkpoints.
     """
     config = read_yaml(model_dir / "config.yaml")
-    replaced = {*WRITTEN.values(), "README.md", *(Path(place_in(PARTS[name], config)).name for name in WRITTEN)}
+    parts = parts_of(config)
+    replaced = {*WRITTEN.values(), "README.md", *(Path(place_in(parts[name], config)).name for name in WRITTEN
+                                                  if name in parts)}
     found = [path for path in sorted(model_dir.iterdir()) if path.is_file() and not path.name.startswith(".")
              and path.name not in replaced and not is_checkpoint_name(path.name)]
-    folders = {"hf_cache", *(Path(place_in(part, config)).parts[0] for part in PARTS.values() if len(part.files) > 1)}
+    folders = {"hf_cache", *(Path(place_in(part, config)).parts[0] for part in parts.values() if len(part.files) > 1)}
     for name in sorted(folders):
         found += [path for path in sorted((model_dir / name).rglob("*")) if path.is_file()]
     return [path.relative_to(model_dir) for path in found]

@@ -316,23 +316,32 @@ class UnreadableCheckpoint(ToolError):
     """A checkpoint file that is missing, damaged or not a checkpoint."""
 
 
-def weights_of(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
-    """All of IndexTTS2's tensors. Raises: ToolError where the base of a LoRA is gone."""
+def add_base_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base-checkpoint", type=Path, metavar="PATH", help="of a LoRA checkpoint: the file that it "
+                        "adds to, where it was moved")
+
+
+def weights_of(checkpoint: dict[str, Any], base: Path | None = None) -> dict[str, Tensor]:
+    """All of IndexTTS2's tensors; those of a LoRA are added to `base`, or to the file that it names. Raises: ToolError
+    where that is gone or another one, or where there is no LoRA to add."""
+    if base and not checkpoint.get("lora_base"):
+        raise ToolError(f"--base-checkpoint {base}: the checkpoint is no LoRA, it holds all its weights. Leave it out")
     try:
-        return merged_tensors(checkpoint)
+        return merged_tensors(checkpoint, str(base or ""))
     except UserError as error:
         raise ToolError(str(error)) from error
 
 
-def load_model(path: Path) -> tuple[UnifiedVoiceGPT, dict[str, Any]]:
-    """A verified checkpoint as a float64 model in evaluation mode, and the checkpoint. Raises: UnreadableCheckpoint."""
+def load_model(path: Path, base: Path | None = None) -> tuple[UnifiedVoiceGPT, dict[str, Any]]:
+    """A verified checkpoint as a float64 model in evaluation mode, and the checkpoint. Raises: UnreadableCheckpoint,
+    and ToolError as `weights_of` does."""
     try:
         checkpoint = read_checkpoint(path)
     except ResumeError as error:
         raise UnreadableCheckpoint(str(error)) from error
     model = UnifiedVoiceGPT(model_config_from(checkpoint["model_config"], str(path)))
     own = model.state_dict()
-    model.load_state_dict({name: tensor for name, tensor in weights_of(checkpoint).items() if name in own})
+    model.load_state_dict({name: tensor for name, tensor in weights_of(checkpoint, base).items() if name in own})
     return model.double().eval().requires_grad_(False), checkpoint
 
 
@@ -346,10 +355,12 @@ class Synthesizer:
     front_end: str
     """As whose front end they were then written, "" for none."""
 
-    def __init__(self, checkpoint_path: Path, sound: SoundDecoder, tokenizer_path: Path | None) -> None:
-        """Raises: ToolError when a file is missing or damaged, or one does not fit the others."""
+    def __init__(self, checkpoint_path: Path, sound: SoundDecoder, tokenizer_path: Path | None,
+                 base_checkpoint: Path | None = None) -> None:
+        """`base_checkpoint`: of a LoRA, where it was moved. Raises: ToolError when a file is missing or damaged, or one
+        does not fit the others."""
         self.sound = sound
-        self.model, self.checkpoint = load_model(checkpoint_path)
+        self.model, self.checkpoint = load_model(checkpoint_path, base_checkpoint)
         record = of_checkpoint(self.checkpoint)
         self.rules = rules_of(record, str(checkpoint_path))
         self.front_end = front_end_of(record, str(checkpoint_path))
@@ -363,6 +374,15 @@ class Synthesizer:
             raise ToolError(f"{sound.flag}: has {codes} codes, the checkpoint {own}. {sound.remedy}")
         self.model.to(sound.device)
         self.digest = f"{checkpoint_digest(self.checkpoint)} {sound.digest}"
+
+    def move(self, device: torch.device) -> None:
+        """Model and sound."""
+        self.sound.move(device)
+        self.model.to(device)
+
+    def size(self) -> int:
+        """Bytes of both, and of what speaking takes of keys and values."""
+        return sum(t.nbytes for t in self.model.state_dict().values()) + self.sound.size() + CACHE_BYTES
 
     def prompt(self, path: Path) -> Prompt:
         """Raises: ToolError for a recording that is unreadable or too short."""

@@ -340,9 +340,9 @@ class IndexTTS2Source:
         return IndexTTS2Features(dict(self.parts), self.device)
 
 
-def require_indextts2(model_dir: Path, name: str = INDEXTTS2) -> None:
+def require_indextts2(model_dir: Path, name: str, remedy: str = "") -> None:
     """Raises: ToolError for a folder of anything else than `name`."""
     found = recognised(model_dir)
     if found != name:
-        raise ToolError(f"--model-dir {model_dir}: {NAMES[found]}, whose codes, conditions and texts are others. Give "
-                        f"a folder of {NAMES[name]}, or --features {found}")
+        raise ToolError(f"--model-dir {model_dir}: {NAMES[found]}, whose codes, conditions and texts are others. "
+                        f"{remedy or f'Give a folder of {NAMES[name]}, or --features {found}'}")

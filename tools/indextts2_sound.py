@@ -1,13 +1,15 @@
 """IndexTTS2's sound of codes: s2mel makes a mel spectrogram of codes and the GPT's latents in the prompt's voice, and
-BigVGAN makes sound of that.
+BigVGAN makes sound of that. Beside it IndexTTS-2.5's, which reads no latents: codes become features by the decoder of
+its codec, twice as many, and the prompt's own features stand before them.
 
-The modules are those of the package indextts2-inference (requirements-indextts.txt), taken one by one: its front end
-would take Amharic for Chinese. They are filled from the files of the released folder, with every weight that they have;
-nothing is downloaded. The prompt's features are ours (tools.indextts2_features).
+The modules are those of the packages indextts2-inference and indextts25-inference (requirements-indextts.txt), taken
+one by one: their front ends do not read Amharic. They are filled from the files of the released folder, with every
+weight that they have; nothing is downloaded. The prompt's features are ours (tools.indextts2_features).
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import pickle
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 from tools._common import Progress, ToolError, info, sha256_of
 from tools.codes_to_sound import Prompt, long_enough
 from tools.indextts2_features import (
+    NAMES,
     PROMPT_SAMPLES,
     SAMPLE_RATE,
     IndexTTS2Features,
@@ -37,37 +40,35 @@ from tools.indextts2_features import (
     unreadable,
 )
 from tools.indextts2_modules import HOP, CodeProjection
-from tools.made_with import INDEXTTS2, read_yaml, recorded
-from tools.model_folder import PARTS, find_parts
+from tools.made_with import INDEXTTS2, INDEXTTS25, read_yaml, recorded
+from tools.model_folder import PARTS, find_parts, parts_of
 from tools.sound_files import load_recording
-from trainers.train_gpt_v2 import NAMES, ModelConfig
+from trainers.train_gpt_v2 import ModelConfig
 
-PACKAGE = "indextts"
-PARTS_READ = ("config", "gpt", "w2v_bert_stats", "w2v_bert", "semantic_codec", "s2mel", "campplus", "bigvgan")
-FRAMES_PER_CODE = 1.72  # frames of mel for a code, as IndexTTS2's inference counts them
+PACKAGES = {INDEXTTS2: "indextts", INDEXTTS25: "indextts25"}
+MODULES = {"mel_spectrogram": "s2mel.modules.audio", "BigVGAN": "s2mel.modules.bigvgan.bigvgan",
+           "AttrDict": "s2mel.modules.bigvgan.env", "CAMPPlus": "s2mel.modules.campplus.DTDNN",
+           "CFM": "s2mel.modules.flow_matching", "InterpolateRegulator": "s2mel.modules.length_regulator"}
+FRAMES_PER_ROW = 1.72  # frames of mel for a row of features, as IndexTTS2's inference counts them
 STEPS, GUIDANCE = 25, 0.7  # of flow matching, likewise
 LONGEST_MEL = 8192  # frames of prompt and line together
 SPEAKER = 192  # values of CAM++
 COMPUTED = (".freqs", ".input_pos")  # buffers that are not read from files
 
 
-def package_modules() -> SimpleNamespace:
-    """The package's modules that are used. Raises: ToolError where it, or what it needs, is not installed."""
+def package_modules(name: str) -> SimpleNamespace:
+    """The modules that are used of the package of IndexTTS2 or 2.5. Raises: ToolError where it, or what it needs, is
+    not installed."""
     os.environ["HF_HUB_OFFLINE"] = "1"
+    places = {**MODULES, "EnhancedCodec": "codec.models"} if name == INDEXTTS25 else MODULES
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what it imports; it would silence others for good
-            from indextts.s2mel.modules.audio import mel_spectrogram
-            from indextts.s2mel.modules.bigvgan.bigvgan import BigVGAN
-            from indextts.s2mel.modules.bigvgan.env import AttrDict
-            from indextts.s2mel.modules.campplus.DTDNN import CAMPPlus
-            from indextts.s2mel.modules.flow_matching import CFM
-            from indextts.s2mel.modules.length_regulator import InterpolateRegulator
+            return SimpleNamespace(**{kind: getattr(importlib.import_module(f"{PACKAGES[name]}.{place}"), kind)
+                                      for kind, place in places.items()})
     except ImportError as error:
-        raise ToolError(f"--model-dir: IndexTTS2's sound is made by packages that are not installed ({error}). Install "
-                        "them with `pip install -r requirements-indextts.txt`") from error
-    return SimpleNamespace(mel_spectrogram=mel_spectrogram, BigVGAN=BigVGAN, AttrDict=AttrDict, CAMPPlus=CAMPPlus,
-                           CFM=CFM, InterpolateRegulator=InterpolateRegulator)
+        raise ToolError(f"--model-dir: {NAMES[name]}'s sound is made by packages that are not installed ({error}). "
+                        "Install them with `pip install -r requirements-indextts.txt`") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -92,6 +93,15 @@ def nested_tensors(path: Path, *keys: str) -> dict[str, Tensor]:
     if not isinstance(content, dict) or not content or not all(isinstance(t, Tensor) for t in content.values()):
         raise unreadable(path, f"it holds no tensors under {'.'.join(keys)}" if keys else "it holds no tensors by name")
     return {name.removeprefix("module."): tensor for name, tensor in content.items()}
+
+
+def folded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """With every pair of weight_g and weight_v as the weight that they stand for."""
+    plain = {name: t for name, t in tensors.items() if not name.endswith(("weight_g", "weight_v"))}
+    for name in (name for name in tensors if name.endswith("weight_v") and f"{name[:-1]}g" in tensors):
+        direction, size = tensors[name], tensors[f"{name[:-1]}g"]
+        plain[name[:-2]] = direction * (size / direction.flatten(1).norm(dim=1).view(size.shape))
+    return plain
 
 
 def filled(build: Callable[[], nn.Module], tensors: Mapping[str, Tensor], path: Path, config: Path, what: str
@@ -136,26 +146,14 @@ def latent_layers(tensors: Mapping[str, Tensor]) -> nn.Sequential:
     return nn.Sequential(*(nn.Linear(weight.shape[1], weight.shape[0]) for weight in weights))
 
 
-def vocoder(package: SimpleNamespace, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """BigVGAN, its weight norm folded in, and its settings. Raises: ToolError."""
+def vocoder(build: Callable[[Any], nn.Module], folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """BigVGAN as `build` makes it of its settings, without weight norm, and these. Raises: ToolError."""
     config, path = folder / "config.json", folder / "bigvgan_generator.pt"
     try:
         settings = json.loads(config.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise unreadable(config, " ".join(str(error).split())[:200]) from error
-    tensors = nested_tensors(path, "generator")
-    normalised = any(name.endswith("weight_g") for name in tensors)
-
-    def build() -> nn.Module:
-        module = package.BigVGAN(package.AttrDict(settings), use_cuda_kernel=False)
-        if not normalised:
-            module.remove_weight_norm()
-        return module
-
-    module: Any = filled(build, tensors, path, config, "BigVGAN")
-    if normalised:
-        module.remove_weight_norm()
-    return module, settings
+    return filled(lambda: build(settings), folded(nested_tensors(path, "generator")), path, config, "BigVGAN"), settings
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -184,68 +182,102 @@ def flow(estimator: nn.Module, noise: Tensor, prompt_mel: Tensor, content: Tenso
     return x
 
 
-class IndexTTS2Sound:
-    """The SoundDecoder of a released folder. What it keeps of a prompt: mel [n_mels, P], style [SPEAKER], content
-    [P, channels]."""
+class ReleasedSound:
+    """What the SoundDecoders of the two released folders share. What they keep of a prompt: mel [n_mels, P], style
+    [SPEAKER], content [P, channels]."""
 
-    reads_latents = True
+    name: str
+    """Of FEATURES."""
+    reads_latents: bool
+    codec_part: str
+    """Of the model folder."""
+    samples_per_code: int
+    folds: bool
+    """Whether the package's modules have no weight norm."""
     remedy = ("Give the model folder whose features its training data was made with as --model-dir (for data of the "
               "embedded codec: that --codec instead)")
 
     def __init__(self, model_dir: Path, device: str) -> None:
         """Raises: ToolError with all that is missing, or is not as it should be."""
-        require_indextts2(model_dir)
-        device, parts = choose_device(device), find_parts(model_dir, PARTS_READ)
-        package = package_modules()
-        size = sum(PARTS[name].megabytes for name in parts) / 1000
-        info(f"--model-dir {model_dir}: loading IndexTTS2's sound ({size:.1f} GB in full size) on {device}")
-        self.flag, self.device, path = f"--model-dir {model_dir}", torch.device(device), parts["config"]
+        require_indextts2(model_dir, self.name, self.remedy)
+        device, parts = choose_device(device), find_parts(model_dir, (
+            "config", "gpt", "w2v_bert_stats", "w2v_bert", self.codec_part, "s2mel", "campplus", "bigvgan"))
+        self.package, path = package_modules(self.name), parts["config"]
         config = read_yaml(path)
+        size = sum(parts_of(config)[name].megabytes for name in parts) / 1000
+        info(f"--model-dir {model_dir}: loading {NAMES[self.name]}'s sound ({size:.1f} GB in full size) on {device}")
+        self.flag, self.device = f"--model-dir {model_dir}", torch.device(device)
         self.model_dim = section_of(config, "gpt", path).get("model_dim")
         self.features = IndexTTS2Features(parts, device)
-        self._take_codec(parts["semantic_codec"])
-        self._take_s2mel(package, parts["s2mel"], section_of(config, "s2mel", path), path)
-        self.campplus = filled(lambda: package.CAMPPlus(feat_dim=80, embedding_size=SPEAKER),
-                               nested_tensors(parts["campplus"]), parts["campplus"], path, "CAM++").to(self.device)
-        bigvgan, settings = vocoder(package, parts["bigvgan"])
+        self._take_s2mel(parts["s2mel"], section_of(config, "s2mel", path), path)
+        self._take_rest(parts, section_of(config, "semantic_codec", path))
+        bigvgan, settings = vocoder(self._vocoder, parts["bigvgan"])
         self.bigvgan = bigvgan.to(self.device)
-        self._take_mel(package, section_of(config, "s2mel.preprocess_params", path), settings, path)
-        codec = sha256_of(parts["semantic_codec"])
-        self.record = recorded({"features": INDEXTTS2, "codec_sha256": codec, "num_codes": len(self.codebook),
-                                "codes_per_second": SAMPLE_RATE / (2 * HOP),
+        self._take_mel(section_of(config, "s2mel.preprocess_params", path), settings, path)
+        codec, codes = sha256_of(parts[self.codec_part]), section_of(config, "semantic_codec", path)["codebook_size"]
+        self.record = recorded({"features": self.name, "codec_sha256": codec, "num_codes": codes,
+                                "codes_per_second": SAMPLE_RATE / self.samples_per_code,
                                 "conditioning_sha256": conditioning_digest(conditioning_of(parts["gpt"]))})
         files = [parts["s2mel"], *(parts["bigvgan"] / name for name in PARTS["bigvgan"].files)]
         self.digest = " ".join([codec, *map(sha256_of, files)])
         self.prompts: dict[Path, Prompt] = {}
 
-    def _take_codec(self, path: Path) -> None:
-        """What turns codes back into features. Raises: ToolError."""
-        tensors, prefix = read_tensors(path), "quantizer.quantizers.0."
-        projection = {name.removeprefix(f"{prefix}out_project."): t for name, t in tensors.items()
-                      if name.startswith(f"{prefix}out_project.")}
-        self.codebook = tensors[f"{prefix}codebook.weight"].to(self.device)  # IndexTTS2Features has checked it
-        channels = self.features.mean.shape[0]
-        self.out_project = filled(lambda: CodeProjection(self.codebook.shape[1], channels), projection, path, path,
-                                  "semantic codec's out_project").to(self.device)
+    # What differs between the two
 
-    def _take_s2mel(self, package: SimpleNamespace, path: Path, section: Mapping[str, Any], config: Path) -> None:
+    def _take_rest(self, parts: Mapping[str, Path], codec: Mapping[str, Any]) -> None:
+        """What makes features of codes, and a style of sound; `codec` is semantic_codec: of config.yaml. Raises:
+        ToolError."""
+        raise NotImplementedError
+
+    def _regulator(self, section: SimpleNamespace) -> nn.Module:
+        raise NotImplementedError
+
+    def _vocoder(self, settings: Any) -> nn.Module:
+        """Without weight norm."""
+        raise NotImplementedError
+
+    def stretched(self, x: Tensor, frames: Tensor) -> Tensor:
+        """[1, c, channels] -> [1, frames, content channels]; `frames` is [1]."""
+        raise NotImplementedError
+
+    def voice_of(self, audio: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of a prompt's sound [samples] and features [T, channels]: the GPT's condition [C, values], the style
+        [1, SPEAKER] and what is stretched to its content, [1, c, channels]."""
+        raise NotImplementedError
+
+    def said(self, codes: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """What is stretched to the content of a line, [1, c, channels], and how many frames it gets, [1]."""
+        raise NotImplementedError
+
+    # What they share
+
+    def _take_s2mel(self, path: Path, section: Mapping[str, Any], config: Path) -> None:
         """Raises: ToolError."""
         args = namespaced(section)
-        tensors = {name: nested_tensors(path, "net", name) for name in ("cfm", "length_regulator", "gpt_layer")}
-        cfm: Any = filled(lambda: package.CFM(args), tensors["cfm"], path, config, "s2mel")
-        self.regulator = filled(lambda: length_regulator(package, args.length_regulator), tensors["length_regulator"],
-                                path, config, "s2mel").to(self.device)
-        self.gpt_layer = filled(lambda: latent_layers(tensors["gpt_layer"]), tensors["gpt_layer"], path, config,
-                                "s2mel").to(self.device)
+        tensors = {name: nested_tensors(path, "net", name) for name in ("cfm", "length_regulator")}
+        tensors = {name: folded(part) for name, part in tensors.items()} if self.folds else tensors
+        cfm: Any = filled(lambda: self.package.CFM(args), tensors["cfm"], path, config, "s2mel")
+        self.regulator = filled(lambda: self._regulator(args.length_regulator), tensors["length_regulator"], path,
+                                config, "s2mel").to(self.device)
         self.estimator = cfm.estimator.to(self.device)
         self.estimator.setup_caches(max_batch_size=1, max_seq_length=LONGEST_MEL)
-        reads, makes = tensors["gpt_layer"]["0.weight"].shape[1], tensors["gpt_layer"]["2.weight"].shape[0]
-        if (reads, makes) != (self.model_dim, len(self.features.mean)):
-            raise ToolError(f"{path}: its gpt_layer makes {makes} values of {reads}, {config} has gpt.model_dim "
-                            f"{self.model_dim} and features of {len(self.features.mean)}. {own_remedy(config)}")
 
-    def _take_mel(self, package: SimpleNamespace, section: Mapping[str, Any], vocoder: Mapping[str, Any], path: Path
-                  ) -> None:
+    def _moved(self) -> dict[str, Any]:
+        """Modules and tensors by the names of their attributes; not the features, which only prompts need."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, (nn.Module, Tensor))}
+
+    def move(self, device: torch.device) -> None:
+        for name, value in self._moved().items():
+            setattr(self, name, value.to(device))
+        self.estimator.transformer.max_seq_length = -1  # its positions are no buffers, and are made anew
+        self.estimator.setup_caches(max_batch_size=1, max_seq_length=LONGEST_MEL)
+        self.device = device
+
+    def size(self) -> int:
+        return sum(sum(t.nbytes for t in value.state_dict().values()) if isinstance(value, nn.Module) else value.nbytes
+                   for value in self._moved().values())
+
+    def _take_mel(self, section: Mapping[str, Any], vocoder: Mapping[str, Any], path: Path) -> None:
         """The mel spectrogram that s2mel makes and BigVGAN reads. Raises: ToolError where they differ."""
         try:
             spectrum = section["spect_params"]
@@ -260,41 +292,30 @@ class IndexTTS2Sound:
         if differing:
             raise ToolError(f"{path}: its BigVGAN reads other mel spectrograms ({'; '.join(differing)}). "
                             f"Download {PARTS['bigvgan'].repository}")
-        self.spectrogram = package.mel_spectrogram
         self.sample_rate, self.n_mels = self.mel_settings["sampling_rate"], self.mel_settings["num_mels"]
 
     def mel(self, waveform: Tensor) -> Tensor:
         """[samples] -> [1, n_mels, frames]."""
-        return self.spectrogram(waveform[None].float(), **self.mel_settings, center=False)
+        return self.package.mel_spectrogram(waveform[None].float(), **self.mel_settings, center=False)
 
     def log_mel(self, waveform: Tensor) -> Tensor:
         return self.mel(waveform)[0].T
 
-    def embedding_of(self, codes: Tensor) -> Tensor:
-        """[c] -> [1, c, channels], as the features were."""
-        return self.out_project(self.codebook[codes])[None]
-
-    def content_of(self, x: Tensor, frames: Tensor) -> Tensor:
-        """[1, c, channels], stretched to [1, frames, content channels]."""
-        return self.regulator(x, ylens=frames.to(self.device), n_quantizers=3, f0=None)[0]
-
     @torch.no_grad()
     def prompt(self, path: Path, model: ModelConfig) -> Prompt:
-        if model.languages or model.model_dim != self.model_dim:
-            raise ToolError(f"{self.flag}: its GPT is IndexTTS-2's, {self.model_dim} wide, the checkpoint's "
-                            f"{NAMES[model.languages > 0]}'s, {model.model_dim} wide. {self.remedy}")
+        name = INDEXTTS25 if model.languages else INDEXTTS2
+        if name != self.name or model.model_dim != self.model_dim:
+            raise ToolError(f"{self.flag}: its GPT is {NAMES[self.name]}'s, {self.model_dim} wide, the checkpoint's "
+                            f"{NAMES[name]}'s, {model.model_dim} wide. {self.remedy}")
         if path not in self.prompts:
             audio = long_enough(load_recording(path, SAMPLE_RATE, trim=False), SAMPLE_RATE, path)[:PROMPT_SAMPLES]
             seconds = PROMPT_SAMPLES / SAMPLE_RATE
             heard = load_recording(path, self.sample_rate, trim=False)[: round(seconds * self.sample_rate)]
             features = self.features.features(audio)[0]
             mel = self.mel(heard.to(self.device))
-            filters = torchaudio.compliance.kaldi.fbank(audio[None], num_mel_bins=80, dither=0,
-                                                        sample_frequency=SAMPLE_RATE).to(self.device)
-            content = self.content_of(self.embedding_of(self.features.codec(features)), torch.tensor([mel.shape[2]]))
-            kept = {"mel": mel, "style": self.campplus((filters - filters.mean(0))[None]), "content": content}
-            self.prompts[path] = Prompt(self.features.voice.condition(features).cpu(),
-                                        self.features.voice.emo_vec(features).cpu(),
+            condition, style, x = self.voice_of(audio, features)
+            kept = {"mel": mel, "style": style, "content": self.stretched(x, torch.tensor([mel.shape[2]]))}
+            self.prompts[path] = Prompt(condition.cpu(), self.features.voice.emo_vec(features).cpu(),
                                         {name: value[0].cpu().contiguous() for name, value in kept.items()})
         return self.prompts[path]
 
@@ -303,16 +324,14 @@ class IndexTTS2Sound:
         if not len(codes):
             return torch.zeros(0)
         mel, style, content = (prompt.sound[name][None].to(self.device) for name in ("mel", "style", "content"))
-        said = self.embedding_of(codes.to(self.device)) + self.gpt_layer(latents[None].to(self.device))
-        frames = (torch.tensor([len(codes)]) * FRAMES_PER_CODE).long()
-        content = torch.cat([content, self.content_of(said, frames)], 1)
+        content = torch.cat([content, self.stretched(*self.said(codes.to(self.device), latents.to(self.device)))], 1)
         noise = torch.randn(1, self.n_mels, content.shape[1], generator=torch.Generator().manual_seed(seed))
         made = flow(self.estimator, noise.to(self.device), mel, content, style)[:, :, mel.shape[2] :]
         return self.bigvgan(made)[0, 0].clamp(-1, 1).cpu()
 
     def mels_to_learn_from(self, codes: Sequence[Tensor], prompts: Sequence[Path],
                            recordings: Sequence[Path | None]) -> list[Tensor]:
-        """Of the recordings themselves, which IndexTTS2's sound comes close to: to decode hours of codes would take
+        """Of the recordings themselves, which the sound of codes comes close to: to decode hours of codes would take
         longer than the training."""
         mels, progress = [], Progress("reading training recordings", len(recordings))
         for path in recordings:
@@ -322,3 +341,84 @@ class IndexTTS2Sound:
             mels.append(self.log_mel(load_recording(path, self.sample_rate, trim=False)).half())
             progress.update(len(mels))
         return mels
+
+
+class IndexTTS2Sound(ReleasedSound):
+    """Of IndexTTS-2: its s2mel hears the codes and the GPT's latents."""
+
+    name, reads_latents, folds = INDEXTTS2, True, False
+    codec_part, samples_per_code = "semantic_codec", 2 * HOP
+
+    def _take_rest(self, parts: Mapping[str, Path], codec: Mapping[str, Any]) -> None:
+        path, config, prefix = parts["semantic_codec"], parts["config"], "quantizer.quantizers.0."
+        tensors = read_tensors(path)
+        projection = {name.removeprefix(f"{prefix}out_project."): t for name, t in tensors.items()
+                      if name.startswith(f"{prefix}out_project.")}
+        self.codebook = tensors[f"{prefix}codebook.weight"].to(self.device)  # IndexTTS2Features has checked it
+        channels = self.features.mean.shape[0]
+        self.out_project = filled(lambda: CodeProjection(self.codebook.shape[1], channels), projection, path, path,
+                                  "semantic codec's out_project").to(self.device)
+        layer, s2mel = nested_tensors(parts["s2mel"], "net", "gpt_layer"), parts["s2mel"]
+        self.gpt_layer = filled(lambda: latent_layers(layer), layer, s2mel, config, "s2mel").to(self.device)
+        reads, makes = layer["0.weight"].shape[1], layer["2.weight"].shape[0]
+        if (reads, makes) != (self.model_dim, channels):
+            raise ToolError(f"{s2mel}: its gpt_layer makes {makes} values of {reads}, {config} has gpt.model_dim "
+                            f"{self.model_dim} and features of {channels}. {own_remedy(config)}")
+        self.campplus = filled(lambda: self.package.CAMPPlus(feat_dim=80, embedding_size=SPEAKER),
+                               nested_tensors(parts["campplus"]), parts["campplus"], config, "CAM++").to(self.device)
+
+    def _regulator(self, section: SimpleNamespace) -> nn.Module:
+        return length_regulator(self.package, section)
+
+    def _vocoder(self, settings: Any) -> nn.Module:
+        module = self.package.BigVGAN(self.package.AttrDict(settings), use_cuda_kernel=False)
+        module.remove_weight_norm()
+        return module
+
+    def embedding_of(self, codes: Tensor) -> Tensor:
+        """[c] -> [1, c, channels], as the features were."""
+        return self.out_project(self.codebook[codes])[None]
+
+    def stretched(self, x: Tensor, frames: Tensor) -> Tensor:
+        return self.regulator(x, ylens=frames.to(self.device), n_quantizers=3, f0=None)[0]
+
+    def voice_of(self, audio: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        filters = torchaudio.compliance.kaldi.fbank(audio[None], num_mel_bins=80, dither=0,
+                                                    sample_frequency=SAMPLE_RATE).to(self.device)
+        style = self.campplus((filters - filters.mean(0))[None])
+        return self.features.voice.condition(features), style, self.embedding_of(self.features.codec(features))
+
+    def said(self, codes: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
+        frames = (torch.tensor([len(codes)]) * FRAMES_PER_ROW).long()
+        return self.embedding_of(codes) + self.gpt_layer(latents[None]), frames
+
+
+class IndexTTS25Sound(ReleasedSound):
+    """Of IndexTTS-2.5: codes are decoded to features, 50 a second, and s2mel hears these alone."""
+
+    name, reads_latents, folds = INDEXTTS25, False, True
+    codec_part, samples_per_code = "codec", 4 * HOP
+
+    def _take_rest(self, parts: Mapping[str, Path], codec: Mapping[str, Any]) -> None:
+        path, config = parts["codec"], parts["config"]
+        self.codec: Any = filled(lambda: self.package.EnhancedCodec(**codec), folded(nested_tensors(path, "model")),
+                                 path, config, "codec's decoder").to(self.device)
+
+    def _regulator(self, section: SimpleNamespace) -> nn.Module:
+        return self.package.InterpolateRegulator(
+            channels=section.channels, sampling_ratios=section.sampling_ratios, in_channels=section.in_channels,
+            codebook_size=section.content_codebook_size)
+
+    def _vocoder(self, settings: Any) -> nn.Module:
+        return self.package.BigVGAN(self.package.AttrDict(settings))
+
+    def stretched(self, x: Tensor, frames: Tensor) -> Tensor:
+        return self.regulator(x, ylens=frames.to(self.device))
+
+    def voice_of(self, audio: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        style = self.features.speaker(audio.to(self.device))[None]
+        return style, style, features[None]
+
+    def said(self, codes: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.codec.decode(codes[None])
+        return features, torch.tensor([int(features.shape[1] * FRAMES_PER_ROW)])

@@ -67,6 +67,8 @@ FOR_FEATURES_25 = ("config", "gpt", "tiktoken", "w2v_bert_stats", "w2v_bert", "c
 FOR_FEATURES = ("config", "gpt", "bpe", "w2v_bert_stats", "w2v_bert", "semantic_codec")
 FOR_SOUND = ("config", "gpt", "bpe", "w2v_bert_stats", "w2v_bert", "semantic_codec", "s2mel", "campplus", "bigvgan",
              "feat1", "feat2")
+FOR_SOUND_25 = ("config", "gpt", "tiktoken", "w2v_bert_stats", "w2v_bert", "codec", "s2mel", "campplus", "bigvgan",
+                "feat1", "feat2")
 
 
 def recognised(model_dir: Path) -> str:

@@ -4,7 +4,8 @@
   many lines   --checkpoint F --prompt F --text-file F --output-dir D: 0001.wav, 0002.wav ... and spoken.jsonl. The same
                command again goes on where it was stopped, and speaks only lines that are new or changed.
   a training   --watch OUTPUT_DIR: speaks the same validation sentences with every new checkpoint of a run into its
-               TensorBoard logs, until the run has finished
+               TensorBoard logs, until the run has finished; beside one that runs here it takes of processor and GPU
+               only what is free, and says where it speaks
 
 Codes are drawn one by one, several lines at once, then the embedded codec turns codes into sound, or for IndexTTS2's
 codes (--model-dir) its s2mel and BigVGAN. What a line sounds like depends on checkpoint, text, prompt, settings and
@@ -19,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tools._common import (
@@ -38,6 +40,7 @@ from tools.generation import (
     Line,
     Sampling,
     Synthesizer,
+    add_base_argument,
     add_sampling_arguments,
     line_mark,
     sampling_of,
@@ -45,7 +48,7 @@ from tools.generation import (
 )
 from tools.mel_picture import mel_picture
 from tools.sound_files import write_wav
-from tools.watch_training import watch
+from tools.watch_training import stand_back_beside, watch
 
 FIRST_COMMAND = ("python -m tools.synthesize --checkpoint training_output/best.pth --text 'ሰላም ለዓለም' "
                  "--prompt processed_data/audio/new026_am.flac --output hello.wav")
@@ -161,6 +164,24 @@ def synthesize_file(synthesizer: Synthesizer, text_file: Path, prompt: Path, fol
                         "for these lines. The others are spoken")
 
 
+def speak_training(args: argparse.Namespace, sampling: Sampling) -> None:
+    """Every checkpoint of a training; all is kept on the CPU meanwhile. Raises: ToolError."""
+    from tools.indextts2_features import choose_device
+
+    stand_back_beside(args.watch)
+    device = choose_device(args.device or "auto") if args.model_dir else "cpu"
+    sound = sound_of(args, "cpu")
+
+    def load(checkpoint: Path) -> Synthesizer:
+        return Synthesizer(checkpoint, sound, args.tokenizer, args.base_checkpoint)
+
+    def lines_of(synthesizer: Synthesizer) -> list[Line] | None:
+        return list(given_lines(synthesizer, args.text_file, args.prompt, args.language).values()
+                    ) if args.text_file else None
+
+    watch(args.watch, load, lines_of, sampling, torch.device(device))
+
+
 # The command line
 
 MODES = {"watch": [], "text_file": ["output_dir", "checkpoint", "prompt"], "text": ["output", "checkpoint", "prompt"]}
@@ -198,6 +219,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                         help="a training's output directory; --text-file and --prompt replace the validation sentences")
     add_sound_arguments(parser, "the training data")
     parser.add_argument("--tokenizer", type=Path, help="the checkpoint's, unless it was moved")
+    add_base_argument(parser)
     parser.add_argument("--language", default="am", help="of --text and --text-file; only Amharic is turned into "
                         "words, by the text rules that the checkpoint was trained under (am)")
     add_sampling_arguments(parser)
@@ -207,15 +229,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ToolError(problem)
     if args.output and args.output.suffix != ".wav":
         raise ToolError(f"--output {args.output}: must end in .wav")
-    sound = sound_of(args)
     if args.watch:
-        def lines_of(synthesizer: Synthesizer) -> list[Line] | None:
-            return list(given_lines(synthesizer, args.text_file, args.prompt, args.language).values()
-                        ) if args.text_file else None
-
-        watch(args.watch, lambda checkpoint: Synthesizer(checkpoint, sound, args.tokenizer), lines_of, sampling)
+        speak_training(args, sampling)
         return
-    synthesizer = Synthesizer(args.checkpoint, sound, args.tokenizer)
+    synthesizer = Synthesizer(args.checkpoint, sound_of(args), args.tokenizer, args.base_checkpoint)
     if args.text_file:
         synthesize_file(synthesizer, args.text_file, args.prompt, args.output_dir, sampling, args.language)
     else:

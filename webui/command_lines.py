@@ -11,7 +11,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,15 @@ from typing import Any
 from tools._common import ToolError
 from tools.amharic_text import KNOWN_RULES
 from tools.made_with import EMBEDDED, FEATURES, INDEXTTS2, INDEXTTS25
-from tools.model_folder import FOR_FEATURES, FOR_FEATURES_25, FOR_SOUND, find_parts, own_download, recognised
+from tools.model_folder import (
+    FOR_FEATURES,
+    FOR_FEATURES_25,
+    FOR_SOUND,
+    FOR_SOUND_25,
+    find_parts,
+    own_download,
+    recognised,
+)
 from tools.run_files import MAX_WEIGHT, all_checkpoints, foreign_checkpoints, split_manifest
 from webui.workspace import ROOT, Refused, Workspace
 
@@ -35,11 +43,11 @@ PATHS = ("file", "directory", "path", "model_folder", "program", "new_file", "ne
 class Field:
     """One input of a form.
 
-    type: "text", "line" (a text without line breaks), "words" (blank-separated names), "int", "float", "choice",
-    "switch" (True emits the flag alone), "patterns" (one a line, the flag before each), "factors" (patterns, each with
-    =FACTOR), "file", "directory" and "path" (either of them; must exist), "model_folder" (a directory; what it lacks
-    is said with how to get it), "program" (an executable file), "manifests" (existing files, one a line, each with an
-    optional ::lang or ::lang@weight), "new_file" and "new_directory" (are written; may exist).
+    type: "text", "line" (a text without line breaks), "words" (blank-separated names, of `choices` if any), "int",
+    "float", "choice", "switch" (True emits the flag alone), "patterns" (one a line, the flag before each), "factors"
+    (patterns, each with =FACTOR), "file", "directory" and "path" (either of them; must exist), "model_folder" (a
+    directory; what it lacks is said with how to get it), "program" (an executable file), "manifests" (existing files,
+    one a line, each with an optional ::lang or ::lang@weight), "new_file" and "new_directory" (are written; may exist).
     """
 
     name: str
@@ -69,6 +77,7 @@ LAYOUTS = ("ljspeech", "common-voice", "nemo", "f5-tts", "gpt-sovits", "filelist
 # Form: its field of the shortest and of the longest, what is chosen where they are empty, and how many times longer.
 LENGTHS = {"import": ("shortest", 2.0, "longest", 15.0, 3.0), "filter": ("shortest", 0.4, "longest", 30.0, 1.0)}
 EMO_SOURCES = ("prompt", "target", "mixed")
+LORA_TARGETS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # as the trainer has them
 PROGRAMS: dict[str, Program] = {
     "import": Program(("-m", "tools.import_recordings"), (
         Field("source", "", "path", required=True),
@@ -188,6 +197,9 @@ PROGRAMS: dict[str, Program] = {
         Field("freeze", "--freeze", "patterns"),
         Field("lr_scale", "--lr-scale", "factors"),
         Field("lora_rank", "--lora-rank", "int", minimum=0, maximum=4096),
+        Field("lora_alpha", "--lora-alpha", "float", minimum=0),
+        Field("lora_dropout", "--lora-dropout", "float", minimum=0, maximum=0.99),
+        Field("lora_targets", "--lora-targets", "words", choices=LORA_TARGETS),
         Field("grad_checkpointing", "--grad-checkpointing", "switch"),
         Field("resume_path", "--resume", "file")), "output_dir"),
     "inspect": Program(("-m", "tools.inspect_checkpoint"), (
@@ -233,6 +245,8 @@ PROGRAMS: dict[str, Program] = {
         Field("logdir", "--logdir", "directory", required=True),)),
 }
 SPEAKING = ("synthesize", "watch", "evaluate")
+NEEDED_TO_SPEAK = {INDEXTTS2: FOR_SOUND, INDEXTTS25: FOR_SOUND_25}
+NEEDED_FOR_FEATURES = {INDEXTTS2: FOR_FEATURES, INDEXTTS25: FOR_FEATURES_25}
 # Form values for Tab 6: as many steps of as many samples as `make demo` takes, then knowledge.md's.
 PRESETS: dict[str, Form] = {
     "demo": {"batch_size": 24, "grad_accumulation": 1, "learning_rate": 0.0015, "max_steps": 500, "log_interval": 10,
@@ -367,6 +381,8 @@ def problems(kind: str, form: Form, workspace: Workspace) -> dict[str, Problem]:
         except Refused as refused:
             field_name = "resume_path" if refused.key.startswith("resume") else "output_dir"
             found[field_name] = refused.key, refused.values
+    if kind == "training" and not found:
+        found = lora_problems(form)
     if kind in LENGTHS and not found:
         found = length_problems(form, *LENGTHS[kind])
     if kind == "tokenizer" and not found:
@@ -374,8 +390,18 @@ def problems(kind: str, form: Form, workspace: Workspace) -> dict[str, Problem]:
     if kind == "preprocess" and not found:
         found = feature_problems(form, workspace)
     if kind in SPEAKING and typed(form.get("model_dir")) and not found:
-        found = model_folder_problems(typed(form.get("model_dir")), INDEXTTS2, workspace, FOR_SOUND)
+        found = model_folder_problems(typed(form.get("model_dir")), NEEDED_TO_SPEAK, workspace)
     return found
+
+
+def lora_problems(form: Form) -> dict[str, Problem]:
+    """Of a training form whose fields are well by themselves: what goes with a LoRA rank, which on resume may be the
+    checkpoint's."""
+    if form.get("resume") or float(typed(form.get("lora_rank")) or 0):
+        return {}
+    names = [name for name in ("lora_alpha", "lora_dropout") if float(typed(form.get(name)) or 0)]
+    names += ["lora_targets"] if typed(form.get("lora_targets")) else []
+    return {name: ("goes_with_lora", {}) for name in names}
 
 
 def extension_problems(form: Form) -> dict[str, Problem]:
@@ -394,22 +420,23 @@ def feature_problems(form: Form, workspace: Workspace) -> dict[str, Problem]:
         found: dict[str, Problem] = {} if typed(form.get("codec")) else {"codec": ("required", {})}
         wrong = ["model_dir"]
     else:
-        found = model_folder_problems(typed(form.get("model_dir")), features, workspace)
+        needed = {features: NEEDED_FOR_FEATURES[features]}
+        found = model_folder_problems(typed(form.get("model_dir")), needed, workspace)
         wrong = ["config", "model_dim"]
     return {**found, **{name: ("not_with_features", {"features": features}) for name in wrong if typed(form.get(name))}}
 
 
-def model_folder_problems(text: str, features: str, workspace: Workspace, parts: Sequence[str] = ()
-                          ) -> dict[str, Problem]:
-    """What is missing in the folder, with the lines that download it, as the program would say it."""
+def model_folder_problems(text: str, needed: Mapping[str, Sequence[str]], workspace: Workspace) -> dict[str, Problem]:
+    """What is missing in the folder, with the lines that download it, as the program would say it; `needed` are the
+    parts for each of the released models that it may be of."""
     if not text:
         return {"model_dir": ("folder_needed", {"download": own_download(workspace.root / "checkpoints")})}
     folder = workspace.inside(text)
     try:
         found = recognised(folder)
-        if found != features:
-            return {"model_dir": ("other_model", {"path": text, "found": found, "features": features})}
-        find_parts(folder, parts or (FOR_FEATURES_25 if features == INDEXTTS25 else FOR_FEATURES))
+        if found not in needed:
+            return {"model_dir": ("other_model", {"path": text, "found": found, "features": ", ".join(needed)})}
+        find_parts(folder, needed[found])
     except ToolError as error:
         return {"model_dir": ("tool_refuses", {"reason": str(error)})}
     except OSError:
@@ -446,6 +473,8 @@ def check_field(field: Field, value: Any, workspace: Workspace) -> None:
     elif field.type in ("int", "float"):
         check_number(field, typed(value))
     elif field.type == "choice" and value is not True and typed(value) not in field.choices:
+        raise Refused("not_a_choice", value=typed(value), choices=", ".join(field.choices))
+    elif field.type == "words" and field.choices and not {*typed(value).split()} <= {*field.choices}:
         raise Refused("not_a_choice", value=typed(value), choices=", ".join(field.choices))
     elif field.type == "words" and not all(map(NAME.fullmatch, typed(value).split())):
         raise Refused("not_a_name", value=typed(value))

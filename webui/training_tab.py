@@ -91,7 +91,8 @@ def create_training_tab(page: Page) -> None:
                 form.row("dropout", "emo_source", "grad_checkpointing")
             with page.accordion("training.parts"), gr.Group():
                 form.row("freeze", "lr_scale")
-                form.row("lora_rank")
+                form.row("lora_rank", "lora_alpha", "lora_dropout")
+                form.row("lora_targets")
             pick, told = create_resume_section(page, form)
             create_choice(page, form)
             form.command_and_start("training.start")

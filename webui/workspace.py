@@ -39,6 +39,7 @@ MESSAGES: dict[str, tuple[str, ...]] = {
     "not_a_line": (),  # line breaks, or what cannot be seen
     "not_executable": ("path",),
     "goes_with_extend": (),
+    "goes_with_lora": (),
     "not_with_extend": (),
     "size_needed": (),
     "not_with_features": ("features",),
