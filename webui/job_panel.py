@@ -15,6 +15,7 @@ from webui.jobs import Job, kill_job, load_job, read_tail, stop_job
 from webui.page_base import QUIET, Page, progress_text, tell
 from webui.readers import Progress, progress_of
 from webui.texts import say
+from webui.words import in_words
 from webui.workspace import Refused
 
 SECONDS_TO_STOP = 10  # then the page offers to kill
@@ -107,6 +108,7 @@ def create_job_panel(page: Page, tab: str, kinds: Sequence[str], output_dir: Any
             return [offered, "", say("no_job_yet", language), "", gr.update(interactive=False),
                     gr.update(visible=False), ""]
         key, values = job.message()
+        values = in_words(job.kind, values, language)
         state = f"**{page.name(job, language)}**: {tell(language, key, **values)}"
         progress = progress_bar(progress_of(job.log), language) if job.live else ""
         return [offered, job.id, state, progress, gr.update(interactive=job.live),

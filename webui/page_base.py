@@ -18,6 +18,7 @@ import gradio as gr
 import pandas as pd
 
 from webui import pipeline
+from webui.belonging import DataRows
 from webui.jobs import Ended, Job, list_jobs
 from webui.readers import CheckpointTable, Machine, MetricsReader, Progress, progress_of
 from webui.texts import LANGUAGES, TEXTS, say
@@ -107,7 +108,7 @@ class Page:
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace
         self.secret = load_or_make_secret(workspace)
-        self.checkpoints, self.machine = CheckpointTable(), Machine()
+        self.checkpoints, self.machine, self.rows = CheckpointTable(), Machine(), DataRows()
         self.metrics: dict[Path, MetricsReader] = {}
         self.ended: Ended = {}
         self.banner: dict[str, str] = {}  # language -> what went wrong at the start
