@@ -25,11 +25,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from conftest import ROOT, TOKENIZER, call_trainer, data_args, make_dataset, trainer
+import soundfile
+from conftest import ROOT, TOKENIZER, call_trainer, data_args, make_dataset, read_jsonl, trainer
 
 from tools import (
     build_pairs,
+    check_dataset,
     filter_dataset,
     import_recordings,
     model_folder,
@@ -1433,6 +1436,35 @@ def test_a_dataset_with_names_that_are_no_text_can_be_shown(workspace: Workspace
     path.write_text('{"id": "1", "text": "t", "audio": "\\udcff.wav"}\n')
     found = read_dataset(path, workspace)
     assert found.faults == [(1, "dataset.no_audio", {"path": "?.wav"})] and found.first[0][3] == "?.wav"
+
+
+def test_check_and_preprocess_leave_out_the_same_rows_for_the_same_reasons(tmp_path: Path,
+                                                                            capsys: pytest.CaptureFixture[str]):
+    rate = 22050
+    sound = {name: 0.2 * np.sin(np.arange(round(seconds * rate)) * (0.05 + 0.001 * number)) for number, (name, seconds)
+             in enumerate((("a", 1), ("b", 1), ("c", 1), ("long", 19), ("tick", 0.05)))}
+    sound["silent"] = np.zeros(rate)
+    for name, samples in sound.items():
+        soundfile.write(tmp_path / f"{name}.wav", samples, rate)
+    (tmp_path / "letter.wav").write_text("no sound")
+    texts = {"a": "ሰላም ቤት", "b": "ውሃ ሰላም", "c": "ቤት ውሃ", "long": "ሰላም ሰላም", "tick": "ቤት", "silent": "ውሃ ውሃ",
+             "letter": "ቤት ቤት", "gone": "ሰላም ውሃ", "latin": "hello", "empty": " ", "wordy": "ሰላም " * 80,
+             "twice": "ሰላም ቤት",
+             "sign": "ሰላም ☎ ቤት"}
+    rows = [{"id": name, "text": text, "audio": f"{name if name in sound or name in ('letter', 'gone') else 'c'}.wav",
+             **({"split": "val"} if name in ("a",) else {})} for name, text in texts.items()]
+    recordings = tmp_path / "recordings.jsonl"
+    recordings.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    codec, out = ROOT / "processed_data" / "speech_codec.pt", tmp_path / "out"
+    preprocess.main(["--recordings", str(recordings), "--codec", str(codec), "--tokenizer", str(TOKENIZER),
+                     "--output-dir", str(out)])
+    expected = {(row["id"], row["reason"]) for row in read_jsonl(out / "skipped.jsonl")}
+    for flags in (["--codec", str(codec), "--tokenizer", str(TOKENIZER)], []):
+        usable, skipped = check_dataset.check(check_dataset.parse([str(recordings), *flags]))
+        assert {(row["id"], row["reason"]) for row in skipped} == expected and len(expected) == 10
+        assert {item.row["id"] for item in usable} == {"a", "b", "c"}
+    check_dataset.main([str(recordings)])
+    assert "3 of 13 rows can be used: 2 for training, 1 for validation" in capsys.readouterr().out
 
 
 def test_the_page_finds_in_a_dataset_what_the_tools_refuse_or_leave_out(workspace: Workspace):

@@ -645,10 +645,13 @@ def test_a_dataset_is_checked_line_by_line(visitor: Visitor, workspace: Path):
              {**good, "id": "4", "audio": "/etc/passwd"}, good]
     (workspace / "recordings" / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines) + "oh\n")
     visitor.open("Dataset")
-    visitor.click("dataset-check")
-    visitor.sees(".notice", "Recordings: 8, speakers: 1.*Every line can be used")
-    visitor.box("dataset-path").fill("recordings/mixed.jsonl")
-    visitor.click("dataset-check")
+    assert visitor.reads("check-recordings", "recordings/recordings.jsonl")
+    visitor.click("check-start")
+    visitor.sees(".notice", "Recordings: 8, speakers: 1.*Every line is written as it should be")
+    visitor.reads("check-log", "8 of 8 rows can be used: [0-9]+ for training")
+    visitor.fill("check", recordings="recordings/mixed.jsonl")
+    visitor.command("check", "recordings/mixed.jsonl")
+    visitor.click("check-start")
     told = visitor.sees(".notice", "line 2: no such recording: nothing.wav")
     assert "line 3: without text" in told and "line 4: no such recording" in told
     assert "line 5: id '1' is that of line 1 too" in told and "line 6: not a JSON" in told
@@ -717,10 +720,6 @@ def test_no_other_box_and_no_route_leads_out_of_the_workspace(visitor: Visitor, 
     visitor.sees("#recordings-folder.problem", "outside the workspace")
     visitor.fill("recordings", folder=".webui/jobs")
     visitor.sees("#recordings-folder.problem", "hidden")
-    visitor.open("Dataset")
-    visitor.box("dataset-path").fill("/etc/passwd")
-    visitor.click("dataset-check")
-    visitor.sees("#dataset-path.problem", "outside the workspace")
     visitor.open("Checkpoints")
     visitor.box("checkpoints-chosen").fill("/etc/passwd")
     for button in ("use", "delete"):

@@ -69,8 +69,8 @@ class FormSection:
             lines, max_lines = (3, 6) if field.type == "text" else (1, 4) if field.type in LINES else (1, 1)
             self.inputs[name] = self.page.add(gr.Textbox, key, value="", lines=lines, max_lines=max_lines, **options)
 
-    def command_and_start(self, start_key: str) -> None:
-        """The rest of the form, below its fields."""
+    def command_and_start(self, start_key: str) -> Any:
+        """The rest of the form, below its fields. Returns the button."""
         if self.kind in pipeline.LEFT_BY:
             self.inputs["replace"] = self.page.add(gr.Checkbox, "replace", value=False, visible=False,
                                                    elem_id=f"{self.kind}-replace")
@@ -81,6 +81,7 @@ class FormSection:
         self.page.refresh_after.append(start.click(
             self.start, [self.untouched, self.page.language, *self.inputs.values()], [*self.checked_into, notice],
             **QUIET))
+        return start
 
     @property
     def shown(self) -> list[Any]:

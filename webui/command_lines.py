@@ -105,6 +105,12 @@ PROGRAMS: dict[str, Program] = {
         whole("most_repeats", "--most-repeats", 1, MANY),
         Field("most_silence", "--most-silence", "float", minimum=0, maximum=600),
         whole("jobs", "--jobs", 0, PROCESSES)), "recordings"),
+    "check": Program(("-m", "tools.check_dataset"), (
+        Field("recordings", "", "file", required=True),
+        Field("tokenizer", "--tokenizer", "file"),
+        Field("codec", "--codec", "file"),
+        Field("audio_dir", "--audio-dir", "directory"),
+        whole("jobs", "--jobs", 0, PROCESSES))),
     "speak": Program(("-m", "tools.speak"), (
         Field("texts", "--texts", "file", required=True),
         Field("output_dir", "--output-dir", "new_directory", required=True),

@@ -12,11 +12,11 @@ import gradio as gr
 from tools._amharic_reading import Reading
 from tools.amharic_text import read_aloud, shown
 from webui import pipeline
-from webui.command_form import create_form
+from webui.command_form import FormSection, create_form
 from webui.data_summaries import filter_summary, import_summary, report_frame
 from webui.job_panel import create_job_panel, newest
 from webui.jobs import Job
-from webui.page_base import QUIET, Page, beside, megabytes, refusal, tell
+from webui.page_base import QUIET, Page, megabytes, refusal, tell
 from webui.readers import files_in
 from webui.recordings_check import EXAMPLE, SHOWN_FAULTS, read_dataset
 from webui.texts import TEXTS, say
@@ -145,30 +145,37 @@ def create_dataset_tab(page: Page) -> None:
         with page.accordion("dataset.filter", open=True):
             page.prose("dataset.filter_intro")
             create_filter(page)
-        page.prose("dataset.check_intro")
-        with gr.Row(elem_classes=["line"]):
-            path = page.add(gr.Textbox, "dataset.path", max_lines=1, scale=4, elem_id="dataset-path")
-            check = page.button("dataset.check", variant="primary", scale=1, elem_id="dataset-check")
-        report = page.notice()
-        table = page.add(gr.Dataframe, "dataset.table", interactive=False, wrap=True, visible=False,
-                         elem_id="dataset-table")
+        with page.accordion("dataset.check_section", open=True):
+            page.prose("dataset.check_intro")
+            create_check(page)
         with page.accordion("dataset.by_hand"):
             page.prose("dataset.by_hand_how")
             page.add(gr.Textbox, "dataset.example", value=EXAMPLE.rstrip(), lines=2, interactive=False,
                      buttons=["copy"], elem_classes=["command"])
 
-    def look(jobs: Sequence[Job], language: str) -> list[Any]:
-        """An empty box stands for the data set that the step before has made."""
-        return [gr.update(placeholder=pipeline.files_made(page.workspace, jobs).get(
-            "dataset", f"{pipeline.RECORDINGS}/recordings.jsonl"))]
+
+def create_check(page: Page) -> None:
+    """What preprocess would make of a dataset: the program's own check, and at once the lines that are none."""
+    with gr.Row():
+        with gr.Column():
+            form = FormSection(page, "check", "dataset")
+            with gr.Group():
+                form.row("recordings")
+            with page.accordion("more_settings"), gr.Group():
+                form.row("tokenizer", "codec")
+                form.row("audio_dir", "jobs")
+            start = form.command_and_start("dataset.check")
+            report = page.notice()
+        with gr.Column(elem_classes=["live"]):
+            create_job_panel(page, "dataset", ["check"], name="check")
+    table = page.add(gr.Dataframe, "dataset.table", interactive=False, wrap=True, visible=False,
+                     elem_id="dataset-table")
 
     def read(typed: str, language: str) -> list[Any]:
-        jobs_made = pipeline.files_made(page.workspace, page.jobs())
-        typed = typed or jobs_made.get("dataset", f"{pipeline.RECORDINGS}/recordings.jsonl")
         try:
             found = read_dataset(page.workspace.inside(typed, must_exist=True), page.workspace)
-        except Refused as refused:
-            return [beside(refused, language), "", gr.update(visible=False)]
+        except Refused as refused:  # said beside the field, or here, if it is no dataset
+            return [refusal(refused, language), gr.update(visible=False)]
         lines = [say("dataset.summary", language, rows=found.rows, speakers=len(found.speakers),
                      validation=found.validation)]
         lines += [f"- ✗ {tell(language, 'dataset.bad_line', line=number, fault=say(key, language, **values))}"
@@ -178,10 +185,9 @@ def create_dataset_tab(page: Page) -> None:
         lines += [] if found.faults else [f"✓ {say('dataset.good', language)}"]
         headers = ["id", *(say(f"column.{name}", language) for name in ("speaker", "text", "file"))]
         shown = gr.update(visible=True, value={"headers": headers, "data": found.first})
-        return [gr.update(info="", elem_classes=[]), "\n\n".join(lines), shown]
+        return ["\n\n".join(lines), shown]
 
-    page.watch("dataset", [], [path], look)
-    check.click(read, [path, page.language], [path, report, table], **QUIET)
+    start.click(read, [form.inputs["recordings"], page.language], [report, table], **QUIET)
 
 
 def create_corpus_tab(page: Page) -> None:

@@ -17,7 +17,7 @@ from webui.readers import files_in
 from webui.workspace import Refused, Workspace, is_text_name, read_json, write_json
 
 STEPS = ("recordings", "dataset", "corpus", "tokenizer", "preprocess", "training", "checkpoints", "listen")
-STEP_OF = {"import": "recordings", "speak": "recordings", "filter": "dataset", "collect": "corpus",
+STEP_OF = {"import": "recordings", "speak": "recordings", "filter": "dataset", "check": "dataset", "collect": "corpus",
            "corpus": "corpus", "tokenizer": "tokenizer", "codec": "preprocess", "preprocess": "preprocess",
            "pairs": "preprocess", "training": "training", "export": "checkpoints", "synthesize": "listen",
            "watch": "listen", "evaluate": "listen"}
@@ -38,6 +38,9 @@ HANDED_ON = {
     ("import", "source"): ("uploads",),
     ("speak", "texts"): ("demo_texts",),
     ("filter", "recordings"): ("recordings",),
+    ("check", "recordings"): ("dataset",),
+    ("check", "tokenizer"): ("tokenizer",),
+    ("check", "codec"): ("codec",),
     ("collect", "recordings"): ("dataset",),
     ("tokenizer", "texts"): ("texts", "dataset", "demo_texts"),
     ("codec", "recordings"): ("dataset",),

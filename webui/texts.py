@@ -81,6 +81,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     # Kinds of jobs
     "kind.import": ("Import", "ማስገባት"),
     "kind.filter": ("Filter", "ማጣራት"),
+    "kind.check": ("Check", "ምርመራ"),
     "kind.speak": ("Synthetic voice", "ሰው ሠራሽ ድምፅ"),
     "kind.collect": ("Own transcripts", "የራስ ጽሑፎች"),
     "kind.corpus": ("Demo corpus", "የማሳያ ጽሑፎች"),
@@ -223,8 +224,20 @@ TEXTS: dict[str, tuple[str, str]] = {
     "filter.close": ("Close the report", "ዘገባውን ዝጋ"),
     "filter.too_large": ("{path} is too large to be shown here. Open the file itself.",
                          "{path} እዚህ ለማሳየት በጣም ትልቅ ነው። ፋይሉን ራሱን ይክፈቱ።"),
-    "dataset.check_intro": ("**Check** looks at every line of a dataset as preprocess does, without listening.",
-                            "**መርምር** ድምፁን ሳያዳምጥ እያንዳንዱን የውሂብ ስብስብ መስመር ቅድመ ዝግጅት እንደሚያየው ያያል።"),
+    "dataset.check_section": ("Check: what preprocess will take, and what not", "ምርመራ፦ ቅድመ ዝግጅት የሚቀበለውና የማይቀበለው"),
+    "dataset.check_intro": (
+        "Reads every line, text and sound as preprocess does, and says what it would leave out and why. Changes "
+        "nothing.",
+        "እያንዳንዱን መስመር፣ ጽሑፍና ድምፅ ቅድመ ዝግጅት እንደሚያየው ያያል፤ የሚተወውን ከምክንያቱ ጋር ይናገራል። ምንም አይለውጥም።"),
+    "check.recordings": ("Dataset to check (recordings.jsonl)", "የሚመረመረው የውሂብ ስብስብ (recordings.jsonl)"),
+    "check.tokenizer": ("Tokenizer", "ቶክናይዘር"),
+    "check.tokenizer.placeholder": ("any letter is known", "ሁሉም ፊደል ይታወቃል"),
+    "check.codec": ("Speech codec", "የድምፅ ኮዴክ"),
+    "check.codec.placeholder": ("the usual lengths", "የተለመዱ ርዝመቶች"),
+    "check.audio_dir": ("Folder of the sounds, if elsewhere", "የድምፆቹ አቃፊ፣ ሌላ ቦታ ከሆነ"),
+    "check.audio_dir.placeholder": ("that of the dataset", "የውሂብ ስብስቡ አቃፊ"),
+    "check.jobs": ("Processes", "ሂደቶች"),
+    "check.jobs.placeholder": ("one for each core", "ለእያንዳንዱ ኮር አንድ"),
     "dataset.by_hand": ("A dataset written by hand", "በእጅ የተጻፈ የውሂብ ስብስብ"),
     "dataset.by_hand_how": (
         "Tab 1 writes `recordings.jsonl` for you. By hand: UTF-8, one line for each recording. `audio` is relative to "
@@ -232,11 +245,11 @@ TEXTS: dict[str, tuple[str, str]] = {
         "ትር 1 `recordings.jsonl` ይጽፍልዎታል። በእጅ፦ በ UTF-8፣ ለእያንዳንዱ ቅጂ አንድ መስመር። `audio` ከዚያ ፋይል አንጻር ያለ ስም ነው፤ `speaker` "
         "ተናጋሪዎችን ይለያል፤ `\"split\": \"val\"` ያላቸው መስመሮች ለማረጋገጫ ይቀመጣሉ።"),
     "dataset.example": ("Example", "ምሳሌ"),
-    "dataset.path": ("Dataset to check (recordings.jsonl)", "የሚመረመረው የውሂብ ስብስብ (recordings.jsonl)"),
     "dataset.check": ("Check", "መርምር"),
     "dataset.summary": ("Recordings: {rows}, speakers: {speakers}, for validation: {validation}.",
                         "የድምፅ ቅጂዎች፦ {rows}፣ ተናጋሪዎች፦ {speakers}፣ ለማረጋገጫ፦ {validation}።"),
-    "dataset.good": ("Every line can be used.", "ሁሉም መስመሮች ይሠራሉ።"),
+    "dataset.good": ("Every line is written as it should be. Texts and sounds: see the log.",
+                     "ሁሉም መስመሮች በትክክል ተጽፈዋል። ጽሑፎችና ድምፆች፦ መዝገቡን ይመልከቱ።"),
     "dataset.bad_line": ("line {line}: {fault}", "መስመር {line}፦ {fault}"),
     "dataset.not_json": ("not a JSON object in UTF-8", "በ UTF-8 የተጻፈ JSON አይደለም"),
     "dataset.missing": ("without {names}", "{names} የለውም"),
