@@ -158,7 +158,7 @@ class Visitor:
         self.server, self.page, self.elsewhere = server, self.context.new_page(), []
         self.page.on("request", self.note)
         self.page.goto(server.url)
-        self.sees("#pipeline", "Recordings")
+        self.sees("#pipeline", "Next|Every step")
 
     def note(self, request: Any) -> None:
         if not request.url.startswith((self.server.url, "data:", "blob:")):

@@ -61,9 +61,8 @@ class FormSection:
         if field.type == "switch":
             self.inputs[name] = self.page.add(gr.Checkbox, key, value=False, **options)
         elif field.choices:
-            named = f"choice.{self.kind}.{name}."
-            choices = [("chosen_for_you", ""), *((key if (key := f"{named}{choice}") in TEXTS or (
-                key := f"choice.{choice}") in TEXTS else choice, choice) for choice in field.choices)]
+            choices = [("chosen_for_you", ""), *((f"choice.{choice}" if f"choice.{choice}" in TEXTS else choice, choice)
+                                                 for choice in field.choices)]
             self.inputs[name] = self.page.add(gr.Dropdown, key, choices=choices, value="", **options)
         else:
             lines, max_lines = (3, 6) if field.type == "text" else (1, 4) if field.type in LINES else (1, 1)

@@ -124,6 +124,8 @@ class Page:
         self.drafts = {kind: gr.BrowserState({}, storage_key=f"amharic-voice-{kind}", secret=self.secret)
                        for kind in pipeline.STEP_OF}
         self.seen = gr.State({})
+        self.home: Any = None  # the first questions, and what holds them
+        self.way: list[Any] = []
         self.language: Any = None
         self.open_tab: Any = None  # a place among an event's inputs for what with_open_tab() finds
         self.clock: Any = None  # changes when something was done; empty until the page has been opened
@@ -166,8 +168,8 @@ class Page:
                                         label=f"tab.{name}")
         return self.tabs[name]
 
-    def accordion(self, key: str, open: bool = False) -> Any:
-        return self.labelled(gr.Accordion(say(key, "en"), open=open), label=key)
+    def accordion(self, key: str, open: bool = False, **options: Any) -> Any:
+        return self.labelled(gr.Accordion(say(key, "en"), open=open, **options), label=key)
 
     def switch_language(self, view: dict[str, Any], language: str) -> list[Any]:
         updates = [gr.update(**texts(language)) for _, texts in self.labels]
@@ -228,17 +230,17 @@ class Page:
                                      container=False, elem_id="language", min_width=220, scale=0)
         self.open_tab = gr.Textbox(visible="hidden")
         self.clock = gr.Textbox(visible="hidden", elem_id="clock")
-        banner, way, running = gr.Markdown(), gr.HTML(elem_id="pipeline", padding=False), gr.Markdown(elem_id="running")
+        with gr.Row(elem_id="standing"):
+            way, running = gr.HTML(elem_id="pipeline", padding=False), gr.Markdown(elem_id="running")
+        banner = gr.Markdown()
         self.watch(None, [], [banner, way, running], self.look_at_header)
 
     def look_at_header(self, jobs: Sequence[Job], language: str) -> list[str]:
         steps = pipeline.states(pipeline.files_made(self.workspace, jobs), jobs)
-        parts = [f'<span class="step {state}" title="{html.escape(say(f"pipeline_{state}", language))}">'
-                 f"{html.escape(say(f'tab.{step}', language))}</span>" for step, state in steps.items()]
-        way, following = " → ".join(parts), pipeline.next_step(steps)
-        if following:
-            text = say("pipeline_next", language, tab=say(f"tab.{following}", language))
-            way += f' <span class="next">{html.escape(text)}</span>'
+        following = pipeline.next_step(steps)
+        told = say("pipeline_next", language, tab=say(f"tab.{following}", language),
+                   why=say(f"next.{following}", language)) if following else say("pipeline_all_done", language)
+        way = f'<style>{marks_of_steps(steps, following)}</style><p class="next">{html.escape(told)}</p>'
         live = [f"**{self.name(job, language)}** {plain(self.brief(job, language))}" for job in jobs if job.live]
         running = f"{say('runs_now', language)} {' · '.join(live)}" if live else say("nothing_runs", language)
         return [self.banner.get(language, ""), way, running]
@@ -260,7 +262,7 @@ class Page:
         labels = [component for component, _ in self.labels]
         # One event opens everything, and the clock starts only then: no draft is overwritten by a half-open page.
         demo.load(self.open, [self.view, *(self.drafts[form.kind] for form in forms)],
-                  [self.language, tabs, *(part for form in forms for part in form.opened_into)],
+                  [self.language, tabs, *self.way, self.home, *(part for form in forms for part in form.opened_into)],
                   **QUIET).then(None, [self.view], [self.clock], js=SHOW_TAB, **QUIET)
         refresh = [self.language.change(self.switch_language, [self.view, self.language],
                                         [*labels, *self.notices, self.view], **QUIET)]
@@ -288,7 +290,26 @@ class Page:
         tab = view.get("tab")
         tabs = gr.Tabs(selected=tab) if tab in pipeline.STEPS else gr.skip()
         filled = [form.open(draft, language) for form, draft in zip(self.forms.values(), drafts, strict=True)]
-        return [language, tabs, *(value for values in filled for value in values)]
+        return [language, tabs, *self.first_answers(), *(value for values in filled for value in values)]
+
+    def first_answers(self) -> list[Any]:
+        """The answers to the first questions, and whether these are open: until there is an answer, or a run."""
+        way = pipeline.load_way(self.workspace)
+        opened = not way and not pipeline.find_runs(self.workspace, self.jobs())
+        return [way.get("have"), way.get("model", "scratch"), gr.update(open=opened)]
+
+
+def marks_of_steps(steps: dict[str, str], following: str) -> str:
+    """CSS that marks the tabs: what is done, what is the demo's, what runs, what comes next. Pure."""
+    marks = {"done": "✓", "demo": "◇", "running": "▶"}
+    rules = []
+    for step, state in steps.items():
+        kind = state if state in marks else "next" if step == following else ""
+        if kind:
+            rules.append(f"#tab-{step}-button {{ background: var(--step-{kind}) !important; "
+                         f"color: var(--step-{kind}-text) !important; }}")
+            rules.append(f'#tab-{step}-button::before {{ content: "{marks.get(kind, "→")}"; margin-right: 6px; }}')
+    return " ".join(rules)
 
 
 def with_open_tab(inputs: int) -> str:

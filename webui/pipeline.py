@@ -10,6 +10,7 @@ import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+from tools.model_folder import TIKTOKEN
 from tools.run_files import all_checkpoints, split_manifest
 from webui.command_lines import LINES, PROGRAMS, Form, Problem, command_for, typed
 from webui.jobs import Job
@@ -62,6 +63,17 @@ HANDED_ON = {
     ("evaluate", "codec"): ("codec",),
 }
 OWN, SYNTHETIC = ("import", "filter"), ("speak",)  # write a dataset; the newest own one is gone on with, if any
+WEIGHTS = "checkpoints"  # where released weights are downloaded to
+# What goes with the model that was chosen at the first question.
+FOR_MODEL: dict[tuple[str, str], Form] = {
+    ("indextts2", "tokenizer"): {"extend": f"{WEIGHTS}/bpe.model", "target_size": "15000"},
+    ("indextts2", "preprocess"): {"features": "indextts2", "model_dir": WEIGHTS},
+    ("indextts2", "training"): {"base_checkpoint": f"{WEIGHTS}/gpt.pth"},
+    ("indextts2.5", "preprocess"): {"features": "indextts2.5", "model_dir": WEIGHTS,
+                                    "tokenizer": f"{WEIGHTS}/{TIKTOKEN}"},
+    ("indextts2.5", "training"): {"base_checkpoint": f"{WEIGHTS}/gpt.pth", "tokenizer": f"{WEIGHTS}/{TIKTOKEN}"},
+    **{("indextts2", kind): {"model_dir": WEIGHTS} for kind in ("synthesize", "watch", "evaluate")},
+}
 NEW_FILES = {
     ("import", "output_dir"): "my_recordings",
     ("speak", "output_dir"): "synthetic_recordings",
@@ -225,6 +237,7 @@ def suggestions(kind: str, workspace: Workspace, made: dict[str, str]) -> Form:
     """Values for fields that are empty."""
     form: Form = {name: made[file] for (program, name), files in HANDED_ON.items() if program == kind
                   for file in reversed(files) if file in made}
+    form |= FOR_MODEL.get((load_way(workspace).get("model", ""), kind), {})
     for (program, name), path in NEW_FILES.items():
         if program == kind:
             numbered = (path.format(number=f"{number:03}") for number in itertools.count(1))

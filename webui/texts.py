@@ -17,11 +17,58 @@ DEMO_CODEC = "the demo's: processed_data/speech_codec.pt", "የማሳያው፦ p
 TEXTS: dict[str, tuple[str, str]] = {
     # Header and what every tab shares
     "heading": ("# Amharic voice training", "# የአማርኛ ድምፅ ሥልጠና"),
-    "pipeline_next": ("Next: {tab}", "ቀጣይ፦ {tab}"),
-    "pipeline_done": ("done", "ተጠናቋል"),
-    "pipeline_running": ("running", "በሥራ ላይ"),
-    "pipeline_demo": ("comes with the demo", "ከማሳያው ጋር የመጣ"),
-    "pipeline_open": ("not yet", "ገና"),
+    "pipeline_next": ("Next: {tab}. {why}", "ቀጣይ፦ {tab}። {why}"),
+    "pipeline_all_done": ("Every step is done.", "ሁሉም ደረጃዎች ተጠናቀዋል።"),
+    "next.recordings": ("Bring recordings, or choose the demo.", "ቅጂዎችን ያምጡ፣ ወይም ማሳያውን ይምረጡ።"),
+    "next.dataset": ("See which recordings are good enough.", "የትኞቹ ቅጂዎች ጥሩ እንደሆኑ ይመልከቱ።"),
+    "next.corpus": ("Collect your transcripts for the tokenizer.", "ጽሑፎችዎን ለቶክናይዘሩ ይሰብስቡ።"),
+    "next.tokenizer": ("Make the pieces that the model reads.", "ሞዴሉ የሚያነባቸውን ክፍሎች ያዘጋጁ።"),
+    "next.preprocess": ("Turn recordings and texts into numbers.", "ቅጂዎችንና ጽሑፎችን ወደ ቁጥር ይቀይሩ።"),
+    "next.training": ("The data is there.", "ውሂቡ ተዘጋጅቷል።"),
+    "next.checkpoints": ("See what the training saved.", "ሥልጠናው ያስቀመጠውን ይመልከቱ።"),
+    "next.listen": ("There is a checkpoint to speak with.", "የሚናገር ቼክፖይንት አለ።"),
+
+    # The first questions
+    "home": ("Where do you begin?", "ከየት ይጀምራሉ?"),
+    "home.intro": ("Two answers, and the page shows the way. They can be changed at any time.",
+                   "ሁለት መልሶች ብቻ፤ ገጹ መንገዱን ያሳያል። በማንኛውም ጊዜ ሊቀየሩ ይችላሉ።"),
+    "home.have": ("What do you have?", "ምን አለዎት?"),
+    "home.have.texts": ("recordings with their texts", "ቅጂዎች ከጽሑፎቻቸው ጋር"),
+    "home.have.alone": ("recordings alone", "ቅጂዎች ብቻ"),
+    "home.have.demo": ("nothing yet: the demo", "ገና ምንም፦ ማሳያው"),
+    "home.have.fork": ("data or checkpoints of another IndexTTS2 trainer", "የሌላ IndexTTS2 አሠልጣኝ ውሂብ ወይም ቼክፖይንት"),
+    "home.model": ("Which model is to speak?", "የትኛው ሞዴል ይናገር?"),
+    "home.model.indextts2.5": ("IndexTTS-2.5, released weights", "IndexTTS-2.5፣ የተለቀቀው"),
+    "home.model.indextts2": ("IndexTTS-2, released weights: a voice to publish", "IndexTTS-2፣ የተለቀቀው፦ ለማሳተም የሚሆን ድምፅ"),
+    "home.model.scratch": ("a small one from scratch: no download, to learn", "ትንሽ ሞዴል ከባዶ፦ ያለ ማውረድ፣ ለመማር"),
+    "way.import": ("**1 Recordings**: upload a folder or name it, then Start: the layout is found out.",
+                   "**1 የድምፅ ቅጂዎች**፦ አቃፊ ይስቀሉ ወይም ይጥቀሱ፣ ከዚያ ጀምር፦ አደረጃጀቱ በራሱ ይታወቃል።"),
+    "way.transcribe": ("**1 Recordings**: Start cuts long recordings at pauses. Then type the missing texts into "
+                       "`recordings.jsonl`, or give a transcriber, and start again.",
+                       "**1 የድምፅ ቅጂዎች**፦ ጀምር ረጅም ቅጂዎችን በእረፍት ቦታ ይቆርጣል። ከዚያ የጎደሉትን ጽሑፎች በ `recordings.jsonl` ይጻፉ፣ ወይም "
+                       "ወደ ጽሑፍ የሚቀይር ፕሮግራም ይስጡ፣ እና እንደገና ይጀምሩ።"),
+    "way.filter": ("**2 Dataset**: Start leaves out what would harm the voice, and shows it.",
+                   "**2 የውሂብ ስብስብ**፦ ጀምር ድምፁን የሚጎዳውን ይተዋል፣ ያሳያልም።"),
+    "way.prepare": ("**3 to 5**: texts, tokenizer, codes and pairs; each step fills in the next.",
+                    "**3–5**፦ ጽሑፎች፣ ቶክናይዘር፣ ኮዶችና ጥንዶች፤ እያንዳንዱ ደረጃ ቀጣዩን ይሞላል።"),
+    "way.train": ("**6 Training**: Start Training; stop and go on whenever you like.",
+                  "**6 ሥልጠና**፦ ሥልጠና ጀምር፤ በፈለጉት ጊዜ ያቁሙና ይቀጥሉ።"),
+    "way.demo_train": ("**6 Training**: choose the preset “Demo”, then Start Training: minutes on a laptop. The demo's "
+                       "voices are synthetic.",
+                       "**6 ሥልጠና**፦ “ማሳያ” የሚለውን ዝግጁ ቅንብር ይምረጡ፣ ከዚያ ሥልጠና ጀምር፦ በላፕቶፕ ላይ ደቂቃዎች። የማሳያው ድምፆች ሰው ሠራሽ ናቸው።"),
+    "way.fork_train": ("**6 Training**: name its manifests and tokenizer; to go on from a checkpoint of it, name its "
+                       "folder as the output directory and tick “Resume from checkpoint”.",
+                       "**6 ሥልጠና**፦ ዝርዝሮቹንና ቶክናይዘሩን ይጥቀሱ፤ ከቼክፖይንቱ ለመቀጠል አቃፊውን እንደ የውጤት አቃፊ ይጥቀሱና “ከቼክፖይንት ቀጥል” የሚለውን "
+                       "ይምረጡ።"),
+    "way.listen": ("**8 Listen**: type a text and hear it.", "**8 ማዳመጥ**፦ ጽሑፍ ይጻፉና ያዳምጡ።"),
+    "way.no_demo": ("The demo's data is not in this workspace ({path}). Start the page without --workspace, or copy "
+                    "processed_data and tokenizers into it.",
+                    "የማሳያው ውሂብ በዚህ የሥራ ቦታ ({path}) የለም። ገጹን ያለ --workspace ያስጀምሩ፣ ወይም processed_data እና tokenizers "
+                    "ወደዚህ ይቅዱ።"),
+    "way.no_download": ("Nothing has to be downloaded.", "ምንም ማውረድ አያስፈልግም።"),
+    "way.there": ("The released weights are in {path}, whole.", "የተለቀቀው ሞዴል በ {path} ሙሉ በሙሉ አለ።"),
+    "way.download": ("To be downloaded first, {size} GB in all; tab 5 names what is still missing:",
+                     "መጀመሪያ የሚወርድ፣ በአጠቃላይ {size} GB፤ ትር 5 የጎደለውን ይናገራል፦"),
     "nothing_runs": ("Nothing is running.", "በሥራ ላይ ያለ የለም።"),
     "runs_now": ("Running now:", "አሁን በሥራ ላይ፦"),
     "share_failed": ("No share link could be made. On your own computer, open a tunnel to this machine and then the "

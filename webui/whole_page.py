@@ -17,6 +17,7 @@ from webui.data_tabs import (
     create_recordings_tab,
     create_tokenizer_tab,
 )
+from webui.home import create_home
 from webui.listen_tab import create_listen_tab
 from webui.page_base import Page
 from webui.training_tab import create_training_tab
@@ -28,14 +29,24 @@ MONO_FONTS = ["ui-monospace", "DejaVu Sans Mono", "Noto Sans Ethiopic", "monospa
 CSS = """
 #header { align-items: center; }
 #heading h1 { margin: 0; font-size: 1.4rem; }
-#pipeline .step { display: inline-block; white-space: nowrap; line-height: 1.4; }
-#pipeline .step { padding: 2px 8px; border-radius: 10px; border: 1px solid var(--border-color-primary); }
-#pipeline .step.done { background: #dcfce7; color: #14532d; }
-#pipeline .step.done::before { content: "✓ "; }
-#pipeline .step.running { background: #fef3c7; color: #78350f; }
-#pipeline .step.running::before { content: "▶ "; }
-#pipeline .next { margin-left: 1em; font-weight: 600; }
-#pipeline { line-height: 2; }
+.gradio-container {
+    --step-done: #dcfce7; --step-done-text: #14532d; --step-demo: #e0e7ff; --step-demo-text: #312e81;
+    --step-running: #fef3c7; --step-running-text: #713f12; --step-next: #ffedd5; --step-next-text: #7c2d12;
+}
+.dark .gradio-container, .dark.gradio-container, .dark {
+    --step-done: #14532d; --step-done-text: #dcfce7; --step-demo: #312e81; --step-demo-text: #e0e7ff;
+    --step-running: #713f12; --step-running-text: #fef3c7; --step-next: #7c2d12; --step-next-text: #ffedd5;
+}
+/* The tabs are the steps of the way. */
+#steps > .tab-wrapper { height: auto; padding-bottom: 10px; }
+#steps .tab-container { gap: 8px; height: auto; background: none; }
+#steps .tab-container::after { display: none; }
+#steps .tab-container button { border: 1px solid var(--border-color-primary); border-radius: 16px; height: 32px;
+    padding: 2px 12px; color: var(--body-text-color); flex-shrink: 0; }
+#steps .tab-container button.selected { outline: 2px solid var(--button-primary-background-fill); font-weight: 700; }
+#steps .tab-container button.selected::after { display: none; }
+#standing { align-items: baseline; gap: 4px 24px; }
+#pipeline .next { margin: 0; font-weight: 600; }
 .problem .info-text, .problem [class*=info] { color: #b91c1c !important; font-weight: 600; }
 .problem textarea, .problem input { border-color: #b91c1c !important; }
 .command textarea, .log textarea { font-family: var(--font-mono); font-size: 0.8rem; }
@@ -46,7 +57,6 @@ CSS = """
 /* A curve of one point is a line without length: a dot. */
 .mark-line path:not([d*="L"]) { stroke-width: 7px; stroke-linecap: round; }
 #pipeline { padding: 0; }
-#running { margin-top: -8px; }
 .live { position: sticky; top: 8px; align-self: flex-start; }
 .line { align-items: flex-end; }
 .report { width: 100%; height: 70vh; border: 1px solid var(--border-color-primary); background: #fff; }
@@ -56,8 +66,6 @@ CSS = """
 .keys .key { margin-right: 1.5em; }
 .bar { display: flex; gap: 10px; align-items: center; }
 .bar progress { flex: 1; height: 14px; }
-.dark #pipeline .step.done { background: #14532d; color: #dcfce7; }
-.dark #pipeline .step.running { background: #78350f; color: #fef3c7; }
 """
 
 
@@ -66,7 +74,8 @@ def create_page(workspace: Workspace) -> tuple[gr.Blocks, Page]:
                    fill_width=True) as demo:
         page = Page(workspace)
         page.create_header()
-        with gr.Tabs() as tabs:
+        create_home(page)
+        with gr.Tabs(overflow_behavior="wrap", elem_id="steps") as tabs:
             create_recordings_tab(page)
             create_dataset_tab(page)
             create_corpus_tab(page)
