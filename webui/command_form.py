@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import gradio as gr
@@ -26,7 +26,7 @@ from webui.command_lines import (
 from webui.file_kinds import kind_problems
 from webui.job_panel import newest
 from webui.jobs import Job, start_job
-from webui.page_base import QUIET, Page, refusal
+from webui.page_base import QUIET, Page, refusal, tell
 from webui.texts import TEXTS, say
 from webui.words import in_words
 from webui.workspace import Refused
@@ -68,14 +68,16 @@ class FormSection:
             lines, max_lines = (3, 6) if field.type == "text" else (1, 4) if field.type in LINES else (1, 1)
             self.inputs[name] = self.page.add(gr.Textbox, key, value="", lines=lines, max_lines=max_lines, **options)
 
-    def command_and_start(self, start_key: str) -> Any:
+    def command_and_start(self, start_key: str, beside_start: Callable[[], None] = lambda: None) -> Any:
         """The rest of the form, below its fields. Returns the button."""
         if self.kind in pipeline.LEFT_BY:
             self.inputs["replace"] = self.page.add(gr.Checkbox, "replace", value=False, visible=False,
                                                    elem_id=f"{self.kind}-replace")
         self.preview = self.page.add(gr.Textbox, "command", lines=2, max_lines=8, interactive=False, buttons=["copy"],
                                      elem_id=f"{self.kind}-command", elem_classes=["command"])
-        start = self.page.button(start_key, variant="primary", elem_id=f"{self.kind}-start")
+        with gr.Row(elem_classes=["startbar"]):
+            start = self.page.button(start_key, variant="primary", elem_id=f"{self.kind}-start")
+            beside_start()
         notice = self.page.notice()
         self.page.refresh_after.append(start.click(
             self.start, [self.untouched, self.page.language, *self.inputs.values()], [*self.checked_into, notice],
@@ -226,7 +228,7 @@ class FormSection:
     def said(self, problem: Problem, language: str) -> str:
         """A problem in the language of the page, which names fields where a program names flags."""
         key, values = problem
-        return say(key, language, **in_words(self.kind, values, language))
+        return tell(language, key, **in_words(self.kind, values, language))
 
     def check(self, opened: str, untouched: Form, language: str, *given: Any) -> list[Any]:
         """The draft, an update of each input, and the command."""

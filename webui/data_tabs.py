@@ -36,12 +36,13 @@ def create_recordings_tab(page: Page) -> None:
             with gr.Column():
                 folder = page.add(gr.Textbox, "recordings.folder", value=pipeline.RECORDINGS, max_lines=1,
                                   elem_id="recordings-folder")
-                upload = page.add(gr.File, "recordings.upload", file_count="multiple",
-                                  file_types=[*AUDIO, *TRANSCRIPTS], height=140, elem_id="recordings-upload")
+                # Which files can be taken is judged here, and said in the page's language.
+                upload = page.add(gr.File, "recordings.upload", file_count="multiple", height=140,
+                                  elem_id="recordings-upload")
                 notice = page.notice()
             with gr.Column():
                 count = gr.Markdown(elem_id="recordings-count")
-                table = page.add(gr.Dataframe, "recordings.table", interactive=False, max_height=330)
+                table = page.add(gr.Dataframe, "recordings.table", interactive=False, max_height=330, visible=False)
         with page.accordion("recordings.import", open=True):
             page.prose("recordings.import_intro")
             with gr.Row():
@@ -65,7 +66,8 @@ def create_recordings_tab(page: Page) -> None:
         rows = [[name, f"{megabytes(size)} MB"] for name, size in itertools.islice(files.items(), SHOWN_FILES)]
         text = say("recordings.count", language, count=len(files), megabytes=megabytes(sum(files.values())))
         headers = [say("column.file", language), say("column.size", language)]
-        return [problem, text if files else say("recordings.none", language), {"headers": headers, "data": rows}]
+        shown = gr.update(value={"headers": headers, "data": rows}, visible=bool(rows))
+        return [problem, text if files else say("recordings.none", language), shown]
 
     def take(uploaded: list[str], typed: str, language: str) -> tuple[None, str]:
         return None, take_uploads(page, [Path(name) for name in uploaded], typed, language)

@@ -43,6 +43,15 @@ SHOW_TAB = """async (view) => {
     }
     return String(Date.now());
 }"""
+SET_LANGUAGE = "(language) => { document.documentElement.lang = language; }"
+SWITCH_THEME = """() => {
+    const dark = document.body.classList.toggle("dark");
+    localStorage.setItem("amharic-voice-theme", dark ? "dark" : "light");
+}"""
+KEEP_THEME = """() => {
+    const kept = localStorage.getItem("amharic-voice-theme");
+    if (kept) document.body.classList.toggle("dark", kept === "dark");
+}"""
 MARKDOWN = re.compile(r"([\\`*_\[\]<>~|$&#])")
 Look = Callable[..., Sequence[Any]]
 
@@ -63,7 +72,7 @@ def refusal(refused: Refused, language: str) -> str:
 
 def beside(refused: Refused, language: str) -> dict[str, Any]:
     """The update of a box whose content was refused."""
-    return gr.update(info=say(refused.key, language, **refused.values), elem_classes=["problem"])
+    return gr.update(info=tell(language, refused.key, **refused.values), elem_classes=["problem"])
 
 
 def duration(seconds: float) -> str:
@@ -80,7 +89,7 @@ def megabytes(size: float) -> str:
 class Marked:
     """A file for an output component; the mark changes with the file's content."""
 
-    value: str
+    value: Any
     mark: Any
 
 
@@ -228,6 +237,8 @@ class Page:
             self.prose("heading", elem_id="heading")
             self.language = gr.Radio([("English", "en"), ("አማርኛ", "am")], value="en", show_label=False,
                                      container=False, elem_id="language", min_width=220, scale=0)
+            theme = self.button("theme", elem_id="theme", size="sm", scale=0)
+            theme.click(None, None, None, js=SWITCH_THEME, **QUIET)
         self.open_tab = gr.Textbox(visible="hidden")
         self.clock = gr.Textbox(visible="hidden", elem_id="clock")
         with gr.Row(elem_id="standing"):
@@ -264,6 +275,8 @@ class Page:
         demo.load(self.open, [self.view, *(self.drafts[form.kind] for form in forms)],
                   [self.language, tabs, *self.way, self.home, *(part for form in forms for part in form.opened_into)],
                   **QUIET).then(None, [self.view], [self.clock], js=SHOW_TAB, **QUIET)
+        self.language.change(None, [self.language], None, js=SET_LANGUAGE, **QUIET)
+        demo.load(None, None, None, js=KEEP_THEME, **QUIET)
         refresh = [self.language.change(self.switch_language, [self.view, self.language],
                                         [*labels, *self.notices, self.view], **QUIET)]
         for tab in self.tabs.values():

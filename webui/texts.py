@@ -71,6 +71,7 @@ TEXTS: dict[str, tuple[str, str]] = {
                      "መጀመሪያ የሚወርድ፣ በአጠቃላይ {size} GB፤ ትር 5 የጎደለውን ይናገራል፦"),
     "nothing_runs": ("Nothing is running.", "በሥራ ላይ ያለ የለም።"),
     "runs_now": ("Running now:", "አሁን በሥራ ላይ፦"),
+    "theme": ("◐ Dark or light", "◐ ጨለማ ወይም ብርሃን"),
     "share_failed": ("No share link could be made. On your own computer, open a tunnel to this machine and then the "
                      "page:",
                      "የማጋሪያ ማገናኛ መፍጠር አልተቻለም። በራስዎ ኮምፒውተር ላይ ወደዚህ ማሽን መተላለፊያ ይክፈቱ፣ ከዚያም ገጹን ይክፈቱ፦"),
@@ -558,8 +559,9 @@ TEXTS: dict[str, tuple[str, str]] = {
     "training.parts": ("Parts of the model: freeze some, train some faster, LoRA",
                        "የሞዴሉ ክፍሎች፦ አንዳንዶቹን ማቆም፣ አንዳንዶቹን ማፍጠን፣ LoRA"),
     "training.freeze": ("Not trained", "የማይሠለጥኑ"),
-    "training.freeze.info": ("One a line: a set (first:12, base-text, conditioning) or names such as gpt.h.*.attn.*",
-                             "በአንድ መስመር አንድ፦ ስብስብ (first:12, base-text, conditioning) ወይም ስሞች፣ ለምሳሌ gpt.h.*.attn.*"),
+    "training.freeze.info": (
+        "One a line: a set (first:12, base-text, conditioning) or names such as gpt.h.\\*.attn.\\*",
+        "በአንድ መስመር አንድ፦ ስብስብ (first:12, base-text, conditioning) ወይም ስሞች፣ ለምሳሌ gpt.h.\\*.attn.\\*"),
     "training.freeze.placeholder": ("none: all is trained", "የለም፦ ሁሉም ይሠለጥናል"),
     "training.lr_scale": ("Learning rate of parts", "የክፍሎች የመማር ፍጥነት"),
     "training.lr_scale.info": ("One a line: what, = and how many times the learning rate.",

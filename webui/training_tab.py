@@ -15,7 +15,7 @@ from webui import pipeline
 from webui.belonging import resume_problems, training_choice
 from webui.command_form import FormSection
 from webui.command_lines import PRESETS, Form, Problem, command_for, lines_of, typed
-from webui.job_panel import create_job_panel, create_plot, curves, legend, newest, reason_of
+from webui.job_panel import StopButtons, create_job_panel, create_plot, drawn, legend, newest, reason_of
 from webui.jobs import Job, holder_of, start_job, stop_job
 from webui.page_base import QUIET, Page, plain, refusal, tell
 from webui.readers import Inspection, Point, curve, loss_of, overfit, tensorboard_url
@@ -124,14 +124,16 @@ def create_training_tab(page: Page) -> None:
                 form.row("lora_rank")
             pick, told = create_resume_section(page, form)
             create_choice(page, form)
-            form.command_and_start("training.start")
+            buttons = StopButtons(page, "training")
+            form.command_and_start("training.start", buttons.render)
             form.check_when_read("base_checkpoint")
             connect_resume(page, form, pick, told)
             create_settings_file(page, form)
             page.prose("training.tips", elem_classes=["tips"])
         with gr.Column(scale=6, min_width=480, elem_classes=["live"]):
             output_dir = form.inputs["output_dir"]
-            create_job_panel(page, "training", ["training"], output_dir, lambda: create_live_section(page, output_dir))
+            create_job_panel(page, "training", ["training"], output_dir, lambda: create_live_section(page, output_dir),
+                             buttons=buttons)
 
     def fill(choice: gr.SelectData, *given: Any) -> list[Any]:
         return form.change(preset_values(form, choice_of(choice, PRESETS), form.values(given)))
@@ -293,10 +295,11 @@ def create_live_section(page: Page, output_dir: Any) -> None:
         except Refused:
             folder = page.workspace.private  # where no run is
         points, job = page.reader(folder).points(), newest(jobs, ["training"], folder)
-        drawn = [curves([(step, value, kind) for kind in kinds for step, value in curve(points, kind, name)], SERIES)
+        shown = [drawn([(step, value, kind) for kind in kinds for step, value in curve(points, kind, name)], SERIES)
                  for name, kinds in CURVES.items()]
         memory = page.machine.memory(job.pid if job and job.live else None)
-        return [legend([say(f"series.{kind}", language) for kind in SERIES]), *drawn, overfit_text(points, language),
+        key = legend([say(f"series.{kind}", language) for kind in SERIES]) if points else ""
+        return [key, *shown, overfit_text(points, language),
                 memory_text(memory, language)]
 
     page.watch("training", [output_dir], [key, *plots, warning, machine], look)

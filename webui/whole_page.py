@@ -26,6 +26,16 @@ from webui.workspace import Workspace
 # Fonts of the reader's own system: nothing comes from the internet.
 FONTS = ["system-ui", "Noto Sans Ethiopic", "Abyssinica SIL", "Nyala", "Kefa", "sans-serif"]
 MONO_FONTS = ["ui-monospace", "DejaVu Sans Mono", "Noto Sans Ethiopic", "monospace"]
+QUIET_TEXT, QUIET_TEXT_DARK = "#52525b", "#c4c4cc"  # at least 4.5:1 on their grounds, as all colours here
+THEME = gr.themes.Default(font=FONTS, font_mono=MONO_FONTS).set(
+    body_text_color_subdued=QUIET_TEXT, body_text_color_subdued_dark=QUIET_TEXT_DARK,
+    input_placeholder_color="#63636e", input_placeholder_color_dark="#b4b4bd",
+    block_title_text_color="#3f3f46", block_label_text_color="#3f3f46",
+    button_primary_background_fill="#c2410c", button_primary_background_fill_dark="#c2410c",
+    button_primary_background_fill_hover="#9a3412", button_primary_background_fill_hover_dark="#9a3412",
+    button_cancel_background_fill="#b91c1c", button_cancel_background_fill_dark="#b91c1c",
+    button_cancel_background_fill_hover="#991b1b", button_cancel_background_fill_hover_dark="#991b1b",
+    link_text_color="#1d4ed8", link_text_color_dark="#93c5fd")
 CSS = """
 #header { align-items: center; }
 #heading h1 { margin: 0; font-size: 1.4rem; }
@@ -58,6 +68,23 @@ CSS = """
 .mark-line path:not([d*="L"]) { stroke-width: 7px; stroke-linecap: round; }
 #pipeline { padding: 0; }
 .live { position: sticky; top: 8px; align-self: flex-start; }
+/* Start, Stop and the state of the run stay in sight. */
+.startbar { position: sticky; bottom: 0; z-index: 20; padding: 8px 0; align-items: center;
+    background: var(--body-background-fill); border-top: 1px solid var(--border-color-primary); }
+.startbar .status { flex: 1 1 100%; }
+.dark .problem .info-text, .dark .problem [class*=info] { color: #fca5a5 !important; }
+#theme { min-width: 44px; flex: 0 0 auto; }
+/* Gradio's own words have no Amharic. */
+:lang(am) #recordings-upload button .wrap { font-size: 0; }
+:lang(am) #recordings-upload button .wrap::after { content: "ፋይሎችን እዚህ ይጣሉ ወይም ጠቅ አድርገው ይምረጡ"; font-size: 1rem; }
+#recordings-upload .or { color: inherit; }
+@media (max-width: 640px) {
+    #header { flex-wrap: wrap; }
+    #heading { flex: 1 1 100%; min-width: 100% !important; }
+    #steps .tab-container { flex-wrap: nowrap; overflow-x: auto; padding: 4px 2px; }
+    #standing > * { min-width: 100% !important; }
+    .live { position: static; }
+}
 .line { align-items: flex-end; }
 .report { width: 100%; height: 70vh; border: 1px solid var(--border-color-primary); background: #fff; }
 .prose.missing { border-left: 4px solid #f59e0b; padding-left: 10px; }
@@ -91,7 +118,7 @@ def create_page(workspace: Workspace) -> tuple[gr.Blocks, Page]:
 
 def launch_options(workspace: Workspace) -> dict[str, Any]:
     """Everything off that would let a browser reach more than the page, or the page reach the internet."""
-    return {"theme": gr.themes.Default(font=FONTS, font_mono=MONO_FONTS), "css": CSS, "allowed_paths": [],
+    return {"theme": THEME, "css": CSS, "allowed_paths": [],
             "blocked_paths": [str(workspace.private)], "max_file_size": f"{MAX_UPLOAD_MB}mb", "footer_links": [],
             "ssr_mode": False, "run_history": False, "mcp_server": False, "enable_monitoring": False, "pwa": False,
             "show_error": True, "inbrowser": False}
