@@ -597,7 +597,8 @@ def parsed_by_the_program(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> d
 
 
 # What does not go with the other fields: tried in tests of their own.
-NOT_TOGETHER = {"tokenizer": ("model_type", "vocab_size"), "preprocess": ("model_dir",), "synthesize": ("model_dir",),
+NOT_TOGETHER = {"tokenizer": ("model_type", "vocab_size"), "preprocess": ("model_dir",),
+                "prepare": ("model_dir", "target_size", "codec"), "synthesize": ("model_dir",),
                 "watch": ("model_dir",), "evaluate": ("model_dir",)}
 
 
@@ -1049,7 +1050,7 @@ def test_what_is_the_demos_is_neither_filled_in_nor_called_done_before_it_was_ch
     pipeline.save_way(workspace, "demo", "scratch")
     form, steps = seen()
     assert form["train_manifests"] == pipeline.DEMO["train_manifest"] and pipeline.next_step(steps) == "training"
-    assert {step for step, state in steps.items() if state == "demo"} == {"tokenizer", "preprocess"}
+    assert {step for step, state in steps.items() if state == "demo"} == {"prepare"}
 
 
 def test_a_new_run_is_of_data_that_somebody_has_chosen(workspace: Workspace, page: Any):

@@ -120,6 +120,23 @@ PROGRAMS: dict[str, Program] = {
         whole("limit", "--limit", 0, MANY),
         whole("workers", "--workers", 1, PROCESSES),
         Field("rules", "--rules", "choice", choices=tuple(map(str, KNOWN_RULES)))), "output_dir"),
+    "prepare": Program(("-m", "tools.prepare"), (
+        Field("recordings", "--recordings", "file", required=True),
+        Field("output_dir", "--output-dir", "new_directory", required=True),
+        Field("features", "--features", "choice", choices=FEATURES),
+        Field("model_dir", "--model-dir", "model_folder"),
+        Field("tokenizer", "--tokenizer", "file"),
+        whole("target_size", "--target-size", 1, 1_000_000),
+        Field("codec", "--codec", "file"),
+        whole("codec_steps", "--codec-steps", 1, 10_000_000),
+        whole("num_codes", "--num-codes", 2, 65_536),
+        Field("audio_dir", "--audio-dir", "directory"),
+        Field("config", "--config", "file"),
+        Field("val_share", "--val-share", "float", minimum=0.0001, maximum=0.9999),
+        Field("val_speakers", "--val-speakers", "words"),
+        whole("prompts_per_speaker", "--prompts-per-speaker", 0, 1_000_000),
+        whole("jobs", "--jobs", 0, PROCESSES),
+        SEED), "output_dir"),
     "collect": Program(("-m", "tools.collect_corpus"), (
         Field("recordings", "", "path", required=True),
         Field("output", "--output", "new_file", required=True, suffixes=(".jsonl", ".txt"), fresh=True),
@@ -399,8 +416,8 @@ def problems(kind: str, form: Form, workspace: Workspace) -> dict[str, Problem]:
         found = length_problems(form, *LENGTHS[kind])
     if kind == "tokenizer" and not found:
         found = extension_problems(form)
-    if kind == "preprocess" and not found:
-        found = feature_problems(form, workspace)
+    if kind in ("prepare", "preprocess") and not found:
+        found = feature_problems(kind, form, workspace)
     if kind in SPEAKING and typed(form.get("model_dir")) and not found:
         found = model_folder_problems(typed(form.get("model_dir")), INDEXTTS2, workspace, FOR_SOUND)
     return found
@@ -415,15 +432,21 @@ def extension_problems(form: Form) -> dict[str, Problem]:
     return found if typed(form.get("target_size")) else {**found, "target_size": ("size_needed", {})}
 
 
-def feature_problems(form: Form, workspace: Workspace) -> dict[str, Problem]:
-    """Of preprocess, whose fields are well by themselves: what its kind of features needs, and the model folder."""
+def feature_problems(kind: str, form: Form, workspace: Workspace) -> dict[str, Problem]:
+    """Of prepare and preprocess, whose fields are well by themselves: what the kind of features needs, and the model
+    folder."""
     features = typed(form.get("features")) or EMBEDDED
     if features == EMBEDDED:
-        found: dict[str, Problem] = {} if typed(form.get("codec")) else {"codec": ("required", {})}
-        wrong = ["model_dir"]
+        has_codec = kind == "prepare" or typed(form.get("codec"))  # prepare trains one
+        found: dict[str, Problem] = {} if has_codec else {"codec": ("required", {})}
+        wrong = ["model_dir", "target_size"]
     else:
         found = model_folder_problems(typed(form.get("model_dir")), features, workspace)
-        wrong = ["config", "model_dim"]
+        wrong = ["config", "model_dim", *(["codec", "codec_steps", "num_codes"] if kind == "prepare" else [])]
+    if kind == "prepare" and (features == INDEXTTS25 or typed(form.get("tokenizer"))):
+        wrong.append("target_size")
+    if kind == "prepare" and typed(form.get("codec")):
+        wrong += ["codec_steps", "num_codes"]
     return {**found, **{name: ("not_with_features", {"features": features}) for name in wrong if typed(form.get(name))}}
 
 

@@ -1,4 +1,4 @@
-"""Tabs 1 to 5, from recordings to pairs: one function each."""
+"""Tabs 1 to 5, from recordings to pairs."""
 
 from __future__ import annotations
 
@@ -192,20 +192,38 @@ def create_check(page: Page) -> None:
     start.click(read, [form.inputs["recordings"], page.language], [report, table], **QUIET)
 
 
-def create_corpus_tab(page: Page) -> None:
-    with page.tab("corpus"):
-        page.prose("corpus.intro")
+def create_prepare_tab(page: Page) -> None:
+    """Tabs 3 to 5: one Start for all of it, and the single steps below a fold."""
+    with page.tab("prepare"):
+        page.prose("prepare.intro")
         with gr.Row():
             with gr.Column():
-                with page.accordion("corpus.own", open=True):
-                    create_form(page, "collect", "corpus", [["recordings", "output"]], [["tokenizer"]])
-                with page.accordion("corpus.demo"):
-                    create_form(page, "corpus", "corpus", [["sources", "output_dir"], ["sequences"]],
-                                [["validation_texts", "held_out_words", "seed"]])
+                create_form(page, "prepare", "prepare", [["recordings", "output_dir"], ["features", "model_dir"]],
+                            [["tokenizer", "target_size"], ["codec"], ["codec_steps", "num_codes"],
+                             ["val_share", "val_speakers"], ["prompts_per_speaker", "config"], ["audio_dir", "jobs", "seed"]])
             with gr.Column(elem_classes=["live"]):
-                create_job_panel(page, "corpus", ["collect", "corpus"])
-        with page.accordion("corpus.normalise", open=True):
+                create_job_panel(page, "prepare", ["prepare"])
+        with page.accordion("corpus.normalise"):
             create_reader(page)
+        with page.accordion("prepare.corpus", elem_id="single-corpus"):
+            create_corpus_steps(page)
+        with page.accordion("prepare.tokenizer_step", elem_id="single-tokenizer"):
+            create_tokenizer_step(page)
+        with page.accordion("prepare.preprocess", elem_id="single-preprocess"):
+            create_preprocess_steps(page)
+
+
+def create_corpus_steps(page: Page) -> None:
+    page.prose("corpus.intro")
+    with gr.Row():
+        with gr.Column():
+            with page.accordion("corpus.own", open=True):
+                create_form(page, "collect", "prepare", [["recordings", "output"]], [["tokenizer"]])
+            with page.accordion("corpus.demo"):
+                create_form(page, "corpus", "prepare", [["sources", "output_dir"], ["sequences"]],
+                            [["validation_texts", "held_out_words", "seed"]])
+        with gr.Column(elem_classes=["live"]):
+            create_job_panel(page, "prepare", ["collect", "corpus"], name="corpus")
 
 
 def create_reader(page: Page) -> None:
@@ -247,33 +265,31 @@ def losses(readings: Sequence[Reading], language: str) -> str:
     return "\n".join(lines)
 
 
-def create_tokenizer_tab(page: Page) -> None:
-    with page.tab("tokenizer"):
-        page.prose("tokenizer.intro")
-        with gr.Row():
-            with gr.Column():
-                create_form(page, "tokenizer", "tokenizer", [["texts"], ["output"], ["model_type", "vocab_size"]],
-                            [["extend", "target_size"], ["language"]])
-            with gr.Column(elem_classes=["live"]):
-                create_job_panel(page, "tokenizer", ["tokenizer"])
+def create_tokenizer_step(page: Page) -> None:
+    page.prose("tokenizer.intro")
+    with gr.Row():
+        with gr.Column():
+            create_form(page, "tokenizer", "prepare", [["texts"], ["output"], ["model_type", "vocab_size"]],
+                        [["extend", "target_size"], ["language"]])
+        with gr.Column(elem_classes=["live"]):
+            create_job_panel(page, "prepare", ["tokenizer"], name="tokenizer")
 
 
-def create_preprocess_tab(page: Page) -> None:
-    with page.tab("preprocess"):
-        page.prose("preprocess.intro")
-        with gr.Row():
-            with gr.Column():
-                with page.accordion("preprocess.step_codec", open=True):
-                    create_form(page, "codec", "preprocess", [["recordings", "output"]],
-                                [["steps", "max_hours"], ["num_codes", "seed"]])
-                with page.accordion("preprocess.step_features", open=True):
-                    create_form(page, "preprocess", "preprocess",
-                                [["recordings", "output_dir"], ["codec", "tokenizer"], ["features", "model_dir"]],
-                                [["model_dim", "config"], ["val_share", "val_speakers"],
-                                 ["prompts_per_speaker", "jobs", "seed"]])
-                with page.accordion("preprocess.step_pairs", open=True):
-                    create_form(page, "pairs", "preprocess", [["data_dir"]],
-                                [["min_prompt_seconds", "max_prompt_seconds"],
-                                 ["pairs_per_target", "emo_source", "seed"]])
-            with gr.Column(elem_classes=["live"]):
-                create_job_panel(page, "preprocess", ["codec", "preprocess", "pairs"])
+def create_preprocess_steps(page: Page) -> None:
+    page.prose("preprocess.intro")
+    with gr.Row():
+        with gr.Column():
+            with page.accordion("preprocess.step_codec", open=True):
+                create_form(page, "codec", "prepare", [["recordings", "output"]],
+                            [["steps", "max_hours"], ["num_codes", "seed"]])
+            with page.accordion("preprocess.step_features", open=True):
+                create_form(page, "preprocess", "prepare",
+                            [["recordings", "output_dir"], ["codec", "tokenizer"], ["features", "model_dir"]],
+                            [["model_dim", "config"], ["val_share", "val_speakers"],
+                             ["prompts_per_speaker", "jobs", "seed"]])
+            with page.accordion("preprocess.step_pairs", open=True):
+                create_form(page, "pairs", "prepare", [["data_dir"]],
+                            [["min_prompt_seconds", "max_prompt_seconds"],
+                             ["pairs_per_target", "emo_source", "seed"]])
+        with gr.Column(elem_classes=["live"]):
+            create_job_panel(page, "prepare", ["codec", "preprocess", "pairs"], name="preprocess")

@@ -337,10 +337,17 @@ def with_open_tab(inputs: int) -> str:
 
 def progress_text(progress: Progress, language: str) -> str:
     """ "step 5 of 20 · about 0:01:10 left" """
+    of_whole = ""
+    if progress.step:
+        number, _, name = progress.step.partition(" ")
+        done, _, total = number.partition("/")
+        of_whole = say("part_of", language, done=done, total=total, name=say(f"part.{name}", language))
+        if not progress.name:
+            return of_whole
     if progress.name == "training":
         text = say("step_of" if progress.total else "step_only", language, done=progress.done, total=progress.total)
     else:
         text = f"{progress.name}: {say('progress_of', language, done=progress.done, total=progress.total)}"
     if progress.seconds_left is not None:
         text += " · " + say("seconds_left", language, time=duration(progress.seconds_left))
-    return text
+    return f"{of_whole} · {text}" if of_whole else text

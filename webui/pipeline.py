@@ -17,10 +17,10 @@ from webui.jobs import Job
 from webui.readers import files_in
 from webui.workspace import Refused, Workspace, is_text_name, read_json, write_json
 
-STEPS = ("recordings", "dataset", "corpus", "tokenizer", "preprocess", "training", "checkpoints", "listen")
-STEP_OF = {"import": "recordings", "speak": "recordings", "filter": "dataset", "check": "dataset", "collect": "corpus",
-           "corpus": "corpus", "tokenizer": "tokenizer", "codec": "preprocess", "preprocess": "preprocess",
-           "pairs": "preprocess", "training": "training", "export": "checkpoints", "synthesize": "listen",
+STEPS = ("recordings", "dataset", "prepare", "training", "checkpoints", "listen")
+STEP_OF = {"import": "recordings", "speak": "recordings", "filter": "dataset", "check": "dataset",
+           **dict.fromkeys(("prepare", "collect", "corpus", "tokenizer", "codec", "preprocess", "pairs"), "prepare"),
+           "training": "training", "export": "checkpoints", "synthesize": "listen",
            "watch": "listen", "evaluate": "listen"}
 PROMPTS = (".wav", ".flac", ".ogg", ".mp3")  # sounds that a voice is taken from
 RECORDINGS = "recordings"  # where uploads go
@@ -29,8 +29,8 @@ MODELS = ("indextts2.5", "indextts2", "scratch")
 LOOKED_AT = 100  # rows of a data set, for a recording that may be a prompt
 
 # What makes a step done: one of these files (names below) is there.
-MADE_BY = {"recordings": "recordings", "dataset": "judged", "corpus": "texts", "tokenizer": "tokenizer",
-           "preprocess": "train_manifest", "training": "checkpoint", "checkpoints": "checkpoint", "listen": "sound"}
+MADE_BY = {"recordings": "recordings", "dataset": "judged", "prepare": "train_manifest",
+           "training": "checkpoint", "checkpoints": "checkpoint", "listen": "sound"}
 # What comes with the project. It fills a field only once somebody has chosen the demo.
 DEMO = {"tokenizer": "tokenizers/amharic_extended_bpe.model", "codec": "processed_data/speech_codec.pt",
         "train_manifest": "processed_data/train_pairs.jsonl", "val_manifest": "processed_data/val_pairs.jsonl"}
@@ -42,6 +42,7 @@ HANDED_ON = {
     ("check", "recordings"): ("dataset",),
     ("check", "tokenizer"): ("tokenizer",),
     ("check", "codec"): ("codec",),
+    ("prepare", "recordings"): ("dataset",),
     ("collect", "recordings"): ("dataset",),
     ("tokenizer", "texts"): ("texts", "dataset", "demo_texts"),
     ("codec", "recordings"): ("dataset",),
@@ -67,7 +68,8 @@ WEIGHTS = "checkpoints"  # where released weights are downloaded to
 # What goes with the model that was chosen at the first question.
 FOR_MODEL: dict[tuple[str, str], Form] = {
     ("indextts2", "tokenizer"): {"extend": f"{WEIGHTS}/bpe.model", "target_size": "15000"},
-    ("indextts2", "preprocess"): {"features": "indextts2", "model_dir": WEIGHTS},
+    **{("indextts2", kind): {"features": "indextts2", "model_dir": WEIGHTS} for kind in ("prepare", "preprocess")},
+    ("indextts2.5", "prepare"): {"features": "indextts2.5", "model_dir": WEIGHTS},
     ("indextts2", "training"): {"base_checkpoint": f"{WEIGHTS}/gpt.pth"},
     ("indextts2.5", "preprocess"): {"features": "indextts2.5", "model_dir": WEIGHTS,
                                     "tokenizer": f"{WEIGHTS}/{TIKTOKEN}"},
@@ -81,7 +83,8 @@ NEW_FILES = {
     ("corpus", "output_dir"): "corpus",
     ("tokenizer", "output"): "tokenizers/my_tokenizer_{number}.model",
     ("codec", "output"): "codecs/my_codec_{number}.pt",
-    ("preprocess", "output_dir"): "my_data",
+    ("prepare", "output_dir"): "my_data",
+    ("preprocess", "output_dir"): "my_features",
     ("training", "output_dir"): "training_output",
     ("export", "output"): "exported/gpt_{number}.pth",
     ("synthesize", "output"): "listen/{number}.wav",
@@ -105,13 +108,17 @@ def candidates(jobs: Sequence[Job], demo: bool = False) -> dict[str, list[str]]:
         first = [path for path in found if str(Path(path).parent) not in aside]
         return [*first, f"{RECORDINGS}/recordings.jsonl", *(path for path in found if path not in first)]
 
-    paired, trained = outputs("pairs"), [*outputs("training"), "training_output"]
+    prepared = outputs("prepare")
+    paired, trained = outputs("pairs", "prepare"), [*outputs("training"), "training_output"]
     corpora = [f"{folder}/texts.jsonl" for folder in [*outputs("corpus"), "corpus"]]
     found = {
         "recordings": datasets(["import"]), "judged": datasets(["filter"]), "dataset": datasets(OWN),
         "texts": outputs("collect"), "demo_texts": corpora,
-        "tokenizer": outputs("tokenizer"), "codec": outputs("codec"),
-        "features": [f"{folder}/utterances.jsonl" for folder in outputs("preprocess")],
+        "tokenizer": [f"{output}/tokenizer.model" if output in prepared else output
+                      for output in outputs("tokenizer", "prepare")],
+        "codec": [f"{output}/speech_codec.pt" if output in prepared else output
+                  for output in outputs("codec", "prepare")],
+        "features": [f"{folder}/utterances.jsonl" for folder in outputs("preprocess", "prepare")],
         "train_manifest": [f"{folder}/train_pairs.jsonl" for folder in paired],
         "val_manifest": [f"{folder}/val_pairs.jsonl" for folder in paired],
         "checkpoint": [f"{folder}/{name}" for folder in trained for name in ("best.pth", "latest.pth")],
@@ -249,7 +256,8 @@ def suggestions(kind: str, workspace: Workspace, made: dict[str, str]) -> Form:
 # collect, tokenizer, codec and others write a file under a new name each time (Field.fresh).
 LEFT_BY = {"import": ("output_dir", "recordings.jsonl"), "speak": ("output_dir", "recordings.jsonl"),
            "filter": ("recordings", "../filtered.jsonl"), "corpus": ("output_dir", "texts.jsonl"),
-           "preprocess": ("output_dir", "utterances.jsonl"), "pairs": ("data_dir", "train_pairs.jsonl"),
+           "prepare": ("output_dir", "utterances.jsonl"), "preprocess": ("output_dir", "utterances.jsonl"),
+           "pairs": ("data_dir", "train_pairs.jsonl"),
            "evaluate": ("output_dir", "")}
 IN_PLACE = ("filter", "pairs")  # write beside what they read: no other name helps
 

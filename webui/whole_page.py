@@ -1,4 +1,4 @@
-"""The whole page: header, eight tabs, looks."""
+"""The whole page: header, the tabs of the eight steps, looks."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from webui.checkpoints_tab import connect_use, create_checkpoints_tab
 from webui.data_tabs import (
     MAX_UPLOAD_MB,
-    create_corpus_tab,
     create_dataset_tab,
-    create_preprocess_tab,
+    create_prepare_tab,
     create_recordings_tab,
-    create_tokenizer_tab,
 )
 from webui.home import create_home
 from webui.listen_tab import create_listen_tab
@@ -105,9 +103,7 @@ def create_page(workspace: Workspace) -> tuple[gr.Blocks, Page]:
         with gr.Tabs(overflow_behavior="wrap", elem_id="steps") as tabs:
             create_recordings_tab(page)
             create_dataset_tab(page)
-            create_corpus_tab(page)
-            create_tokenizer_tab(page)
-            create_preprocess_tab(page)
+            create_prepare_tab(page)
             create_training_tab(page)
             chosen = create_checkpoints_tab(page)
             create_listen_tab(page)
