@@ -34,7 +34,8 @@ from webui.texts import TEXTS
 from webui.workspace import MESSAGES, Workspace
 
 PICTURES = ROOT / "build" / "screenshots"
-TABS = ("Recordings", "Dataset", "Corpus", "Tokenizer", "Preprocess", "Training", "Checkpoints", "Listen")
+TABS = ("1 Recordings", "2 Dataset", "3-5 Prepare", "6 Training", "7 Checkpoints", "8 Listen")
+SINGLE_STEPS = ("Corpus", "Tokenizer", "Preprocess")  # behind folds of Prepare
 RATE = 22050
 PATIENCE = 60_000  # milliseconds; starting a program imports PyTorch, slowly on a busy machine
 pytestmark = [pytest.mark.browser,
@@ -158,14 +159,23 @@ class Visitor:
         self.server, self.page, self.elsewhere = server, self.context.new_page(), []
         self.page.on("request", self.note)
         self.page.goto(server.url)
-        self.sees("#pipeline", "Recordings")
+        self.sees("#pipeline", "Next|Every step")
 
     def note(self, request: Any) -> None:
         if not request.url.startswith((self.server.url, "data:", "blob:")):
             self.elsewhere.append(request.url)
 
     def open(self, tab: str) -> None:
-        self.page.get_by_role("tab", name=re.compile(rf"\d {tab}")).first.click()
+        step = "Prepare" if tab in SINGLE_STEPS else tab
+        self.page.get_by_role("tab", name=re.compile(rf"\d {step}")).first.click()
+        if tab in SINGLE_STEPS:
+            self.unfold(f"{SINGLE_STEPS.index(tab) + 3} {tab}: single step")
+
+    def unfold(self, name: str) -> None:
+        fold = self.page.get_by_role("button", name=name).first
+        fold.wait_for()
+        if "open" not in (fold.get_attribute("class") or "").split():
+            fold.click()
 
     def box(self, element: str) -> Any:
         return self.page.locator(f"#{element} textarea, #{element} input").first
@@ -205,7 +215,8 @@ class Visitor:
         self.page.get_by_role("checkbox", name="Resume from checkpoint").set_checked(wanted)
 
     def more_settings(self) -> None:
-        folds = re.compile("More settings|synthetic voice|Demo corpus|Export|Hear a training|Does it say")
+        folds = re.compile("More settings|Rarely needed|synthetic voice|Demo corpus|single step|Export|Hear a training|"
+                           "Does it say")
         for _ in range(3):  # one may be folded up in another
             for fold in self.page.get_by_role("button", name=folds).all():
                 if fold.is_visible() and "open" not in (fold.get_attribute("class") or "").split():
@@ -628,7 +639,8 @@ def test_own_transcripts_become_texts_for_the_tokenizer_under_a_new_name(visitor
 
 
 def test_what_is_made_of_a_typed_line_is_shown_with_what_cannot_be_said(visitor: Visitor):
-    visitor.open("Corpus")
+    visitor.open("Prepare")
+    visitor.unfold("Try how a text is read")
     visitor.box("normalise-input").fill("ዶ/ር አበበ ☎ Google\nሰላም")
     visitor.reads("normalise-output", "^ዶክተር አበበ Google\nሰላም$")
     told = visitor.sees("#normalise-lost", "line 1: nothing says ☎")
@@ -645,10 +657,13 @@ def test_a_dataset_is_checked_line_by_line(visitor: Visitor, workspace: Path):
              {**good, "id": "4", "audio": "/etc/passwd"}, good]
     (workspace / "recordings" / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines) + "oh\n")
     visitor.open("Dataset")
-    visitor.click("dataset-check")
-    visitor.sees(".notice", "Recordings: 8, speakers: 1.*Every line can be used")
-    visitor.box("dataset-path").fill("recordings/mixed.jsonl")
-    visitor.click("dataset-check")
+    assert visitor.reads("check-recordings", "recordings/recordings.jsonl")
+    visitor.click("check-start")
+    visitor.sees(".notice", "Recordings: 8, speakers: 1.*Every line is written as it should be")
+    visitor.reads("check-log", "8 of 8 rows can be used: [0-9]+ for training")
+    visitor.fill("check", recordings="recordings/mixed.jsonl")
+    visitor.command("check", "recordings/mixed.jsonl")
+    visitor.click("check-start")
     told = visitor.sees(".notice", "line 2: no such recording: nothing.wav")
     assert "line 3: without text" in told and "line 4: no such recording" in told
     assert "line 5: id '1' is that of line 1 too" in told and "line 6: not a JSON" in told
@@ -696,7 +711,7 @@ def test_no_path_field_of_any_tab_leads_out_of_the_workspace(newcomer: Visitor, 
     before = len(jobs.list_jobs(Workspace.open(workspace)))
     tried = 0
     for step, tab in zip(pipeline.STEPS, TABS, strict=True):
-        visitor.open(tab)
+        visitor.open(tab.partition(" ")[2])
         visitor.more_settings()
         for kind in (kind for kind, own in pipeline.STEP_OF.items() if own == step):
             names = [field.name for field in command_lines.PROGRAMS[kind].fields if field.type in PATH_TYPES]
@@ -717,10 +732,6 @@ def test_no_other_box_and_no_route_leads_out_of_the_workspace(visitor: Visitor, 
     visitor.sees("#recordings-folder.problem", "outside the workspace")
     visitor.fill("recordings", folder=".webui/jobs")
     visitor.sees("#recordings-folder.problem", "hidden")
-    visitor.open("Dataset")
-    visitor.box("dataset-path").fill("/etc/passwd")
-    visitor.click("dataset-check")
-    visitor.sees("#dataset-path.problem", "outside the workspace")
     visitor.open("Checkpoints")
     visitor.box("checkpoints-chosen").fill("/etc/passwd")
     for button in ("use", "delete"):
@@ -788,22 +799,23 @@ def test_the_language_switch_changes_every_text_and_nothing_comes_from_elsewhere
     PICTURES.mkdir(parents=True, exist_ok=True)
     visitor.open("Training")
     visitor.fill("training", output_dir="voice", epochs=5)
-    for number, tab in enumerate(TABS, 1):
-        visitor.open(tab)
-        time.sleep(1.5)
+    for tab in TABS:
+        visitor.open(tab.partition(" ")[2])
+        time.sleep(0.5)
         assert visible_texts(visitor) & english, "the comparison below would prove nothing"
-        visitor.page.screenshot(path=PICTURES / f"{number}_{tab.lower()}.png", full_page=True)
+        visitor.page.screenshot(path=PICTURES / f"{tab.lower().replace(' ', '_')}.png", full_page=True)
     names = [tab.inner_text() for tab in visitor.page.get_by_role("tab").all() if tab.is_visible()]
-    assert names == [f"{number} {tab}" for number, tab in enumerate(TABS, 1)]
+    assert names == list(TABS)
     visitor.page.locator("#language").get_by_text("አማርኛ").click()
     visitor.sees("#heading", "የአማርኛ")
-    for number, step in enumerate(pipeline.STEPS, 1):
+    assert visitor.page.evaluate("document.documentElement.lang") == "am"
+    for step in pipeline.STEPS:
         visitor.page.get_by_role("tab", name=TEXTS[f"tab.{step}"][1]).first.click()
         until(lambda: not visible_texts(visitor) & english, seconds=10) if visible_texts(visitor) & english else None
         if step == "training":
             assert visitor.box("training-epochs").input_value() == "5"
             until(lambda: visitor.lines("training-mel_loss") == 2 and visitor.lines("training-lr") == 1)
-            visitor.page.screenshot(path=PICTURES / f"{number}_{step}_amharic.png", full_page=True)
+            visitor.page.screenshot(path=PICTURES / "6_training_amharic.png", full_page=True)
     visitor.page.reload()
     visitor.sees("#heading", "የአማርኛ")
     assert visitor.elsewhere == []
@@ -840,8 +852,8 @@ def test_a_form_is_read_back_from_its_command_line(kind: str, tmp_path: Path):
 
 
 def test_steps_are_done_by_what_they_made_and_the_next_is_after_the_furthest():
-    steps = pipeline.states({"tokenizer": "t.model", "train_manifest": "d/train_pairs.jsonl"}, [])
-    assert [step for step, state in steps.items() if state == "done"] == ["tokenizer", "preprocess"]
+    steps = pipeline.states({"judged": "d/filtered.jsonl", "train_manifest": "d/train_pairs.jsonl"}, [])
+    assert [step for step, state in steps.items() if state == "done"] == ["dataset", "prepare"]
     assert pipeline.next_step(steps) == "training"
     assert pipeline.next_step(dict.fromkeys(pipeline.STEPS, "open")) == "recordings"
     assert pipeline.next_step(dict.fromkeys(pipeline.STEPS, "done")) == ""
