@@ -416,6 +416,18 @@ def test_presets_and_a_settings_file_fill_the_form(visitor: Visitor, workspace: 
     visitor.box("training-preset").click()
     visitor.page.get_by_role("option", name="GPU 16 GB").click()
     visitor.command("training", "--batch-size 4", "--grad-accumulation 8", "--amp", "--grad-checkpointing")
+    visitor.fill("training", batch_size=5)
+    for element in ("training-preset", "training-pick"):  # what merely loses the focus changes nothing
+        visitor.page.locator(f"#{element} input").focus()
+        visitor.page.keyboard.press("Tab")
+    time.sleep(1)
+    assert "--batch-size 5" in visitor.command("training", "--grad-accumulation 8")
+    assert not visitor.page.get_by_role("checkbox", name="Resume from checkpoint").is_checked()
+    visitor.page.locator("#training-preset input").focus()
+    visitor.page.keyboard.press("ArrowUp")  # GPU 24 GB
+    visitor.page.keyboard.press("Enter")
+    visitor.command("training", "--batch-size 8", "--grad-accumulation 4")
+    visitor.fill("training", batch_size=4)
     visitor.fill("training", epochs=7)
     visitor.box("training-file").fill("settings/mine")
     visitor.click("training-save")
