@@ -26,7 +26,7 @@ from webui.command_lines import (
 from webui.file_kinds import kind_problems
 from webui.job_panel import newest
 from webui.jobs import Job, start_job
-from webui.page_base import QUIET, Page, refusal, tell
+from webui.page_base import QUIET, Page, refusal
 from webui.texts import TEXTS, say
 from webui.words import in_words
 from webui.workspace import Refused
@@ -175,6 +175,8 @@ class FormSection:
             return [gr.skip()] * (2 + len(self.checked_into))
         form, offered = self.values(given), self.offered(self.page.jobs())
         new = {name: value for name, value in offered.items() if form[name] == filled.get(name, "") != value}
+        new |= {name: self.empty(name) for name, value in filled.items()  # of a model that is not chosen any more
+                if name not in offered and form.get(name) == value}
         if form == untouched:
             untouched = {**form, **new}
         form = {**form, **new}
@@ -228,7 +230,7 @@ class FormSection:
     def said(self, problem: Problem, language: str) -> str:
         """A problem in the language of the page, which names fields where a program names flags."""
         key, values = problem
-        return tell(language, key, **in_words(self.kind, values, language))
+        return say(key, language, **in_words(self.kind, values, language))
 
     def check(self, opened: str, untouched: Form, language: str, *given: Any) -> list[Any]:
         """The draft, an update of each input, and the command."""

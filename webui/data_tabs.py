@@ -200,7 +200,8 @@ def create_prepare_tab(page: Page) -> None:
             with gr.Column():
                 create_form(page, "prepare", "prepare", [["recordings", "output_dir"], ["features", "model_dir"]],
                             [["tokenizer", "target_size"], ["codec"], ["codec_steps", "num_codes"],
-                             ["val_share", "val_speakers"], ["prompts_per_speaker", "config"], ["audio_dir", "jobs", "seed"]])
+                             ["val_share", "val_speakers"], ["prompts_per_speaker", "config"],
+                             ["audio_dir", "jobs", "seed"]])
             with gr.Column(elem_classes=["live"]):
                 create_job_panel(page, "prepare", ["prepare"])
         with page.accordion("corpus.normalise"):

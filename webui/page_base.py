@@ -72,7 +72,7 @@ def refusal(refused: Refused, language: str) -> str:
 
 def beside(refused: Refused, language: str) -> dict[str, Any]:
     """The update of a box whose content was refused."""
-    return gr.update(info=tell(language, refused.key, **refused.values), elem_classes=["problem"])
+    return gr.update(info=say(refused.key, language, **refused.values), elem_classes=["problem"])
 
 
 def duration(seconds: float) -> str:
@@ -310,6 +310,21 @@ class Page:
         way = pipeline.load_way(self.workspace)
         opened = not way and not pipeline.find_runs(self.workspace, self.jobs())
         return [way.get("have"), way.get("model", "scratch"), gr.update(open=opened)]
+
+
+def on_choice(dropdown: Any, act: Callable[..., list[Any]], inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+    """Calls act(value, *inputs) for the outputs when somebody chooses. A drop-down that merely loses the focus says
+    "input" too, as it does for a choice by keyboard: only another value than before counts. "select" is the mouse's."""
+    before = gr.State(dropdown.value)
+
+    def by_mouse(choice: gr.SelectData, *given: Any) -> list[Any]:
+        return [*act(choice.value, *given), choice.value]
+
+    def by_keyboard(value: Any, last: Any, *given: Any) -> list[Any]:
+        return [gr.skip()] * (len(outputs) + 1) if value == last else [*act(value, *given), value]
+
+    dropdown.select(by_mouse, [*inputs], [*outputs, before], **QUIET)
+    dropdown.input(by_keyboard, [dropdown, before, *inputs], [*outputs, before], **QUIET)
 
 
 def marks_of_steps(steps: dict[str, str], following: str) -> str:
