@@ -81,7 +81,7 @@ except ImportError:  # a rented machine's own Python: slower, else alike
     from json import loads as read_json  # type: ignore[assignment]
 
 FORMAT_VERSION = 2  # of checkpoints; 1 is read too: it had validation_owed, and codec_sha256 instead of made_with
-ARITHMETIC = 1  # raised when the same settings give other bits; said on resume
+ARITHMETIC = 2  # raised when the same settings give other bits; said on resume
 NAMES = ("IndexTTS2", "IndexTTS-2.5")
 LORA_TARGETS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 MAX_WEIGHT = 1000  # of a training manifest
@@ -434,7 +434,6 @@ class PackedBatch:
     text_targets: Tensor
     mel_scored: Tensor  # flat rows, [sum(c + 1)]
     mel_targets: Tensor
-
     cu_seqlens: Tensor  # [B + 1] int32
     groups: list[Tensor]  # flat rows [g, longest] of samples of near-equal length, filled up on the right
     ungroup: Tensor  # [total] into the groups' rows end to end
@@ -454,19 +453,39 @@ def lora_scale(rank: int, alpha: float) -> float:
 Attention = Callable[[Tensor, PackedBatch], Tensor]
 
 
+def dropped(x: Tensor, p: float, training: bool) -> Tensor:
+    """F.dropout; on a CPU from 16 random bits a value, which are drawn in a seventh of the time of PyTorch's masks."""
+    if x.device.type != "cpu" or not training or not p or torch.compiler.is_compiling():
+        return F.dropout(x, p, training)
+    limit, count = min(round(p * 2**16), 2**16 - 1), x.numel()
+    bits = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[:count]
+    return x * (bits.view(x.shape) >= limit - 2**15).to(x.dtype).mul_(2**16 / (2**16 - limit))
+
+
+def product_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of 256 queries at a time, all [B, H, T, h]: in 16 bits a CPU multiplies matrices so fast that
+    this takes half the time of PyTorch's kernels."""
+    q, k, v, shape = (q * q.shape[-1] ** -0.5).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), q.shape
+    outputs, seen = [], 0
+    for queries in q.split(256, dim=1):
+        seen += queries.shape[1]
+        unseen = q.new_full((queries.shape[1], seen), -math.inf).triu(1 + seen - queries.shape[1])
+        outputs.append(torch.baddbmm(unseen, queries, k[:, :seen].mT).softmax(-1) @ v[:, :seen])
+    return torch.cat(outputs, dim=1).view(shape)
+
+
 def padded_attention(qkv: Tensor, batch: PackedBatch) -> Tensor:
-    """The portable path: causal SDPA over groups of samples. qkv [total, 3, H, h] -> [total, H * h]."""
+    """The portable path: causal attention over groups of samples. qkv [total, 3, H, h] -> [total, H * h]."""
     _, _, heads, size = qkv.shape
-    dtype, outputs = qkv.dtype, []
-    if qkv.device.type == "cpu":  # its float32 kernels are twice as fast as the 16-bit ones
-        qkv = qkv.float()
-    for rows in batch.groups:
-        grouped = qkv.index_select(0, rows.flatten()).view(*rows.shape, 3, heads, size)
-        q, k, v = grouped.permute(2, 0, 3, 1, 4)
+    by_products, outputs = qkv.device.type == "cpu" and qkv.dtype != torch.float32, []
+    parts = qkv.index_select(0, torch.cat([g.flatten() for g in batch.groups])).split([g.numel() for g in batch.groups])
+    for group, part in zip(batch.groups, parts, strict=True):
+        q, k, v = part.view(*group.shape, 3, heads, size).permute(2, 0, 3, 1, 4)
         with torch.autocast(qkv.device.type, enabled=False):
-            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            attended = product_attention(q, k, v) if by_products else F.scaled_dot_product_attention(
+                q, k, v, is_causal=True)
         outputs.append(attended.transpose(1, 2).reshape(-1, heads * size))
-    return torch.cat(outputs).index_select(0, batch.ungroup).to(dtype)
+    return torch.cat(outputs).index_select(0, batch.ungroup)
 
 
 def varlen_attention(qkv: Tensor, batch: PackedBatch) -> Tensor:
@@ -489,7 +508,7 @@ class LoRA(nn.Module):
         self.B = nn.Parameter(torch.zeros(config.lora_rank, outputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.scale * (F.dropout(x, self.dropout, self.training) @ self.A @ self.B)
+        return self.scale * (dropped(x, self.dropout, self.training) @ self.A @ self.B)
 
 
 class Conv1D(nn.Module):
@@ -536,8 +555,8 @@ class Block(nn.Module):
         self.ln_2, self.mlp = nn.LayerNorm(config.model_dim), MLP(config)
 
     def forward(self, x: Tensor, batch: PackedBatch, attention: Attention, dropout: float) -> Tensor:
-        x = x + F.dropout(self.attn(self.ln_1(x), batch, attention), dropout, self.training)
-        return x + F.dropout(self.mlp(self.ln_2(x)), dropout, self.training)
+        x = x + dropped(self.attn(self.ln_1(x), batch, attention), dropout, self.training)
+        return x + dropped(self.mlp(self.ln_2(x)), dropout, self.training)
 
 
 class GPTStack(nn.Module):
@@ -592,23 +611,21 @@ class UnifiedVoiceGPT(nn.Module):
 
     def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """Returns logits at the scored positions: text [sum(t + 1), V + 1] and mel [sum(c + 1), M]."""
-        x = F.dropout(self.embed(batch), self.dropout, self.training)
+        x = dropped(self.embed(batch), self.dropout, self.training)
         for block in self.gpt.h:
             run_block = functools.partial(recompute_in_backward, block, use_reentrant=False) if (
                 self.grad_checkpointing and self.training) else block
             x = run_block(x, batch, self.attention, self.dropout)
-        scored = torch.cat([x.index_select(0, batch.text_scored), x.index_select(0, batch.mel_scored)])
-        scored = self.final_norm(self.gpt.ln_f(scored))
+        scored = self.final_norm(self.gpt.ln_f(x.index_select(0, torch.cat([batch.text_scored, batch.mel_scored]))))
         return self.text_head(scored[: len(batch.text_scored)]), self.mel_head(scored[len(batch.text_scored) :])
 
 
-def token_losses(model: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross entropies in nats of every scored text token and code, and whether the code was the likeliest one."""
-    text_logits, mel_logits = model(batch)
-    text = F.cross_entropy(text_logits.float(), batch.text_targets, reduction="none")
-    mel = F.cross_entropy(mel_logits.float(), batch.mel_targets, reduction="none")
-    return text, mel, mel_logits.detach().argmax(-1) == batch.mel_targets
-
+def token_losses(model: nn.Module, batch: PackedBatch, top1: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross entropies in nats of every scored text token and code, and (with top1) where the code was the likeliest."""
+    text_logits, mel_logits = (logits.float() for logits in model(batch))
+    text = F.cross_entropy(text_logits, batch.text_targets, reduction="none")
+    mel = F.cross_entropy(mel_logits, batch.mel_targets, reduction="none")
+    return text, mel, mel_logits.detach().argmax(-1) == batch.mel_targets if top1 else mel.new_zeros(())
 
 
 def sinusoids(times: Tensor, dim: int, rms: float = 0.02) -> Tensor:
@@ -625,11 +642,10 @@ def init_fresh_weights(model: UnifiedVoiceGPT, seed: int, codes_per_text_token: 
     that is being spoken sooner (knowledge.md has figures).
     """
     generator = torch.Generator().manual_seed(seed)
-    projection_std = 0.02 / math.sqrt(2 * model.config.layers)
+    projection_std, bound = 0.02 / math.sqrt(2 * model.config.layers), 1 / math.sqrt(model.config.model_dim)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.startswith(("text_head.", "mel_head.")):
-                bound = 1 / math.sqrt(model.config.model_dim)
                 weight.uniform_(-bound, bound, generator=generator)
             elif name.endswith("bias") or name == "speed_emb.weight":
                 weight.zero_()
@@ -1878,8 +1894,7 @@ def get_lr(step: int, schedule: Schedule) -> float:
     """The learning rate of the optimizer step with this number (from 1)."""
     if step <= schedule.warmup_steps:
         return schedule.base_lr * step / schedule.warmup_steps
-    decay_steps = max(1, schedule.total_steps - schedule.warmup_steps)
-    progress = min(1.0, (step - schedule.warmup_steps) / decay_steps)
+    progress = min(1.0, (step - schedule.warmup_steps) / max(1, schedule.total_steps - schedule.warmup_steps))
     return schedule.base_lr * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
@@ -1892,18 +1907,15 @@ def make_schedule(config: TrainConfig, position: Position, num_samples: int) -> 
 
 def choose_precision(amp: str, device: torch.device) -> Precision:
     if amp == "auto":
-        has_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
-        amp = "bf16" if has_bf16 else "fp16"
+        amp = "bf16" if device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return Precision(device, {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp])
 
 
 def use_glibc_heap() -> None:
     """Keeps freed memory in the process: on a CPU most of a small model's step goes into page faults otherwise."""
     if platform.libc_ver()[0] == "glibc":
-        m_trim_threshold, m_mmap_threshold = -1, -3
-        libc = ctypes.CDLL(None)
-        libc.mallopt(m_mmap_threshold, 2**31 - 1)
-        libc.mallopt(m_trim_threshold, 2**31 - 1)
+        for threshold in (-3, -1):  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(threshold, 2**31 - 1)
 
 
 def setup_device() -> torch.device:
@@ -2046,13 +2058,10 @@ def make_optimizer(model: nn.Module, weight_decay: float, factors: Mapping[str, 
 
 def step_flops(config: ModelConfig, batches: Sequence[PackedBatch]) -> float:
     """Floating-point operations of forward and backward: 6 per weight and row, and causal attention."""
-    dim, flops = config.model_dim, 0.0
-    for batch in batches:
-        flops += 6 * 12 * config.layers * dim**2 * sum(batch.lengths)
-        flops += 6 * config.layers * dim * sum(length**2 for length in batch.lengths)
-        flops += 6 * dim * sum(batch.text_counts) * (config.number_text_tokens + 1)
-        flops += 6 * dim * sum(batch.mel_counts) * config.number_mel_codes
-    return flops
+    dim, layers = config.model_dim, config.layers
+    return 6.0 * dim * sum(
+        layers * sum(12 * dim * length + length**2 for length in batch.lengths) + sum(batch.text_counts) * (
+            config.number_text_tokens + 1) + sum(batch.mel_counts) * config.number_mel_codes for batch in batches)
 
 
 def peak_flops(precision: Precision) -> float:
@@ -2063,9 +2072,8 @@ def peak_flops(precision: Precision) -> float:
         known = next((flops for key, flops in PEAK_FLOPS.items() if re.search(rf"\b{key}\b", name)), None)
         if known:
             return known
-    size = 4096 if device.type == "cuda" else 768
+    size, best = 4096 if device.type == "cuda" else 768, math.inf
     matrix = torch.ones(size, size, device=device, dtype=precision.dtype or torch.float32)
-    best = math.inf
     for _ in range(5):
         start = time.perf_counter()
         (matrix @ matrix)[0, 0].item()
@@ -2091,7 +2099,7 @@ class StepStats:
 
     text_loss: Tensor
     mel_loss: Tensor
-    mel_top1: Tensor
+    mel_top1: Tensor  # 0 in steps without a [Train] line
     grad_norm: Tensor
     lr: float
     tokens: int
@@ -2139,17 +2147,16 @@ def receive(run: Run, data: ManifestDataset, futures: Sequence[Future[PackedBatc
     return [batch.to(run.precision.device) for batch in batches if batch.rows], sums
 
 
-def backward(run: Run, batch: PackedBatch, text_tokens: int, mel_tokens: int, is_last: bool, weight: float = 1.0
-             ) -> tuple[Tensor, Tensor]:
+def backward(run: Run, batch: PackedBatch, text_tokens: int, mel_tokens: int, is_last: bool, weight: float = 1.0,
+             top1: bool = True) -> tuple[Tensor, Tensor]:
     """Adds one micro-batch's gradients; the last one of a step exchanges them between the ranks.
 
     text_tokens and mel_tokens are those of the whole step on all ranks. Returns: sums [3] of text losses, mel losses
-    and codes that were the likeliest ones, float64; the samples [B] whose losses are not finite.
+    and (with top1) codes that were the likeliest ones, float64; the samples [B] whose losses are not finite.
     """
-    waits = run.ddp.no_sync() if run.ddp and not is_last else contextlib.nullcontext()
-    with waits:
+    with run.ddp.no_sync() if run.ddp and not is_last else contextlib.nullcontext():
         with run.precision.autocast():
-            text, mel, right = token_losses(run.ddp or run.model, batch)
+            text, mel, right = token_losses(run.ddp or run.model, batch, top1)
             text_sum, mel_sum = text.sum(), mel.sum()
             loss = (run.config.text_loss_weight * text_sum / text_tokens
                     + run.config.mel_loss_weight * mel_sum / mel_tokens)
@@ -2197,8 +2204,7 @@ def train_step(run: Run, futures: Sequence[Future[PackedBatch]]) -> StepStats:
     Raises: Stopped between micro-batches, and torch.OutOfMemoryError; weights are then those of the step before.
     """
     config, process, step = run.config, run.process, run.state.position.step + 1
-    minutes = (time.monotonic() - run.saved_at) / 60
-    save_due = process.world.rank == 0 and 0 < config.save_minutes <= minutes
+    save_due = process.world.rank == 0 and 0 < config.save_minutes <= (time.monotonic() - run.saved_at) / 60
     batches, (saves, text_tokens, mel_tokens, tokens, flops) = receive(run, run.train_data, futures, int(save_due))
     process.event("step", run, batches)
     text_tokens, mel_tokens = max(1, text_tokens), max(1, mel_tokens)
@@ -2212,7 +2218,8 @@ def train_step(run: Run, futures: Sequence[Future[PackedBatch]]) -> StepStats:
         process.check_stop()
         process.event("micro_step", run, batch)
         torch.manual_seed(dropout_seed(config.seed, step, micro_step, process.world.rank))
-        sums, nonfinite = backward(run, batch, text_tokens, mel_tokens, is_last=micro_step == len(batches) - 1)
+        sums, nonfinite = backward(run, batch, text_tokens, mel_tokens, is_last=micro_step == len(batches) - 1,
+                                   top1=step % run.log_interval == 0)
         totals += sums
         flags.append((batch.rows, nonfinite))
     if run.ddp and not batches:
@@ -2239,8 +2246,7 @@ def split_after_out_of_memory(run: Run) -> None:
     run.config = dataclasses.replace(config, batch_size=batch_size, grad_accumulation=grad_accumulation)
     run.restart_reading()
     run.optimizer.zero_grad(set_to_none=True)
-    if run.precision.device.type == "cuda":
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()  # nothing without CUDA
 
 
 def wrap_for_ranks(run: Run) -> None:
@@ -2263,30 +2269,25 @@ def in_halves(run: Run, data: ManifestDataset, batch: PackedBatch) -> list[Packe
     """A batch that was too large for the GPU's memory as two. Raises: UserError for one sample."""
     if len(batch.rows) == 1:
         raise UserError(ONE_SAMPLE_TOO_LARGE)
-    if run.precision.device.type == "cuda":
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()  # nothing without CUDA
     middle = len(batch.rows) // 2
     run.process.say(f"[Warn] Out of GPU memory: a validation batch of {len(batch.rows)} is split in two")
-    halves = (batch.rows[:middle], batch.rows[middle:])
     return [collate_packed([data[item] for item in draw_emo(np.array(rows), run.config, 0).tolist()], data.model).to(
-        run.precision.device) for rows in halves]
+        run.precision.device) for rows in (batch.rows[:middle], batch.rows[middle:])]
 
 
 def validation_rows(run: Run) -> np.ndarray:
     """The fixed choice of rows that every validation of the run reads, evenly spread over all manifests."""
-    config = run.config
-    return evenly_spread(len(run.val_data), config.max_val_batches * (config.val_batch_size
-                                                                      or run.state.first_batch_size))
+    size = run.config.val_batch_size or run.state.first_batch_size
+    return evenly_spread(len(run.val_data), run.config.max_val_batches * size)
 
 
 def add_losses(sums: Tensor, data: ManifestDataset, batch: PackedBatch, text: Tensor, mel: Tensor, right: Tensor
                ) -> None:
     """Adds to sums [1 + parts, 5]: text losses, mel losses, likeliest codes, text tokens, codes."""
-    counts = torch.tensor([len(text), len(mel)], device=sums.device)
-    sums[0] += torch.cat([torch.stack([text.double().sum(), mel.double().sum(), right.double().sum()]), counts])
     of_rows = [(data.manifests[data.rows[row].manifest]["path"], data.rows[row].language) for row in batch.rows]
-    for number, part in enumerate(data.parts, 1):
-        inside = [float(part in of_row) for of_row in of_rows]
+    for number, part in enumerate([None, *data.parts]):  # None: of all
+        inside = [float(part is None or part in of_row) for of_row in of_rows]
         its_text, its_mel = (torch.from_numpy(np.repeat(inside, counts)).to(sums.device)
                              for counts in (batch.text_counts, batch.mel_counts))
         sums[number] += torch.stack([(text * its_text).sum(), (mel * its_mel).sum(), (right * its_mel).sum(),
@@ -2311,13 +2312,12 @@ def evaluate(run: Run, on_row: Callable[[dict[str, Any]], None] | None = None) -
     data, world, device = run.val_data, run.process.world, run.precision.device
     items = draw_emo(validation_rows(run), run.config, 0)  # the same at every validation
     batches = split_micro_batches(items, run.config.val_batch_size or run.config.batch_size)
-    rounds = math.ceil(len(batches) / world.size)
     reader = ReadAhead(iter([[batch] for batch in batches[world.rank :: world.size]]), make_reader(run, data),
                        run.threads)
     sums = torch.zeros(1 + len(data.parts), 5, dtype=torch.float64, device=device)
     run.model.eval()
     try:
-        for done in range(rounds):
+        for done in range(math.ceil(len(batches) / world.size)):
             futures = reader.next_step() if done * world.size + world.rank < len(batches) else []
             todo, _ = receive(run, data, futures)
             while todo:
