@@ -114,7 +114,16 @@ def create_page(workspace: Workspace) -> tuple[gr.Blocks, Page]:
             create_listen_tab(page)
         connect_use(page, *chosen)
         page.connect(demo, tabs)
+    quiet(demo)
     return demo, page
+
+
+def quiet(demo: gr.Blocks) -> None:
+    """Gradio's page tells the state of every event to each of its outputs, and looks for these in the tree of all
+    components, one by one, at every answer: an idle page took most of a processor's time. One component is told."""
+    first = next(iter(demo.blocks.values()))
+    for event in demo.fns.values():
+        event.show_progress_on = [first]  # type: ignore[list-item]
 
 
 def launch_options(workspace: Workspace) -> dict[str, Any]:
