@@ -12,19 +12,23 @@ import gradio as gr
 from tools._amharic_reading import Reading
 from tools.amharic_text import read_aloud, shown
 from webui import pipeline
+from webui.clip_editor import create_clip_editor
 from webui.command_form import create_form
 from webui.data_summaries import filter_summary, import_summary, report_frame
 from webui.job_panel import create_job_panel, newest
 from webui.jobs import Job
 from webui.page_base import QUIET, Page, beside, megabytes, refusal, tell
 from webui.readers import files_in
+from webui.recorder import create_recorder
 from webui.recordings_check import EXAMPLE, SHOWN_FAULTS, read_dataset
 from webui.texts import TEXTS, say
 from webui.uploads import AUDIO, TRANSCRIPTS, take_upload
 from webui.workspace import Refused
+from webui.zip_upload import ENDING, unpack
 
 MAX_UPLOAD_MB = 200
 SHOWN_FILES = 200
+SHOWN_THERE = 20
 MAX_REPORT_MB = 60
 REPORT = "filter_report.html"
 
@@ -37,7 +41,7 @@ def create_recordings_tab(page: Page) -> None:
                 folder = page.add(gr.Textbox, "recordings.folder", value=pipeline.RECORDINGS, max_lines=1,
                                   elem_id="recordings-folder")
                 upload = page.add(gr.File, "recordings.upload", file_count="multiple",
-                                  file_types=[*AUDIO, *TRANSCRIPTS], height=140, elem_id="recordings-upload")
+                                  file_types=[*AUDIO, *TRANSCRIPTS, ENDING], height=140, elem_id="recordings-upload")
                 notice = page.notice()
             with gr.Column():
                 count = gr.Markdown(elem_id="recordings-count")
@@ -52,6 +56,7 @@ def create_recordings_tab(page: Page) -> None:
                 with gr.Column(elem_classes=["live"]):
                     found = gr.Markdown(elem_id="import-summary", render=False)
                     create_job_panel(page, "recordings", ["import"], above_log=found.render, name="import")
+        create_recorder(page)
         with page.accordion("recordings.speak"), gr.Row():
             with gr.Column():
                 create_form(page, "speak", "recordings", [["texts", "output_dir"], ["voices", "limit"]],
@@ -81,19 +86,27 @@ def create_recordings_tab(page: Page) -> None:
 
 def take_uploads(page: Page, uploaded: Sequence[Path], folder: str, language: str) -> str:
     """Takes what can be taken. Returns how many that were, which were there before, and what is wrong with others."""
-    there, wrong = [], []
+    there, wrong, count = [], [], 0
     for path in uploaded:
         try:
-            take_upload(page.workspace, path, folder, (*AUDIO, *TRANSCRIPTS), MAX_UPLOAD_MB)
+            if path.suffix.lower() == ENDING:
+                found = unpack(page.workspace, path, folder, (*AUDIO, *TRANSCRIPTS), MAX_UPLOAD_MB)
+                there += found.there
+                wrong += ["✗ " + tell(language, "zip.passed_over", path=path.name, count=len(found.passed_over),
+                                      example=found.passed_over[0])] if found.passed_over else []
+                count += len(found.taken)
+            else:
+                take_upload(page.workspace, path, folder, (*AUDIO, *TRANSCRIPTS), MAX_UPLOAD_MB)
+                count += 1
         except Refused as refused:
             if refused.key == "file_in_the_way":
                 there.append(path.name)
             else:
                 wrong.append(refusal(refused, language))
-    count = len(uploaded) - len(there) - len(wrong)
     lines = ["✓ " + tell(language, "recordings.uploaded", count=count, folder=folder)] if count else []
     if there:
-        lines.append("✗ " + tell(language, "recordings.there", names=", ".join(there)))
+        names = [*there[:SHOWN_THERE], *["…"] * (len(there) > SHOWN_THERE)]
+        lines.append("✗ " + tell(language, "recordings.there", names=", ".join(names)))
     return "\n\n".join([*lines, *dict.fromkeys(wrong)])
 
 
@@ -142,6 +155,7 @@ def create_filter(page: Page) -> None:
 
 def create_dataset_tab(page: Page) -> None:
     with page.tab("dataset"):
+        create_clip_editor(page)
         with page.accordion("dataset.filter", open=True):
             page.prose("dataset.filter_intro")
             create_filter(page)

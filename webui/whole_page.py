@@ -56,6 +56,16 @@ CSS = """
 .keys .key { margin-right: 1.5em; }
 .bar { display: flex; gap: 10px; align-items: center; }
 .bar progress { flex: 1; height: 14px; }
+#clips-player audio, .takes audio { width: 100%; height: 40px; }
+#clips-player .hint { color: var(--body-text-color-subdued); margin: 4px 0; }
+svg.wave { width: 100%; height: 72px; cursor: crosshair; background: var(--background-fill-secondary); }
+svg.wave path { stroke: var(--color-accent); stroke-width: 2.5; fill: none; }
+svg.wave line { stroke-width: 3; stroke: var(--body-text-color); }
+svg.wave line.cut { stroke: #dc2626; }
+#clips-text textarea, #record-sentence textarea { font-size: 1.15rem; line-height: 1.6; }
+.clips-pages, .clips-buttons { flex-wrap: wrap; align-items: center; }
+.clips-pages > * { flex: 0 0 auto !important; width: auto !important; }
+#clips-page { max-width: 80px; }
 .dark #pipeline .step.done { background: #14532d; color: #dcfce7; }
 .dark #pipeline .step.running { background: #78350f; color: #fef3c7; }
 """
