@@ -34,7 +34,7 @@ import numpy as np
 
 from tools._common import ToolError, atomic_path, info, make_parser, run_program, writing_to
 from tools.pauses import levels_of, nearest_silence, silences_of
-from tools.recordings import REMEDY, is_sound_name
+from tools.recordings import is_sound_name
 from tools.run_files import lock_holder
 from tools.sound_decoder import flac_bytes, open_sound, read_blocks
 from tools.sound_files import LONGEST_FILE, check_recording, path_within
@@ -45,7 +45,7 @@ REACH = 1.0  # seconds that the place of a cut may move to lie in a silence
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 BOM = b"\xef\xbb\xbf"
 MESSAGES = {
-    "no_file": "{path}: no such file. " + REMEDY,
+    "no_file": "{path}: no such file. Give a recordings.jsonl",
     "no_row": "{path}: no row has the id {id}. It was edited meanwhile; look again",
     "changed": "{path}: the text of {id} was changed meanwhile. Look again",
     "no_text": "the text is empty. Write what is said, or leave the clip out",
