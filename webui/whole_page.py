@@ -58,6 +58,15 @@ CSS = """
 .bar progress { flex: 1; height: 14px; }
 #clips-player audio, .takes audio { width: 100%; height: 40px; }
 #clips-player .hint { color: var(--body-text-color-subdued); margin: 4px 0; }
+.takes { display: flex; flex-direction: column; gap: 10px; }
+.take { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 8px 12px; }
+.take .said { font-size: 1.1rem; margin: 0; overflow-wrap: anywhere; }
+.take .meta { color: var(--body-text-color-subdued); font-size: 0.85rem; margin: 2px 0 6px; overflow-wrap: anywhere; }
+.sounds { display: flex; flex-wrap: wrap; gap: 10px; }
+.sound { flex: 1 1 240px; min-width: 0; }
+.sound span { display: block; font-size: 0.85rem; overflow-wrap: anywhere; }
+.downloads { display: flex; flex-wrap: wrap; gap: 8px; }
+.downloads a { padding: 4px 10px; border: 1px solid var(--border-color-primary); border-radius: 8px; }
 svg.wave { width: 100%; height: 72px; cursor: crosshair; background: var(--background-fill-secondary); }
 svg.wave path { stroke: var(--color-accent); stroke-width: 2.5; fill: none; }
 svg.wave line { stroke-width: 3; stroke: var(--body-text-color); }
