@@ -25,7 +25,7 @@ from starlette.testclient import TestClient
 from tools import edit_recordings
 from tools._common import ToolError
 from tools.edit_recordings import Fault
-from webui import clip_rows, recorded_texts, served_files
+from webui import clip_rows, command_lines, jobs, recorded_texts, served_files, takes
 from webui.clip_rows import ON_A_PAGE, Version
 from webui.uploads import AUDIO, TRANSCRIPTS
 from webui.workspace import Refused, Workspace
@@ -369,3 +369,73 @@ def test_only_links_that_the_page_made_lead_to_files_and_only_to_those_of_the_wo
                  f"made/{served_files.signature('secret', 'link.wav')}/link.wav",
                  f"made/{served_files.signature('secret', '.webui/auth.json')}/.webui/auth.json"):
         assert client.get("/" + path).status_code == 404
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Takes and evaluations
+
+
+def finished_job(workspace: Workspace, number: int, kind: str, form: dict[str, Any]) -> None:
+    """What a job leaves behind that has ended well."""
+    folder = workspace.private / "jobs" / f"20260101-000000-{number:06}-abcd"
+    folder.mkdir(parents=True)
+    output = command_lines.output_of(kind, form, workspace)
+    (folder / "job.json").write_text(json.dumps({
+        "kind": kind, "title": kind, "argv": command_lines.command_for(kind, form, workspace), "cwd": "/",
+        "created": 1.7e9 + number, "output_dir": str(output)}))
+    (folder / "process.json").write_text('{"program_pid": 1, "boot_id": "gone"}')
+    (folder / "exit.json").write_text('{"status": 0, "ended": 1, "last_exit": {}}')
+
+
+def spoken(workspace: Workspace) -> None:
+    """Two takes of one checkpoint, one of them written over by the other, and two checkpoints side by side."""
+    for name in ("listen/001.wav", "listen/002.wav", "listen/ab_001/a.wav", "listen/ab_001/b.wav"):
+        (workspace.root / name).parent.mkdir(parents=True, exist_ok=True)
+        (workspace.root / name).write_bytes(wav_bytes())
+    form = {"checkpoint": "run/best.pth", "prompt": "p.wav", "text": "ሰላም <b>ለዓለም</b>"}
+    for number, output in enumerate(("001", "001", "002")):
+        finished_job(workspace, number, "synthesize", {**form, "output": f"listen/{output}.wav", "seed": number})
+    finished_job(workspace, 3, "compare", {**form, "other": "run/latest.pth", "output_dir": "listen/ab_001"})
+
+
+def test_takes_are_listed_newest_first_with_text_checkpoint_and_players(workspace: Workspace):
+    spoken(workspace)
+    found = takes.takes_of(jobs.list_jobs(workspace), workspace)
+    assert [[workspace.show(path) for _, path in take.sounds] for take in found] == [
+        ["listen/ab_001/a.wav", "listen/ab_001/b.wav"], ["listen/002.wav"], ["listen/001.wav"]]
+    assert found[0].sounds[1][0] == "run/latest.pth" and found[0].text == "ሰላም <b>ለዓለም</b>"
+    (workspace.root / "listen/002.wav").unlink()
+    shown = takes.takes_html(found, lambda path: served_files.link_to(workspace, "secret", path), workspace, "en")
+    assert shown.count("<audio") == 3 and "A: run/best.pth" in shown and "B: run/latest.pth" in shown
+    assert "<b>" not in shown and "&lt;b&gt;ለዓለም" in shown
+
+
+def test_an_evaluation_is_shown_worst_first_with_what_can_be_heard(workspace: Workspace):
+    folder = workspace.root / "evaluation"
+    folder.mkdir()
+    for name in ("0001.wav", "0001_codec.wav", "0002.wav"):
+        (folder / name).write_bytes(wav_bytes())
+    rows = [{"name": f"000{i}", "text": f"<i>ሰላም {i}", "recording": "/etc/passwd", "synthesis": "ሰላ", "mcd": None,
+             "rank": 1, "candidates": 12, "cer": {"synthesis": cer, "round_trip": 0.0}}
+            for i, cer in ((1, 0.1), (2, 0.5), (3, None))]
+    (folder / "results.json").write_text(json.dumps({"rows": rows, "checkpoint": "a.pth", "step": 3, "mcd": None,
+                                                     "synthesis": {"texts": 3, "cer": 0.3}}))
+    shown = takes.evaluation_html(folder, lambda path: served_files.link_to(workspace, "secret", path), "en")
+    assert [shown.index(f"ሰላም {i}") for i in (3, 2, 1)] == sorted(shown.index(f"ሰላም {i}") for i in (1, 2, 3))
+    assert shown.count("<audio") == 3 and "passwd" not in shown and "<i>" not in shown and "CER 0.500" in shown
+    (folder / "results.json").write_text("[]")
+    assert takes.evaluation_html(folder, str, "en") == ""
+
+
+def test_what_was_exported_last_can_be_downloaded(workspace: Workspace):
+    (workspace.root / "out/voice").mkdir(parents=True)
+    (workspace.root / "out/gpt.pth").write_bytes(b"x")
+    (workspace.root / "out/voice/gpt.pth").write_bytes(b"x")
+    finished_job(workspace, 1, "export", {"checkpoint": "run/best.pth", "output": "out/gpt.pth"})
+    assert takes.exported(jobs.list_jobs(workspace)) == [workspace.root / "out/gpt.pth"]
+    finished_job(workspace, 2, "export_folder", {"checkpoint": "run/best.pth", "model_dir": "m",
+                                                 "output_dir": "out/voice"})
+    paths = takes.exported(jobs.list_jobs(workspace))
+    assert paths == [workspace.root / "out/voice/gpt.pth"]
+    shown = takes.download_html(paths, lambda path: served_files.link_to(workspace, "secret", path), workspace)
+    assert "out/voice/gpt.pth (0.0 MB)" in shown
