@@ -595,7 +595,8 @@ def parsed_by_the_program(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> d
 
 # What does not go with the other fields: tried in tests of their own.
 NOT_TOGETHER = {"tokenizer": ("model_type", "vocab_size"), "preprocess": ("model_dir",), "synthesize": ("model_dir",),
-                "watch": ("model_dir",), "evaluate": ("model_dir",), "compare": ("model_dir",)}
+                "watch": ("model_dir",), "evaluate": ("model_dir",)}
+NOT_TOGETHER["compare"] = ("model_dir",)
 
 
 def filled(kind: str, workspace: Workspace) -> dict[str, Any]:

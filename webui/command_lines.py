@@ -195,25 +195,6 @@ PROGRAMS: dict[str, Program] = {
     "export": Program(("-m", "tools.export_checkpoint"), (
         Field("checkpoint", "", "file", required=True),
         Field("output", "--output", "new_file", required=True, suffixes=(".pth",))), "output"),
-    "export_folder": Program(("-m", "tools.export_checkpoint"), (
-        Field("checkpoint", "", "file", required=True),
-        Field("model_dir", "--model-dir", "directory", required=True),
-        Field("output_dir", "--output-dir", "new_directory", required=True),
-        Field("tokenizer", "--tokenizer", "file"),
-        Field("dtype", "--dtype", "choice", choices=("fp32", "bf16", "fp16")),
-        Field("copy", "--copy", "switch")), "output_dir"),
-    "compare": Program(("-m", "tools.compare_checkpoints"), (
-        Field("checkpoint", "--checkpoint", "file", required=True),
-        Field("other", "--other", "file", required=True),
-        Field("text", "--text", "text", required=True),
-        Field("prompt", "--prompt", "file", required=True),
-        Field("output_dir", "--output-dir", "new_directory", required=True),
-        Field("codec", "--codec", "file"),
-        Field("model_dir", "--model-dir", "model_folder"),
-        Field("language", "--language", "line"),
-        Field("temperature", "--temperature", "float", minimum=0.01, maximum=10),
-        Field("takes", "--takes", "int", minimum=1, maximum=100),
-        SEED), "output_dir"),
     "synthesize": Program(("-m", "tools.synthesize"), (
         Field("checkpoint", "--checkpoint", "file", required=True),
         Field("text", "--text", "text", required=True),
@@ -250,6 +231,27 @@ PROGRAMS: dict[str, Program] = {
         whole("takes", "--takes", 1)), "output_dir"),
     "tensorboard": Program(("-m", "tensorboard.main", "--host", "127.0.0.1", "--port", "0"), (
         Field("logdir", "--logdir", "directory", required=True),)),
+}
+PROGRAMS |= {  # of a whole voice, and of two checkpoints
+    "export_folder": Program(("-m", "tools.export_checkpoint"), (
+        Field("checkpoint", "", "file", required=True),
+        Field("model_dir", "--model-dir", "directory", required=True),
+        Field("output_dir", "--output-dir", "new_directory", required=True),
+        Field("tokenizer", "--tokenizer", "file"),
+        Field("dtype", "--dtype", "choice", choices=("fp32", "bf16", "fp16")),
+        Field("copy", "--copy", "switch")), "output_dir"),
+    "compare": Program(("-m", "tools.compare_checkpoints"), (
+        Field("checkpoint", "--checkpoint", "file", required=True),
+        Field("other", "--other", "file", required=True),
+        Field("text", "--text", "text", required=True),
+        Field("prompt", "--prompt", "file", required=True),
+        Field("output_dir", "--output-dir", "new_directory", required=True),
+        Field("codec", "--codec", "file"),
+        Field("model_dir", "--model-dir", "model_folder"),
+        Field("language", "--language", "line"),
+        Field("temperature", "--temperature", "float", minimum=0.01, maximum=10),
+        Field("takes", "--takes", "int", minimum=1, maximum=100),
+        SEED), "output_dir"),
 }
 SPEAKING = ("synthesize", "compare", "watch", "evaluate")
 # Form values for Tab 6: as many steps of as many samples as `make demo` takes, then knowledge.md's.

@@ -20,7 +20,7 @@ STEPS = ("recordings", "dataset", "corpus", "tokenizer", "preprocess", "training
 STEP_OF = {"import": "recordings", "speak": "recordings", "filter": "dataset", "collect": "corpus",
            "corpus": "corpus", "tokenizer": "tokenizer", "codec": "preprocess", "preprocess": "preprocess",
            "pairs": "preprocess", "training": "training", "export": "checkpoints", "synthesize": "listen",
-           "watch": "listen", "evaluate": "listen", "export_folder": "checkpoints", "compare": "listen"}
+           "watch": "listen", "evaluate": "listen"}
 PROMPTS = (".wav", ".flac", ".ogg", ".mp3")  # sounds that a voice is taken from
 RECORDINGS = "recordings"  # where uploads go
 LOOKED_AT = 100  # rows of a data set, for a recording that may be a prompt
@@ -44,10 +44,6 @@ HANDED_ON = {
     ("training", "val_manifests"): ("val_manifest",),
     ("training", "tokenizer"): ("tokenizer",),
     ("export", "checkpoint"): ("checkpoint",),
-    ("export_folder", "checkpoint"): ("checkpoint",),
-    ("compare", "checkpoint"): ("checkpoint",),
-    ("compare", "prompt"): ("recording",),
-    ("compare", "codec"): ("codec",),
     ("synthesize", "checkpoint"): ("checkpoint",),
     ("synthesize", "prompt"): ("recording",),
     ("synthesize", "codec"): ("codec",),
@@ -68,11 +64,21 @@ NEW_FILES = {
     ("preprocess", "output_dir"): "my_data",
     ("training", "output_dir"): "training_output",
     ("export", "output"): "exported/gpt_{number}.pth",
-    ("export_folder", "output_dir"): "exported/voice_{number}",
     ("synthesize", "output"): "listen/{number}.wav",
-    ("compare", "output_dir"): "listen/ab_{number}",
     ("evaluate", "output_dir"): "evaluation",
     ("evaluate", "recogniser"): "evaluation/recogniser.pt",
+}
+# A whole voice, and two checkpoints.
+STEP_OF |= {"export_folder": "checkpoints", "compare": "listen"}
+HANDED_ON |= {
+    ("export_folder", "checkpoint"): ("checkpoint",),
+    ("compare", "checkpoint"): ("checkpoint",),
+    ("compare", "prompt"): ("recording",),
+    ("compare", "codec"): ("codec",),
+}
+NEW_FILES |= {
+    ("export_folder", "output_dir"): "exported/voice_{number}",
+    ("compare", "output_dir"): "listen/ab_{number}",
 }
 
 
