@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from tools.amharic_text import read_aloud, shown
 from webui import pipeline
 from webui.clip_editor import create_clip_editor
 from webui.command_form import create_form
-from webui.data_summaries import filter_summary, import_summary, report_frame
+from webui.data_summaries import filter_summary, import_summary, is_newer, report_frame
 from webui.job_panel import create_job_panel, newest
 from webui.jobs import Job
 from webui.page_base import QUIET, Page, beside, megabytes, refusal, tell
@@ -31,6 +32,7 @@ SHOWN_FILES = 200
 SHOWN_THERE = 20
 MAX_REPORT_MB = 60
 REPORT = "filter_report.html"
+FRESH_SECONDS = 300
 
 
 def create_recordings_tab(page: Page) -> None:
@@ -149,8 +151,20 @@ def create_filter(page: Page) -> None:
             return [f"✗ {tell(language, 'not_readable', path=REPORT)}", "", gr.skip()]
 
     page.watch("dataset", [box], [found, opens], look)
+    # A run that ends shows its report by itself.
+    ended = gr.Textbox(visible="hidden", elem_id="filter-ended")
+    page.watch("dataset", [], [ended], lambda jobs, language: [just_ended(newest(jobs, ["filter"]))])
+    ended.change(lambda name, *given: open_report(*given) if name else [gr.skip()] * 3, [ended, box, page.language],
+                 [notice, frame, closes], **QUIET)
     opens.click(open_report, [box, page.language], [notice, frame, closes], **QUIET)
     closes.click(lambda: ["", gr.update(visible=False)], None, [frame, closes], **QUIET)
+
+
+def just_ended(job: Job | None) -> str:
+    """The id of a job that has finished within the last minutes; "" for another."""
+    if job is None or job.state != "finished" or not is_newer(job.folder / "exit.json", time.time() - FRESH_SECONDS):
+        return ""
+    return job.id
 
 
 def create_dataset_tab(page: Page) -> None:
