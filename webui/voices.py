@@ -13,6 +13,7 @@ import gradio as gr
 
 from tools._common import ToolError, atomic_path
 from tools.edit_recordings import samples_of
+from tools.sound_decoder import flac_bytes
 from webui.command_form import create_form
 from webui.job_panel import create_job_panel, newest
 from webui.jobs import Job
@@ -28,8 +29,6 @@ FOLDER = "prompts"
 
 def keep_prompt(workspace: Workspace, uploaded: Path) -> Path:
     """A FLAC copy of a sound of any common format, under a new name in prompts/. Raises: Refused, ToolError."""
-    from tools.sound_decoder import flac_bytes
-
     samples, sound = samples_of(sound_at(str(uploaded)))
     stem = re.sub(r"[^\w.-]+", "_", uploaded.stem).strip("._")[:60] or "voice"
     names = itertools.chain([f"{stem}.flac"], (f"{stem}_{number}.flac" for number in itertools.count(2)))
