@@ -371,6 +371,16 @@ def test_only_links_that_the_page_made_lead_to_files_and_only_to_those_of_the_wo
         assert client.get("/" + path).status_code == 404
 
 
+def test_a_link_needs_the_login_of_a_page_that_has_one(workspace: Workspace):
+    (workspace.root / "a.wav").write_bytes(wav_bytes())
+    app: Any = Starlette(routes=[served_files.route(workspace, "secret")])
+    app.auth, app.cookie_id, app.tokens = {"almaz": "secret"}, "x", {"good": "almaz"}
+    link = "/" + served_files.link_to(workspace, "secret", workspace.root / "a.wav")
+    assert TestClient(app).get(link).status_code == 401
+    assert TestClient(app, cookies={"access-token-x": "bad"}).get(link).status_code == 401
+    assert TestClient(app, cookies={"access-token-unsecure-x": "good"}).get(link).status_code == 200
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Takes and evaluations
 

@@ -1,7 +1,8 @@
 """Files of the workspace that the page offers to hear or to download, by links that only the page can make.
 
 Gradio's own components copy a file before they serve it, which a checkpoint of gigabytes does not bear. A link here
-carries a signature of its path, so that no other path can be asked for; what it leads to is judged anew each time.
+carries a signature of its path, so that no other path can be asked for, and needs the page's login where there is one;
+what it leads to is judged anew each time.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from starlette.requests import Request
@@ -36,10 +38,21 @@ def link_to(workspace: Workspace, secret: str, path: Path) -> str:
     return f"{PREFIX}/{signature(secret, name)}/{quote(name)}?{changed}"
 
 
+def logged_in(request: Request) -> bool:
+    """As Gradio's own routes ask it: the cookie of a login, where the page has a password."""
+    app: Any = request.app
+    if getattr(app, "auth", None) is None:
+        return True
+    cookies = [request.cookies.get(f"access-token-{kind}{app.cookie_id}") for kind in ("", "unsecure-")]
+    return any(cookie and app.tokens.get(cookie) is not None for cookie in cookies)
+
+
 def route(workspace: Workspace, secret: str) -> Route:
     """What answers to link_to(): sounds are played, all else is downloaded and never shown as a page."""
 
     def serve(request: Request) -> Response:
+        if not logged_in(request):
+            return PlainTextResponse("log in first", 401)
         name = request.path_params["name"]
         if not hmac.compare_digest(request.path_params["mark"].encode(), signature(secret, name).encode()):
             return PlainTextResponse("no such link", 404)
