@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import html
+import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -93,7 +94,7 @@ class ClipEditor:
     def shown(self, version: Version, clip: Clip | None, place: int, autoplay: bool, language: str) -> list[Any]:
         """Values of chosen, player, text and cut."""
         if clip is None:
-            return [{}, f'<p class="hint">{html.escape(say("clips.choose", language))}</p>', "", ""]
+            return ["", f'<p class="hint">{html.escape(say("clips.choose", language))}</p>', "", ""]
         chosen = {"path": self.workspace.show(version.path), "id": clip.text("id"), "place": place,
                   "text": clip.row.get("text", "")}
         sound = clip_rows.sound_of(clip, version.path.parent, self.workspace)
@@ -101,9 +102,9 @@ class ClipEditor:
         title = f"{clip.number} · {html.escape(clip.text('id'))} · {clip.seconds:.2f} s"
         if not link:
             missing = html.escape(say("dataset.no_audio", language, path=clip.text("audio")))
-            return [chosen, f'<p class="hint">{title}<br>✗ {missing}</p>', clip.text("text"), ""]
+            return [json.dumps(chosen), f'<p class="hint">{title}<br>✗ {missing}</p>', clip.text("text"), ""]
         play = " autoplay" if autoplay else ""
-        return [chosen, f'<p class="hint">{title}</p>{clip_rows.picture(sound)}'
+        return [json.dumps(chosen), f'<p class="hint">{title}</p>{clip_rows.picture(sound)}'
                 f'<audio controls preload="auto"{play} src="{html.escape(link)}"></audio>', clip.text("text"), ""]
 
     def at(self, version: Version, query: str, place: int, autoplay: bool, language: str) -> list[Any]:
@@ -124,10 +125,11 @@ class ClipEditor:
         except OSError:
             return [*[gr.skip()] * 4, f"✗ {tell(language, 'not_readable', path=typed)}"]
 
-    def edit(self, act: Callable[[Path, str, str], str], chosen: Chosen, query: str, autoplay: bool, language: str,
+    def edit(self, act: Callable[[Path, str, str], str], held: str, query: str, autoplay: bool, language: str,
              onward: int = 0) -> list[Any]:
         """Does something to the chosen clip, and shows the one whose id `act` returns, or the one `onward` from it.
         Of a row that is gone the place is shown."""
+        chosen = chosen_of(held)
         try:
             path = self.workspace.inside(chosen.get("path", ""), must_exist=True) if chosen else None
             if path is None:
@@ -143,7 +145,7 @@ class ClipEditor:
         except ToolError as error:
             return [*[gr.skip()] * 4, f"✗ {fault_text(error, language)}"]
         except OSError:
-            return [*[gr.skip()] * 4, f"✗ {tell(language, 'not_writable', path=chosen['path'])}"]
+            return [*[gr.skip()] * 4, f"✗ {tell(language, 'not_writable', path=chosen.get('path', ''))}"]
 
     def require_free(self, path: Path) -> None:
         """Raises: Refused while a job of the page reads or writes the file."""
@@ -153,23 +155,23 @@ class ClipEditor:
                 raise Refused("directory_in_use", path=self.workspace.show(path), title=job.title, since=since,
                               pid=job.pid)
 
-    def save(self, chosen: Chosen, text: str, query: str, autoplay: bool, language: str) -> list[Any]:
+    def save(self, held: str, text: str, query: str, autoplay: bool, language: str) -> list[Any]:
         def act(path: Path, row_id: str, shown: str) -> str:
             edit_recordings.set_text(path, row_id, text, shown)
             return row_id
 
-        if chosen and text == chosen["text"]:  # only looked at
-            return self.edit(lambda path, row_id, shown: row_id, chosen, query, autoplay, language, onward=1)
-        return self.edit(act, chosen, query, autoplay, language, onward=1)
+        if text == chosen_of(held).get("text"):  # only looked at
+            return self.edit(lambda path, row_id, shown: row_id, held, query, autoplay, language, onward=1)
+        return self.edit(act, held, query, autoplay, language, onward=1)
 
-    def split(self, chosen: Chosen, text: str, cut: str, query: str, autoplay: bool, language: str) -> list[Any]:
+    def split(self, held: str, text: str, cut: str, query: str, autoplay: bool, language: str) -> list[Any]:
         def act(path: Path, row_id: str, shown: str) -> str:
             parts = [part.strip() for part in text.split(MARK)]
             if len(parts) != 2 or not all(parts):
                 raise Refused("clips_mark_needed", mark=MARK)
-            return edit_recordings.split(path, row_id, self.cut_of(path, chosen, parts, cut), parts)[0]
+            return edit_recordings.split(path, row_id, self.cut_of(path, chosen_of(held), parts, cut), parts)[0]
 
-        return self.edit(act, chosen, query, autoplay, language)
+        return self.edit(act, held, query, autoplay, language)
 
     def cut_of(self, path: Path, chosen: Chosen, parts: Sequence[str], typed: str) -> float:
         """The second that was typed, else that of a pause near to where the letters say. Raises: Refused, ToolError."""
@@ -188,19 +190,19 @@ class ClipEditor:
         first, second = map(len, parts)
         return edit_recordings.quiet_place(sound, (seconds or clip.seconds) * first / (first + second))
 
-    def join(self, chosen: Chosen, query: str, autoplay: bool, language: str) -> list[Any]:
-        return self.edit(lambda path, row_id, shown: edit_recordings.join_next(path, row_id), chosen, query, autoplay,
+    def join(self, held: str, query: str, autoplay: bool, language: str) -> list[Any]:
+        return self.edit(lambda path, row_id, shown: edit_recordings.join_next(path, row_id), held, query, autoplay,
                          language)
 
-    def leave_out(self, chosen: Chosen, query: str, autoplay: bool, language: str) -> list[Any]:
+    def leave_out(self, held: str, query: str, autoplay: bool, language: str) -> list[Any]:
         def act(path: Path, row_id: str, shown: str) -> str:
             edit_recordings.leave_out(path, row_id)
             return ""
 
-        values = self.edit(act, chosen, query, autoplay, language)
-        return values if values[-1] else [*values[:-1], f"✓ {tell(language, 'clips.left_out', id=chosen['id'])}"]
+        values, row_id = self.edit(act, held, query, autoplay, language), chosen_of(held).get("id", "")
+        return values if values[-1] else [*values[:-1], f"✓ {tell(language, 'clips.left_out', id=row_id)}"]
 
-    def undo(self, chosen: Chosen, typed: str, query: str, autoplay: bool, language: str) -> list[Any]:
+    def undo(self, held: str, typed: str, query: str, autoplay: bool, language: str) -> list[Any]:
         undone: list[str] = []
 
         def act(path: Path, row_id: str, shown: str) -> str:
@@ -208,34 +210,33 @@ class ClipEditor:
             undone.append(edit.action)
             return str(edit_recordings.row_of(edit.before[0].encode(errors="replace")).get("id")) if edit.before else ""
 
-        values = self.edit(act, chosen or self.of_file(typed), query, autoplay, language)
+        values = self.edit(act, held or self.of_file(typed), query, autoplay, language)
         done = f"✓ {say('clips.undone', language, action=say(f'clips.action.{undone[0]}', language))}" if undone else ""
         return [*values[:-1], values[-1] or done]
 
-    def again(self, chosen: Chosen, typed: str, query: str, autoplay: bool, language: str) -> list[Any]:
+    def again(self, held: str, typed: str, query: str, autoplay: bool, language: str) -> list[Any]:
         made: list[int] = []
 
         def act(path: Path, row_id: str, shown: str) -> str:
             made.append(edit_recordings.again(path))
             return row_id
 
-        values = self.edit(act, chosen or self.of_file(typed), query, autoplay, language)
+        values = self.edit(act, held or self.of_file(typed), query, autoplay, language)
         done = f"✓ {say('clips.made_again', language, count=made[0])}" if made else ""
         return [*values[:-1], values[-1] or done]
 
-    def of_file(self, typed: str) -> Chosen:
+    def of_file(self, typed: str) -> str:
         """A chosen clip for what concerns the whole file."""
         with contextlib.suppress(Refused):
-            return {"path": self.workspace.show(self.version(typed).path), "id": "", "place": 0, "text": ""}
-        return {}
+            return json.dumps({"path": self.workspace.show(self.version(typed).path), "id": "", "place": 0, "text": ""})
+        return ""
 
     # What follows the file
 
-    def look(self, jobs: Sequence[Job], language: str, typed: str, query: str, number: str, chosen: Chosen
-             ) -> list[Any]:
+    def look(self, jobs: Sequence[Job], language: str, typed: str, query: str, number: str, held: str) -> list[Any]:
         """The box of the file, the table, what is shown of how many, whether there are pages before and behind, and
         whether edits are to be made again."""
-        default = self.default(jobs)
+        default, chosen = self.default(jobs), chosen_of(held)
         headers = [say(f"column.{name}", language) for name in ("number", "seconds", "speaker", "text")]
         nothing = [{"headers": headers, "data": []}, "", gr.update(interactive=False), gr.update(interactive=False),
                    gr.update(visible=False)]
@@ -258,6 +259,15 @@ class ClipEditor:
         return [gr.update(placeholder=default, info="", elem_classes=[]), {"headers": headers, "data": data}, counted,
                 gr.update(interactive=page > 0), gr.update(interactive=first + ON_A_PAGE < total),
                 gr.update(visible=missing)]
+
+
+def chosen_of(held: str) -> Chosen:
+    """What the browser holds: of what it shows, whatever has been done in the meantime."""
+    with contextlib.suppress(ValueError, TypeError):
+        chosen = json.loads(held)
+        if isinstance(chosen["place"], int) and all(isinstance(chosen[name], str) for name in ("path", "id")):
+            return chosen
+    return {}
 
 
 def page_number(typed: str, total: int) -> int:
@@ -294,7 +304,7 @@ def create_clip_editor(page: Page) -> None:
             forth = page.button("clips.page_forth", size="sm", min_width=60, elem_id="clips-forth")
         table = page.add(gr.Dataframe, "clips.table", interactive=False, wrap=True, max_height=360,
                          column_widths=["10%", "10%", "15%", "65%"], elem_id="clips-table")
-        chosen = gr.State({})
+        chosen = gr.Textbox(visible="hidden")
         with gr.Row():
             with gr.Column(scale=3):
                 player = gr.HTML(elem_id="clips-player", padding=False, js_on_load=KEYS)
@@ -338,8 +348,8 @@ def connect(page: Page, editor: ClipEditor, chosen: Any, given: Sequence[Any], s
     outputs = [chosen, player, text, cut, notice]
 
     def step(by: int) -> Callable[..., list[Any]]:
-        return lambda now, typed, search, plays, language: editor.choose(
-            now.get("place", -1 if by > 0 else 0) + by, typed, search, plays, language)
+        return lambda held, typed, search, plays, language: editor.choose(
+            chosen_of(held).get("place", -1 if by > 0 else 0) + by, typed, search, plays, language)
 
     actions = (
         (buttons["previous"], step(-1), [chosen, path, query]), (buttons["next"], step(1), [chosen, path, query]),
@@ -348,6 +358,7 @@ def connect(page: Page, editor: ClipEditor, chosen: Any, given: Sequence[Any], s
         (buttons["leave"], editor.leave_out, [chosen, query]),
         (buttons["undo"], editor.undo, [chosen, path, query]), (again, editor.again, [chosen, path, query]))
     for button, act, inputs in actions:
-        done = button.click(act, [*inputs, autoplay, page.language], outputs, **QUIET)
+        # What is pressed while an answer is on the way comes after it.
+        done = button.click(act, [*inputs, autoplay, page.language], outputs, trigger_mode="always_last", **QUIET)
         page.refresh_after.append(done.then(
-            lambda now, at: str(now["place"] // ON_A_PAGE + 1) if now else at, [chosen, number], [number], **QUIET))
+            lambda held, at: str(chosen_of(held).get("place", 0) // ON_A_PAGE + 1) if held else at, [chosen, number], [number], **QUIET))

@@ -162,9 +162,8 @@ def create_filter(page: Page) -> None:
 
 def just_ended(job: Job | None) -> str:
     """The id of a job that has finished within the last minutes; "" for another."""
-    if job is None or job.state != "finished" or not is_newer(job.folder / "exit.json", time.time() - FRESH_SECONDS):
-        return ""
-    return job.id
+    fresh = job and job.state == "finished" and is_newer(job.folder / "exit.json", time.time() - FRESH_SECONDS)
+    return job.id if job and fresh else ""
 
 
 def create_dataset_tab(page: Page) -> None:
