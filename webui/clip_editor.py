@@ -263,7 +263,7 @@ class ClipEditor:
 
 def chosen_of(held: str) -> Chosen:
     """What the browser holds: of what it shows, whatever has been done in the meantime."""
-    with contextlib.suppress(ValueError, TypeError):
+    with contextlib.suppress(ValueError, TypeError, LookupError):
         chosen = json.loads(held)
         if isinstance(chosen["place"], int) and all(isinstance(chosen[name], str) for name in ("path", "id")):
             return chosen
@@ -361,4 +361,5 @@ def connect(page: Page, editor: ClipEditor, chosen: Any, given: Sequence[Any], s
         # What is pressed while an answer is on the way comes after it.
         done = button.click(act, [*inputs, autoplay, page.language], outputs, trigger_mode="always_last", **QUIET)
         page.refresh_after.append(done.then(
-            lambda held, at: str(chosen_of(held).get("place", 0) // ON_A_PAGE + 1) if held else at, [chosen, number], [number], **QUIET))
+            lambda held, at: str(chosen_of(held).get("place", 0) // ON_A_PAGE + 1) if held else at,
+            [chosen, number], [number], **QUIET))
