@@ -600,6 +600,7 @@ def parsed_by_the_program(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> d
 NOT_TOGETHER = {"tokenizer": ("model_type", "vocab_size"), "preprocess": ("model_dir",),
                 "prepare": ("model_dir", "target_size", "codec"), "synthesize": ("model_dir",),
                 "watch": ("model_dir",), "evaluate": ("model_dir",)}
+NOT_TOGETHER["compare"] = ("model_dir",)
 
 
 def filled(kind: str, workspace: Workspace) -> dict[str, Any]:
@@ -740,13 +741,14 @@ def test_every_number_of_every_form_has_bounds_that_are_said_in_plain_numbers(wo
 def test_the_form_and_the_trainer_agree_on_the_smallest_number_of_each_setting(workspace: Workspace):
     for field in command_lines.PROGRAMS["training"].fields:
         if field.type in ("int", "float"):
-            smallest = int(field.minimum)
-            accepted = trainer.TrainConfig(**{field.name: smallest})
+            smallest, largest = int(field.minimum), field.maximum
+            beside = {"lora_rank": 1} if field.name in ("lora_alpha", "lora_dropout") else {}
+            accepted = trainer.TrainConfig(**beside | {field.name: smallest})
             assert trainer.config_problems(accepted) == [], field.name
             assert trainer.config_problems(dataclasses.replace(accepted, **{field.name: smallest - 1})), field.name
             form = {"output_dir": "out", field.name: smallest - 1}
             assert command_lines.problems("training", form, workspace)[field.name][0] == "too_small"
-            assert trainer.config_problems(trainer.TrainConfig(**{field.name: field.maximum})) == [], field.name
+            assert trainer.config_problems(trainer.TrainConfig(**beside | {field.name: largest})) == [], field.name
 
 
 def test_what_the_form_and_the_trainer_say_of_weights_and_factors_is_the_same():

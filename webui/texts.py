@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from webui.clip_texts import CLIP_TEXTS
+
 LANGUAGES = ("en", "am")
 
 
@@ -981,6 +983,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "upload_too_large": ("{path} is larger than {megabytes} MB. Save it as FLAC or MP3, or copy it into the workspace "
                          "by other means.",
                          "{path} ከ {megabytes} MB ይበልጣል። በ FLAC ወይም MP3 ያስቀምጡት፣ ወይም በሌላ መንገድ ወደ ሥራ ቦታው ይቅዱት።"),
+    **CLIP_TEXTS,
 }
 
 

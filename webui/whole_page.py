@@ -9,6 +9,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from webui.checkpoints_tab import connect_use, create_checkpoints_tab
+from webui.clip_css import CLIP_CSS
 from webui.data_tabs import (
     MAX_UPLOAD_MB,
     create_dataset_tab,
@@ -92,6 +93,7 @@ CSS = """
 .bar { display: flex; gap: 10px; align-items: center; }
 .bar progress { flex: 1; height: 14px; }
 """
+CSS += CLIP_CSS
 
 
 def create_page(workspace: Workspace) -> tuple[gr.Blocks, Page]:

@@ -89,6 +89,11 @@ MESSAGES: dict[str, tuple[str, ...]] = {
     "not_json_lines": ("path",),
     "upload_not_sound": ("path",),  # whatever its name says
     "upload_not_text": ("path",),
+    "zip_damaged": ("path",),
+    "zip_too_large": ("path",),
+    # The clips of a data set
+    "clips_mark_needed": ("mark",),
+    "record_nothing": (),
 }
 
 
