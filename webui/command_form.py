@@ -60,7 +60,7 @@ class FormSection:
         options: dict[str, Any] = {"elem_id": f"{self.kind}-{name}", "interactive": True, "info": False}
         if field.type == "switch":
             self.inputs[name] = self.page.add(gr.Checkbox, key, value=False, **options)
-        elif field.choices:
+        elif field.choices and field.type != "words":
             choices = [("chosen_for_you", ""), *((f"choice.{choice}" if f"choice.{choice}" in TEXTS else choice, choice)
                                                  for choice in field.choices)]
             self.inputs[name] = self.page.add(gr.Dropdown, key, choices=choices, value="", **options)
