@@ -1,8 +1,9 @@
 """What speaking beside a training costs it on this CPU: training steps a second with nobody speaking, with a speaker
-that stands back as tools.synthesize --watch does, and with one that does not, in turns of a few seconds.
+that stands back as tools.synthesize --watch does, and with one that does not, in turns of a few steps.
 
 Each runs in a session of its own, as the page starts them; speakers speak without a pause and are halted between their
 turns. Printed are medians of the ratios of neighbouring turns, with quartiles: a noisy machine disturbs all alike.
+Where all share one core (taskset -c 0), what a speaker takes of it is what the training loses.
 """
 
 from __future__ import annotations
@@ -51,29 +52,36 @@ def step_times(process: subprocess.Popen[str], times: list[float]) -> None:
             times.append(time.monotonic())
 
 
-def rates(times: list[float], speakers: dict[str, subprocess.Popen[str]], rounds: int, seconds: float
-          ) -> dict[str, list[float]]:
-    """Steps a second of every turn, by who spoke."""
+def processor_seconds(process: subprocess.Popen[str]) -> float:
+    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def rates(times: list[float], speakers: dict[str, subprocess.Popen[str]], rounds: int, steps: int
+          ) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Steps a second of every turn, by who spoke, and seconds of all turns of each."""
     found: dict[str, list[float]] = {name: [] for name in TURNS}
+    lasted = dict.fromkeys(TURNS, 0.0)
     for number in range(rounds):
         for name in TURNS if number % 2 else reversed(TURNS):
+            started = time.monotonic()
             if name in speakers:
                 speakers[name].send_signal(signal.SIGCONT)
-            time.sleep(0.5)
-            first = len(times)
-            time.sleep(seconds)
-            last = len(times) - 1
+            first = len(times) + 1  # the step after the one in which the turn began
+            while len(times) <= first + steps:
+                time.sleep(0.01)
             if name in speakers:
                 speakers[name].send_signal(signal.SIGSTOP)
-            found[name].append((last - first) / (times[last] - times[first]))
-    return found
+            lasted[name] += time.monotonic() - started
+            found[name].append(steps / (times[first + steps] - times[first]))
+    return found, lasted
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      epilog="first command:\n  OMP_NUM_THREADS=1 python -m benchmarks.listening")
     parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--seconds", type=float, default=4, help="of a turn")
+    parser.add_argument("--steps", type=int, default=8, help="of a turn")
     parser.add_argument("--speak", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--stand-back", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -97,7 +105,9 @@ def main() -> None:
             threading.Thread(target=step_times, args=(processes[0], times), daemon=True).start()
             while len(times) < 20:
                 time.sleep(0.5)
-            found = rates(times, speakers, args.rounds, args.seconds)
+            taken = {name: -processor_seconds(speaker) for name, speaker in speakers.items()}
+            found, lasted = rates(times, speakers, args.rounds, args.steps)
+            taken = {name: taken[name] + processor_seconds(speaker) for name, speaker in speakers.items()}
         finally:
             for process in processes:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -106,7 +116,8 @@ def main() -> None:
     for name in TURNS[1:]:
         ratios = [one / other for one, other in zip(found[name], found["nobody"], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
-        print(f"a speaker that {name}: {middle:.4f} of that (quartiles {low:.4f} to {high:.4f})")
+        print(f"a speaker that {name}: {middle:.3f} of that (quartiles {low:.3f} to {high:.3f}), takes "
+              f"{taken[name] / lasted[name]:.4f} of a core")
 
 
 if __name__ == "__main__":
