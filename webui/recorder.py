@@ -135,7 +135,7 @@ def create_recorder(page: Page) -> None:
                 counted = gr.Markdown(elem_id="record-counted")
             with gr.Column(scale=3):
                 sentence = page.add(gr.Textbox, "record.sentence", lines=2, max_lines=6, elem_id="record-sentence")
-                audio = page.add(gr.Audio, "record.audio", sources=["microphone"], type="filepath", format="wav",
+                audio = page.add(gr.Audio, "record.audio", sources=["microphone"], type="filepath",
                                  editable=False, buttons=[], elem_id="record-audio")
                 level = gr.Markdown(elem_id="record-level")
                 with gr.Row():
