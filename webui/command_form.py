@@ -175,6 +175,8 @@ class FormSection:
             return [gr.skip()] * (2 + len(self.checked_into))
         form, offered = self.values(given), self.offered(self.page.jobs())
         new = {name: value for name, value in offered.items() if form[name] == filled.get(name, "") != value}
+        new |= {name: self.empty(name) for name, value in filled.items()  # of a model that is not chosen any more
+                if name not in offered and form.get(name) == value}
         if form == untouched:
             untouched = {**form, **new}
         form = {**form, **new}

@@ -312,6 +312,21 @@ class Page:
         return [way.get("have"), way.get("model", "scratch"), gr.update(open=opened)]
 
 
+def on_choice(dropdown: Any, act: Callable[..., list[Any]], inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+    """Calls act(value, *inputs) for the outputs when somebody chooses. A drop-down that merely loses the focus says
+    "input" too, as it does for a choice by keyboard: only another value than before counts. "select" is the mouse's."""
+    before = gr.State(dropdown.value)
+
+    def by_mouse(choice: gr.SelectData, *given: Any) -> list[Any]:
+        return [*act(choice.value, *given), choice.value]
+
+    def by_keyboard(value: Any, last: Any, *given: Any) -> list[Any]:
+        return [gr.skip()] * (len(outputs) + 1) if value == last else [*act(value, *given), value]
+
+    dropdown.select(by_mouse, [*inputs], [*outputs, before], **QUIET)
+    dropdown.input(by_keyboard, [dropdown, before, *inputs], [*outputs, before], **QUIET)
+
+
 def marks_of_steps(steps: dict[str, str], following: str) -> str:
     """CSS that marks the tabs: what is done, what is the demo's, what runs, what comes next. Pure."""
     marks = {"done": "✓", "demo": "◇", "running": "▶"}

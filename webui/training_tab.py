@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -17,7 +17,7 @@ from webui.command_form import FormSection
 from webui.command_lines import PRESETS, Form, Problem, command_for, lines_of, typed
 from webui.job_panel import StopButtons, create_job_panel, create_plot, drawn, legend, newest, reason_of
 from webui.jobs import Job, holder_of, start_job, stop_job
-from webui.page_base import QUIET, Page, plain, refusal, tell
+from webui.page_base import QUIET, Page, on_choice, plain, refusal, tell
 from webui.readers import Inspection, Point, curve, loss_of, overfit, tensorboard_url
 from webui.texts import TEXTS, say
 from webui.workspace import Refused, load_settings, save_settings
@@ -136,11 +136,10 @@ def create_training_tab(page: Page) -> None:
             create_job_panel(page, "training", ["training"], output_dir, lambda: create_live_section(page, output_dir),
                              buttons=buttons)
 
-    def fill(choice: gr.SelectData, *given: Any) -> list[Any]:
-        return form.change(preset_values(form, choice_of(choice, PRESETS), form.values(given)))
+    def fill(name: str, *given: Any) -> list[Any]:
+        return form.change(preset_values(form, name or "", form.values(given)))
 
-    # Not "input": a drop-down that merely loses the focus has that, too.
-    preset.select(fill, [*form.inputs.values()], [*form.inputs.values()], **QUIET)
+    on_choice(preset, fill, [*form.inputs.values()], [*form.inputs.values()])
 
 
 def create_choice(page: Page, form: TrainingForm) -> None:
@@ -192,14 +191,14 @@ def connect_resume(page: Page, form: TrainingForm, pick: Any, told: Any) -> None
                      for entry in found.checkpoints if entry["verified"])]
         return [gr.update(choices=choices), resume_text(page, folder, found, resume, resume_path, language)]
 
-    def choose(choice: gr.SelectData) -> list[Any]:
-        return form.change({"resume": True, "resume_path": choice.value or ""})
+    def choose(path: str) -> list[Any]:
+        return form.change({"resume": True, "resume_path": path or ""})
 
     inputs = [form.inputs[name] for name in ("output_dir", "resume", "resume_path")]
     page.refresh_on += [component.change for component in inputs]
     page.watch("training", inputs, [pick, told], look)
     form.check_on.append(told.change)  # a verification has ended
-    pick.select(choose, None, [*form.inputs.values()], **QUIET)
+    on_choice(pick, choose, [], [*form.inputs.values()])
 
 
 def pick_label(entry: dict[str, Any], language: str) -> str:
@@ -236,11 +235,6 @@ def resume_text(page: Page, folder: Path, found: Inspection, resume: bool, resum
     if path.parent == folder and entry["step"] < newest_step:
         lines.append(say("resume.goes_back", language, step=newest_step))
     return "\n\n".join(lines)
-
-
-def choice_of(choice: gr.SelectData, choices: Collection[str]) -> str:
-    """The value of a drop-down's choice; "" for another."""
-    return choice.value if choice.value in choices else ""
 
 
 def preset_values(form: TrainingForm, name: str, current: Form) -> Form:

@@ -67,12 +67,14 @@ CSS = """
 .mark-line path:not([d*="L"]) { stroke-width: 7px; stroke-linecap: round; }
 #pipeline { padding: 0; }
 .live { position: sticky; top: 8px; align-self: flex-start; }
-/* Start, Stop and the state of the run stay in sight. */
+/* Start, Stop and the state of the run stay in sight; nothing can stick in what hides its overflow by scrolling. */
+.gradio-container { overflow: clip !important; }
 .startbar { position: sticky; bottom: 0; z-index: 20; padding: 8px 0; align-items: center;
     background: var(--body-background-fill); border-top: 1px solid var(--border-color-primary); }
 .startbar .status { flex: 1 1 100%; }
 .dark .problem .info-text, .dark .problem [class*=info] { color: #fca5a5 !important; }
 #theme { min-width: 44px; flex: 0 0 auto; }
+#home .form, #home .row { gap: 8px; }
 /* Gradio's own words have no Amharic. */
 :lang(am) #recordings-upload button .wrap { font-size: 0; }
 :lang(am) #recordings-upload button .wrap::after { content: "ፋይሎችን እዚህ ይጣሉ ወይም ጠቅ አድርገው ይምረጡ"; font-size: 1rem; }
