@@ -58,6 +58,7 @@ LINES = {
     "loader": Line("Reading", "model", 20),
     "profile": Line("Profile", "model", 60),
     "checkpointing": Line("Gradient checkpointing", "model", 40),
+    "memory_plan": Line("Peak memory against the plan", "model", 40),
     "synchronisations": Line("Host waits for the GPU", "model", 20),
     "usual_way": Line("The usual way", "model", 90),
     "resume_bf16": Line("Killed and resumed, bf16; saves", "processes", 200),
@@ -66,7 +67,7 @@ LINES = {
     "resume_fp16": Line("Killed and resumed, fp16", "processes", 200),
     "compiled": Line("Speed, compiled", "compiled", 400),  # it reports as it goes, and takes what time is left
 }
-NOT_BUILT = {"features": "Features per hour of speech", "memory_plan": "Peak memory against the plan"}
+NOT_BUILT = {"features": "Features per hour of speech"}
 
 
 @dataclass

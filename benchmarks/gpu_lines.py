@@ -542,6 +542,31 @@ def synchronisations(bench: Bench) -> Outcome:
                                                           if places else ""), {"places": places})
 
 
+def memory_plan(bench: Bench) -> Outcome:
+    """One micro-batch of each size, weights' moments there, against what tools.plan_run says that it takes."""
+    from tools.plan_run import MicroBatch, memory_of
+
+    run, figures = bench.run, {}  # type: ignore[var-annotated]
+    trainer_step(run)
+    parameters = sum(weight.numel() for weight in run.model.parameters())
+    for size in bench.sizes.batch_sizes:
+        batch = sample_batch(run, size)
+        planned = memory_of(run.model.config, parameters, MicroBatch(
+            sum(batch.lengths), sum(batch.text_counts), sum(batch.mel_counts)),
+            4 if run.precision.dtype is None else 2, run.config)
+        free_memory()
+        try:
+            gradients(run, batch)
+            peak = torch.cuda.max_memory_allocated() if run.precision.device.type == "cuda" else 0
+        except torch.OutOfMemoryError:
+            peak = 0
+        figures[size] = {"planned_gib": (sum(planned.values()) - planned["CUDA"]) / GIB, "peak_gib": peak / GIB}
+    text = "; ".join(f"batch {size}: planned {of['planned_gib']:.2f} GiB, " + (
+        f"measured {of['peak_gib']:.2f}, {of['peak_gib'] / of['planned_gib']:.2f} of it" if of["peak_gib"] else
+        "not measured") for size, of in figures.items())
+    return Outcome(text, {"batch": figures})
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # How fast
 
@@ -853,8 +878,9 @@ def ranks_agree(bench: Bench, count: int) -> Outcome:
 
 FUNCTIONS: dict[str, Callable[[Bench], Outcome]] = {
     function.__name__: function for function in (
-        machine, matrix, attention, precisions, same_bits, deterministic_cost, checkpointing, synchronisations, eager,
-        loader, profile, usual_way, compiled, resume_bf16, resume_fp16, out_of_memory, several_processes)}
+        machine, matrix, attention, precisions, same_bits, deterministic_cost, checkpointing, memory_plan,
+        synchronisations, eager, loader, profile, usual_way, compiled, resume_bf16, resume_fp16, out_of_memory,
+        several_processes)}
 DEVICE_FAULT = re.compile(r"CUDA error|device-side assert|illegal memory|AcceleratorError|CUBLAS_STATUS|CUDNN_STATUS")
 
 

@@ -144,7 +144,7 @@ def test_every_script_is_sound_bash_and_shows_its_first_command(script):
     assert os.access(script, os.X_OK)
     subprocess.run(["bash", "-n", script], check=True)
     text = script.read_text()
-    assert "set -euo pipefail" in text and f"#   scripts/{script.name} " in text
+    assert "set -euo pipefail" in text and re.search(rf"^#   (sbatch )?scripts/{script.name} ", text, re.MULTILINE)
     if shutil.which("shellcheck"):
         subprocess.run(["shellcheck", script], check=True)
 
@@ -429,6 +429,82 @@ def test_slurms_warning_to_torchrun_reaches_its_processes_which_save_and_leave(n
     assert json.loads((tmp_path / "last_exit.json").read_text()) == {
         "reason": "stopped", "status": 128 + getattr(signal, name), "step": step_of(tmp_path)}
     assert step_of(tmp_path) >= 6
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SLURM and Lightning AI, with the stand-in trainer
+
+
+@pytest.fixture
+def slurm(stand_in, tmp_path: Path) -> Callable[..., dict[str, str]]:
+    """The environment of job 42; scontrol notes what it is asked for in `asked`."""
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> "{tmp_path}/asked"\n')
+    scontrol.chmod(0o755)
+
+    def make(*plan: dict[str, Any], **more: str) -> dict[str, str]:
+        env = stand_in(*plan, SLURM_JOB_ID="42", SLURM_SUBMIT_DIR=str(ROOT), **more)
+        return {**env, "PATH": f"{scontrol.parent}{os.pathsep}{env['PATH']}"}
+
+    return make
+
+
+@pytest.mark.parametrize("name,status,asked", [("SIGUSR1", 138, "requeue 42\n"), ("SIGTERM", 143, "")])
+def test_a_job_whose_time_is_up_saves_and_queues_again_and_a_cancelled_one_only_saves(
+        name, status, asked, out, slurm, tmp_path):
+    copy = shutil.copy(SCRIPTS / "slurm.sh", tmp_path / "slurm_script")  # as SLURM does
+    with started(copy, "--output-dir", out, env=slurm({"wait": True}), cwd=tmp_path) as process:
+        read_until(process, "waiting")
+        process.send_signal(getattr(signal, name))
+        process.communicate(timeout=60)
+    assert process.returncode == status and (out / "signals").read_text() == f"{name}\n"
+    assert (tmp_path / "asked").exists() == bool(asked) and (not asked or (tmp_path / "asked").read_text() == asked)
+    run_script(copy, "--output-dir", out, env=slurm({"status": 0}, FINISHED), cwd=tmp_path, status=0)
+    assert len(starts(out)) == 2
+
+
+def test_a_killed_trainer_of_a_job_is_started_again_and_gpus_are_taken_as_slurm_gives_them(out, slurm):
+    run_script(SCRIPTS / "slurm.sh", "--output-dir", out, env=slurm(KILLED, FINISHED), status=0)
+    run_script(SCRIPTS / "slurm.sh", "--output-dir", out, env=slurm(FINISHED, SLURM_GPUS_ON_NODE="2"), status=0)
+    assert sorted(row["rank"] or "" for row in starts(out)) == ["", "", "0", "1"]
+
+
+def test_a_job_submitted_elsewhere_says_so(out, slurm, tmp_path):
+    output = run_script(SCRIPTS / "slurm.sh", env={**slurm(FINISHED), "SLURM_SUBMIT_DIR": str(tmp_path)}, status=1)
+    assert "is not the project's folder" in output
+
+
+@pytest.fixture
+def studio(tmp_path: Path) -> Path:
+    """The on_start.sh of a Studio whose home is tmp_path."""
+    hook = tmp_path / ".lightning_studio" / "on_start.sh"
+    hook.parent.mkdir()
+    hook.write_text("#!/bin/bash\necho mine\n")
+    return hook
+
+
+def test_a_studio_that_goes_away_and_starts_again_goes_on_until_the_run_is_finished(out, stand_in, studio, tmp_path):
+    own = studio.read_text()
+    env = {**stand_in({"wait": True}, FINISHED), "HOME": str(tmp_path)}
+    with started(SCRIPTS / "lightning.sh", "--output-dir", out, env=env) as process:
+        read_until(process, "waiting")
+    assert studio.read_text().startswith(own) and str(SCRIPTS / "lightning.sh") in studio.read_text()
+    subprocess.run(["bash", studio], env=env, check=True, cwd=tmp_path)  # the Studio starts
+    for _ in range(600):
+        if studio.read_text() == own:
+            break
+        time.sleep(0.1)
+    assert studio.read_text() == own and len(starts(out)) == 2
+    assert starts(out)[1]["args"] == starts(out)[0]["args"]
+
+
+def test_a_mistake_leaves_a_studio_as_it_was_and_without_a_studio_it_is_said(out, stand_in, studio, tmp_path):
+    own, env = studio.read_text(), {**stand_in({"reason": "user_error", "status": 1}), "HOME": str(tmp_path)}
+    run_script(SCRIPTS / "lightning.sh", "--output-dir", out, env=env, status=1)
+    assert studio.read_text() == own
+    output = run_script(SCRIPTS / "lightning.sh", env={**env, "HOME": str(out)}, status=1)
+    assert "this is no Studio of Lightning AI" in output
 
 
 # ---------------------------------------------------------------------------------------------------------------------
