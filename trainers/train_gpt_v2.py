@@ -81,7 +81,7 @@ except ImportError:  # a rented machine's own Python: slower, else alike
     from json import loads as read_json  # type: ignore[assignment]
 
 FORMAT_VERSION = 2  # of checkpoints; 1 is read too: it had validation_owed, and codec_sha256 instead of made_with
-ARITHMETIC = 1  # raised when the same settings give other bits; said on resume
+ARITHMETIC = 2  # raised when the same settings give other bits; said on resume
 NAMES = ("IndexTTS2", "IndexTTS-2.5")
 LORA_TARGETS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 MAX_WEIGHT = 1000  # of a training manifest
@@ -454,19 +454,41 @@ def lora_scale(rank: int, alpha: float) -> float:
 Attention = Callable[[Tensor, PackedBatch], Tensor]
 
 
+def dropped(x: Tensor, p: float, training: bool) -> Tensor:
+    """F.dropout; on a CPU from 16 random bits a value, which are drawn in a seventh of the time of PyTorch's masks."""
+    if x.device.type != "cpu" or not training or not p:
+        return F.dropout(x, p, training)
+    limit, count = min(round(p * 2**16), 2**16 - 1), x.numel()
+    bits = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[:count]
+    return x * (bits.view(x.shape) >= limit - 2**15).to(x.dtype).mul_(2**16 / (2**16 - limit))
+
+
+def product_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of 256 queries at a time, all [B, H, T, h]: in 16 bits a CPU multiplies matrices so fast that
+    this takes half the time of PyTorch's kernels."""
+    q, k, v, shape = (q * q.shape[-1] ** -0.5).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), q.shape
+    outputs, seen = [], 0
+    for queries in q.split(256, dim=1):
+        seen += queries.shape[1]
+        unseen = q.new_full((queries.shape[1], seen), -math.inf).triu(1 + seen - queries.shape[1])
+        weights = torch.baddbmm(unseen, queries, k[:, :seen].mT).softmax(-1)
+        outputs.append(weights @ v[:, :seen])
+    return torch.cat(outputs, dim=1).view(shape)
+
+
 def padded_attention(qkv: Tensor, batch: PackedBatch) -> Tensor:
-    """The portable path: causal SDPA over groups of samples. qkv [total, 3, H, h] -> [total, H * h]."""
+    """The portable path: causal attention over groups of samples. qkv [total, 3, H, h] -> [total, H * h]."""
     _, _, heads, size = qkv.shape
-    dtype, outputs = qkv.dtype, []
-    if qkv.device.type == "cpu":  # its float32 kernels are twice as fast as the 16-bit ones
-        qkv = qkv.float()
-    for rows in batch.groups:
-        grouped = qkv.index_select(0, rows.flatten()).view(*rows.shape, 3, heads, size)
-        q, k, v = grouped.permute(2, 0, 3, 1, 4)
+    by_products, outputs = qkv.device.type == "cpu" and qkv.dtype != torch.float32, []
+    rows = torch.cat([group.flatten() for group in batch.groups])
+    parts = qkv.index_select(0, rows).split([group.numel() for group in batch.groups])
+    for group, part in zip(batch.groups, parts, strict=True):
+        q, k, v = part.view(*group.shape, 3, heads, size).permute(2, 0, 3, 1, 4)
         with torch.autocast(qkv.device.type, enabled=False):
-            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            attended = product_attention(q, k, v) if by_products else F.scaled_dot_product_attention(
+                q, k, v, is_causal=True)
         outputs.append(attended.transpose(1, 2).reshape(-1, heads * size))
-    return torch.cat(outputs).index_select(0, batch.ungroup).to(dtype)
+    return torch.cat(outputs).index_select(0, batch.ungroup)
 
 
 def varlen_attention(qkv: Tensor, batch: PackedBatch) -> Tensor:
@@ -489,7 +511,7 @@ class LoRA(nn.Module):
         self.B = nn.Parameter(torch.zeros(config.lora_rank, outputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.scale * (F.dropout(x, self.dropout, self.training) @ self.A @ self.B)
+        return self.scale * (dropped(x, self.dropout, self.training) @ self.A @ self.B)
 
 
 class Conv1D(nn.Module):
@@ -536,8 +558,8 @@ class Block(nn.Module):
         self.ln_2, self.mlp = nn.LayerNorm(config.model_dim), MLP(config)
 
     def forward(self, x: Tensor, batch: PackedBatch, attention: Attention, dropout: float) -> Tensor:
-        x = x + F.dropout(self.attn(self.ln_1(x), batch, attention), dropout, self.training)
-        return x + F.dropout(self.mlp(self.ln_2(x)), dropout, self.training)
+        x = x + dropped(self.attn(self.ln_1(x), batch, attention), dropout, self.training)
+        return x + dropped(self.mlp(self.ln_2(x)), dropout, self.training)
 
 
 class GPTStack(nn.Module):
@@ -592,7 +614,7 @@ class UnifiedVoiceGPT(nn.Module):
 
     def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """Returns logits at the scored positions: text [sum(t + 1), V + 1] and mel [sum(c + 1), M]."""
-        x = F.dropout(self.embed(batch), self.dropout, self.training)
+        x = dropped(self.embed(batch), self.dropout, self.training)
         for block in self.gpt.h:
             run_block = functools.partial(recompute_in_backward, block, use_reentrant=False) if (
                 self.grad_checkpointing and self.training) else block
@@ -602,13 +624,14 @@ class UnifiedVoiceGPT(nn.Module):
         return self.text_head(scored[: len(batch.text_scored)]), self.mel_head(scored[len(batch.text_scored) :])
 
 
-def token_losses(model: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross entropies in nats of every scored text token and code, and whether the code was the likeliest one."""
-    text_logits, mel_logits = model(batch)
-    text = F.cross_entropy(text_logits.float(), batch.text_targets, reduction="none")
-    mel = F.cross_entropy(mel_logits.float(), batch.mel_targets, reduction="none")
-    return text, mel, mel_logits.detach().argmax(-1) == batch.mel_targets
-
+def token_losses(model: nn.Module, batch: PackedBatch, top1: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross entropies in nats of every scored text token and code, and whether the code was the likeliest one (False
+    without top1, which takes a twentieth of a step on a CPU)."""
+    text_logits, mel_logits = (logits.float() for logits in model(batch))
+    text = F.cross_entropy(text_logits, batch.text_targets, reduction="none")
+    mel = F.cross_entropy(mel_logits, batch.mel_targets, reduction="none")
+    right = mel_logits.detach().argmax(-1) == batch.mel_targets if top1 else torch.zeros_like(mel, dtype=torch.bool)
+    return text, mel, right
 
 
 def sinusoids(times: Tensor, dim: int, rms: float = 0.02) -> Tensor:
@@ -1900,10 +1923,8 @@ def choose_precision(amp: str, device: torch.device) -> Precision:
 def use_glibc_heap() -> None:
     """Keeps freed memory in the process: on a CPU most of a small model's step goes into page faults otherwise."""
     if platform.libc_ver()[0] == "glibc":
-        m_trim_threshold, m_mmap_threshold = -1, -3
-        libc = ctypes.CDLL(None)
-        libc.mallopt(m_mmap_threshold, 2**31 - 1)
-        libc.mallopt(m_trim_threshold, 2**31 - 1)
+        for threshold in (-3, -1):  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(threshold, 2**31 - 1)
 
 
 def setup_device() -> torch.device:
@@ -2046,13 +2067,10 @@ def make_optimizer(model: nn.Module, weight_decay: float, factors: Mapping[str, 
 
 def step_flops(config: ModelConfig, batches: Sequence[PackedBatch]) -> float:
     """Floating-point operations of forward and backward: 6 per weight and row, and causal attention."""
-    dim, flops = config.model_dim, 0.0
-    for batch in batches:
-        flops += 6 * 12 * config.layers * dim**2 * sum(batch.lengths)
-        flops += 6 * config.layers * dim * sum(length**2 for length in batch.lengths)
-        flops += 6 * dim * sum(batch.text_counts) * (config.number_text_tokens + 1)
-        flops += 6 * dim * sum(batch.mel_counts) * config.number_mel_codes
-    return flops
+    dim, layers = config.model_dim, config.layers
+    return 6.0 * dim * sum(
+        layers * sum(12 * dim * length + length**2 for length in batch.lengths) + sum(batch.text_counts) * (
+            config.number_text_tokens + 1) + sum(batch.mel_counts) * config.number_mel_codes for batch in batches)
 
 
 def peak_flops(precision: Precision) -> float:
@@ -2086,7 +2104,8 @@ ONE_SAMPLE_TOO_LARGE = ("out of GPU memory with one sample in a micro-batch. Use
 class StepStats:
     """One optimizer step; tensors stay on the device until they are logged.
 
-    Losses and mel_top1 are this process's part of the token means, tokens and flops those of all processes.
+    Losses and mel_top1 (0 but in steps with a [Train] line) are this process's part of the token means, tokens and
+    flops those of all processes.
     """
 
     text_loss: Tensor
@@ -2139,17 +2158,17 @@ def receive(run: Run, data: ManifestDataset, futures: Sequence[Future[PackedBatc
     return [batch.to(run.precision.device) for batch in batches if batch.rows], sums
 
 
-def backward(run: Run, batch: PackedBatch, text_tokens: int, mel_tokens: int, is_last: bool, weight: float = 1.0
-             ) -> tuple[Tensor, Tensor]:
+def backward(run: Run, batch: PackedBatch, text_tokens: int, mel_tokens: int, is_last: bool, weight: float = 1.0,
+             top1: bool = True) -> tuple[Tensor, Tensor]:
     """Adds one micro-batch's gradients; the last one of a step exchanges them between the ranks.
 
     text_tokens and mel_tokens are those of the whole step on all ranks. Returns: sums [3] of text losses, mel losses
-    and codes that were the likeliest ones, float64; the samples [B] whose losses are not finite.
+    and (with top1) codes that were the likeliest ones, float64; the samples [B] whose losses are not finite.
     """
     waits = run.ddp.no_sync() if run.ddp and not is_last else contextlib.nullcontext()
     with waits:
         with run.precision.autocast():
-            text, mel, right = token_losses(run.ddp or run.model, batch)
+            text, mel, right = token_losses(run.ddp or run.model, batch, top1)
             text_sum, mel_sum = text.sum(), mel.sum()
             loss = (run.config.text_loss_weight * text_sum / text_tokens
                     + run.config.mel_loss_weight * mel_sum / mel_tokens)
@@ -2212,7 +2231,8 @@ def train_step(run: Run, futures: Sequence[Future[PackedBatch]]) -> StepStats:
         process.check_stop()
         process.event("micro_step", run, batch)
         torch.manual_seed(dropout_seed(config.seed, step, micro_step, process.world.rank))
-        sums, nonfinite = backward(run, batch, text_tokens, mel_tokens, is_last=micro_step == len(batches) - 1)
+        sums, nonfinite = backward(run, batch, text_tokens, mel_tokens, is_last=micro_step == len(batches) - 1,
+                                   top1=step % run.log_interval == 0)
         totals += sums
         flags.append((batch.rows, nonfinite))
     if run.ddp and not batches:
@@ -2282,11 +2302,9 @@ def validation_rows(run: Run) -> np.ndarray:
 def add_losses(sums: Tensor, data: ManifestDataset, batch: PackedBatch, text: Tensor, mel: Tensor, right: Tensor
                ) -> None:
     """Adds to sums [1 + parts, 5]: text losses, mel losses, likeliest codes, text tokens, codes."""
-    counts = torch.tensor([len(text), len(mel)], device=sums.device)
-    sums[0] += torch.cat([torch.stack([text.double().sum(), mel.double().sum(), right.double().sum()]), counts])
     of_rows = [(data.manifests[data.rows[row].manifest]["path"], data.rows[row].language) for row in batch.rows]
-    for number, part in enumerate(data.parts, 1):
-        inside = [float(part in of_row) for of_row in of_rows]
+    for number, part in enumerate([None, *data.parts]):  # None: of all
+        inside = [float(part is None or part in of_row) for of_row in of_rows]
         its_text, its_mel = (torch.from_numpy(np.repeat(inside, counts)).to(sums.device)
                              for counts in (batch.text_counts, batch.mel_counts))
         sums[number] += torch.stack([(text * its_text).sum(), (mel * its_mel).sum(), (right * its_mel).sum(),
