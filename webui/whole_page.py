@@ -19,6 +19,8 @@ from webui.data_tabs import (
 )
 from webui.listen_tab import create_listen_tab
 from webui.page_base import Page
+from webui.runs_panel import CSS as RUNS_CSS
+from webui.runs_panel import create_runs
 from webui.training_tab import create_training_tab
 from webui.workspace import Workspace
 
@@ -73,6 +75,7 @@ def create_page(workspace: Workspace) -> tuple[gr.Blocks, Page]:
             create_tokenizer_tab(page)
             create_preprocess_tab(page)
             create_training_tab(page)
+            create_runs(page)
             chosen = create_checkpoints_tab(page)
             create_listen_tab(page)
         connect_use(page, *chosen)
@@ -82,7 +85,7 @@ def create_page(workspace: Workspace) -> tuple[gr.Blocks, Page]:
 
 def launch_options(workspace: Workspace) -> dict[str, Any]:
     """Everything off that would let a browser reach more than the page, or the page reach the internet."""
-    return {"theme": gr.themes.Default(font=FONTS, font_mono=MONO_FONTS), "css": CSS, "allowed_paths": [],
+    return {"theme": gr.themes.Default(font=FONTS, font_mono=MONO_FONTS), "css": CSS + RUNS_CSS, "allowed_paths": [],
             "blocked_paths": [str(workspace.private)], "max_file_size": f"{MAX_UPLOAD_MB}mb", "footer_links": [],
             "ssr_mode": False, "run_history": False, "mcp_server": False, "enable_monitoring": False, "pwa": False,
             "show_error": True, "inbrowser": False}
