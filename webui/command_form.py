@@ -68,7 +68,7 @@ class FormSection:
         self.preview = self.page.add(gr.Textbox, "command", lines=2, max_lines=8, interactive=False, buttons=["copy"],
                                      elem_id=f"{self.kind}-command", elem_classes=["command"])
         start = self.page.button(start_key, variant="primary", elem_id=f"{self.kind}-start")
-        notice = self.page.notice()
+        notice = self.notice = self.page.notice()
         self.page.refresh_after.append(start.click(
             self.start, [self.untouched, self.page.language, *self.inputs.values()], [*self.checked_into, notice],
             **QUIET))

@@ -17,6 +17,8 @@ from webui.job_panel import curves, legend
 from webui.jobs import Job
 from webui.page_base import QUIET, Page, megabytes, refusal, tell
 from webui.readers import curve
+from webui.run_bar import CSS as BAR_CSS
+from webui.run_bar import create_bar
 from webui.run_curves import PARTS, create_curve_plot, create_smoothing, is_smoothed, rows_of, with_raw
 from webui.run_history import Run, RunHistory, clone_of, delete_run, deletion_of, form_of_run, jobs_of_run, log_part
 from webui.texts import TEXTS, say
@@ -30,7 +32,7 @@ CLICKS = """element.addEventListener("click", event => {
     if (button?.dataset.act === "clone")
         document.getElementById("training-output_dir")?.scrollIntoView({block: "center"});
 })"""
-CSS = """
+CSS = BAR_CSS + """
 .chip { display: inline-block; padding: 0 10px; border-radius: 10px; white-space: nowrap; font-weight: 600;
     background: #e5e7eb; color: #1f2937; }
 .chip.running, .chip.starting { background: #fef3c7; color: #713f12; }
@@ -274,6 +276,7 @@ class RunsPanel:
 def create_runs(page: Page) -> None:
     """Below everything else of Tab 6, which is there already."""
     with page.tabs["training"]:
+        create_bar(page)
         panel = RunsPanel(page, page.forms["training"])
     page.watch("training", [panel.shown, panel.compared], [panel.table], panel.look_at_table)
     page.refresh_after.append(panel.yes.click(

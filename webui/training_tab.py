@@ -18,6 +18,7 @@ from webui.job_panel import create_job_panel, newest, reason_of
 from webui.jobs import Job, holder_of, start_job, stop_job
 from webui.page_base import QUIET, Page, plain, refusal, tell
 from webui.readers import Inspection, Point, loss_of, overfit, tensorboard_url
+from webui.run_bar import create_next_step, create_warnings
 from webui.run_curves import create_curves
 from webui.texts import TEXTS, say
 from webui.workspace import Refused, load_settings, save_settings
@@ -231,10 +232,12 @@ def create_settings_file(page: Page, form: TrainingForm) -> None:
 
 def create_live_section(page: Page, output_dir: Any) -> None:
     """Curves, memory and TensorBoard of the run in the output directory."""
+    create_next_step(page, output_dir)
     create_curves(page, output_dir)
     warning = gr.Markdown(elem_id="training-overfit")
     machine = gr.Markdown(elem_id="training-memory")
     create_tensorboard(page, output_dir)
+    create_warnings(page, output_dir)
 
     def look(jobs: Sequence[Job], language: str, typed_dir: str) -> list[Any]:
         try:
