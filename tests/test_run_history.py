@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from webui import command_lines, jobs, readers, run_curves, run_history
+from webui import command_lines, jobs, readers, run_bar, run_curves, run_history, spoken_samples
 from webui.workspace import Refused, Workspace
 
 STARTED = 1_800_000_000.0
@@ -225,7 +225,7 @@ def test_parts_of_the_validation_are_lines_of_their_own(workspace: Workspace):
     assert parts[parts.value.notna()].values.tolist() == [[1, 2.0, "1"]]
 
 
-def test_a_million_lines_are_read_in_short_looks_and_bounded_in_memory(workspace: Workspace):
+def test_a_long_metrics_file_is_read_in_short_looks_and_no_line_of_it_is_kept(workspace: Workspace):
     line = json.dumps({"kind": "train", "epoch": 0, "step": 1_000_000, "text_loss": 1.234567, "mel_loss": 2.345678,
                        "mel_top1": 0.1, "lr": 1e-5, "tokens_per_second": 12345.678}) + "\n"
     path = workspace.root / "run" / "logs" / "run_20270115_080000" / "metrics.jsonl"
@@ -237,3 +237,50 @@ def test_a_million_lines_are_read_in_short_looks_and_bounded_in_memory(workspace
         summary.update()
         looks.append(time.process_time() - started)
     assert summary.step == 1_000_000 and max(looks) < 1.0 and summary.points == []
+
+
+def test_what_the_newest_checkpoint_says_is_read_from_tensorboards_files_beside_its_original(workspace: Workspace):
+    import torch
+    from torch.utils.tensorboard import SummaryWriter
+
+    folder = workspace.root / "run" / "logs" / "run_20270115_080000" / "voice"
+    for step in (100, 200):  # as tools.watch_training writes them, a file for each checkpoint
+        writer = SummaryWriter(str(folder), purge_step=step)
+        writer.add_text("sentence_1", "ሰላም <b>", step)
+        writer.add_audio("sentence_1", torch.full((1, 10 * step), 0.1), step, 22050)
+        writer.close()
+        for path in folder.iterdir():
+            os.utime(path, (step, step)) if path.stat().st_mtime > 1000 else None
+    spoken = spoken_samples.newest_spoken(workspace.root / "run")
+    assert spoken.step == 200 and spoken.texts == {"sentence_1": "ሰላም <b>"}
+    assert spoken.sounds["sentence_1"].startswith(b"RIFF") and len(spoken.sounds["sentence_1"]) == 44 + 2 * 2000
+    (workspace.root / "a.wav").write_bytes(b"original")
+    (workspace.root / "val.jsonl").write_text(json.dumps({"target_text": "ሰላም <b>", "target_audio_path": "a.wav"}))
+    job = make_job(workspace, "run", val_manifests="val.jsonl::am")
+    recordings = spoken_samples.originals([job], workspace)
+    shown = spoken_samples.samples_html(spoken, recordings, workspace, "en")
+    assert shown.count("<audio") == 2 and "step 200" in shown and "ሰላም &lt;b&gt;" in shown
+    outside = {"ሰላም <b>": Path("/etc/passwd")}
+    assert spoken_samples.samples_html(spoken, outside, workspace, "en").count("<audio") == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00" * 100, b"\xff" * 100, b"\x10" + b"\0" * 11 + b"\xff" * 20])
+def test_a_file_that_only_has_the_name_of_tensorboards_says_nothing(workspace: Workspace, content: bytes):
+    folder = workspace.root / "run" / "logs" / "run_1" / "voice"
+    folder.mkdir(parents=True)
+    (folder / "events.out.tfevents.1").write_bytes(content)
+    assert spoken_samples.newest_spoken(workspace.root / "run").sounds == {}
+
+
+def test_a_state_offers_its_next_step(workspace: Workspace):
+    for number, (status, last_exit, saved, started) in enumerate([
+            (143, {"reason": "stopped", "status": 143, "step": 3}, "next.go_on", "next.again"),
+            (-9, {}, "next.go_on", "next.again"), (1, {}, "next.retry", "next.again"), (0, {}, "", "")]):
+        job = make_job(workspace, "run", number, status=status, last_exit=last_exit)
+        assert (run_bar.next_of(job, True), run_bar.next_of(job, False)) == (saved, started), job.state
+
+
+def test_warnings_are_shown_as_text_with_how_many_more_there_are():
+    shown = run_bar.warnings_list([("[Error] <script>", 2), *[(f"[Warn] {word}", 1) for word in "abcdefg"]], "en")
+    assert '<li class="error">&lt;script&gt; (×2)</li>' in shown and "and 2 more" in shown and "<li>e</li>" in shown
+    assert run_bar.warnings_list([], "am") == ""

@@ -21,6 +21,7 @@ from webui.run_bar import CSS as BAR_CSS
 from webui.run_bar import create_bar
 from webui.run_curves import PARTS, create_curve_plot, create_smoothing, is_smoothed, rows_of, with_raw
 from webui.run_history import Run, RunHistory, clone_of, delete_run, deletion_of, form_of_run, jobs_of_run, log_part
+from webui.spoken_samples import CSS as SAMPLES_CSS
 from webui.texts import TEXTS, say
 from webui.workspace import Refused
 
@@ -32,7 +33,7 @@ CLICKS = """element.addEventListener("click", event => {
     if (button?.dataset.act === "clone")
         document.getElementById("training-output_dir")?.scrollIntoView({block: "center"});
 })"""
-CSS = BAR_CSS + """
+CSS = BAR_CSS + SAMPLES_CSS + """
 .chip { display: inline-block; padding: 0 10px; border-radius: 10px; white-space: nowrap; font-weight: 600;
     background: #e5e7eb; color: #1f2937; }
 .chip.running, .chip.starting { background: #fef3c7; color: #713f12; }

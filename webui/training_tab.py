@@ -20,6 +20,7 @@ from webui.page_base import QUIET, Page, plain, refusal, tell
 from webui.readers import Inspection, Point, loss_of, overfit, tensorboard_url
 from webui.run_bar import create_next_step, create_warnings
 from webui.run_curves import create_curves
+from webui.spoken_samples import create_samples
 from webui.texts import TEXTS, say
 from webui.workspace import Refused, load_settings, save_settings
 
@@ -234,6 +235,7 @@ def create_live_section(page: Page, output_dir: Any) -> None:
     """Curves, memory and TensorBoard of the run in the output directory."""
     create_next_step(page, output_dir)
     create_curves(page, output_dir)
+    create_samples(page, output_dir)
     warning = gr.Markdown(elem_id="training-overfit")
     machine = gr.Markdown(elem_id="training-memory")
     create_tensorboard(page, output_dir)
