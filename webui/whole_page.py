@@ -19,6 +19,8 @@ from webui.data_tabs import (
 from webui.home import create_home
 from webui.listen_tab import create_listen_tab
 from webui.page_base import Page
+from webui.runs_panel import CSS as RUNS_CSS
+from webui.runs_panel import create_runs
 from webui.training_tab import create_training_tab
 from webui.workspace import Workspace
 
@@ -109,6 +111,7 @@ def create_page(workspace: Workspace) -> tuple[gr.Blocks, Page]:
             create_dataset_tab(page)
             create_prepare_tab(page)
             create_training_tab(page)
+            create_runs(page)
             chosen = create_checkpoints_tab(page)
             create_listen_tab(page)
         connect_use(page, *chosen)
@@ -118,7 +121,7 @@ def create_page(workspace: Workspace) -> tuple[gr.Blocks, Page]:
 
 def launch_options(workspace: Workspace) -> dict[str, Any]:
     """Everything off that would let a browser reach more than the page, or the page reach the internet."""
-    return {"theme": THEME, "css": CSS, "allowed_paths": [],
+    return {"theme": THEME, "css": CSS + RUNS_CSS, "allowed_paths": [],
             "blocked_paths": [str(workspace.private)], "max_file_size": f"{MAX_UPLOAD_MB}mb", "footer_links": [],
             "ssr_mode": False, "run_history": False, "mcp_server": False, "enable_monitoring": False, "pwa": False,
             "show_error": True, "inbrowser": False}

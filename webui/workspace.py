@@ -64,6 +64,7 @@ MESSAGES: dict[str, tuple[str, ...]] = {
     "directory_in_use": ("path", "title", "since", "pid"),
     "directory_locked": ("path", "holder"),  # by a trainer that was not started here
     "start_failed": ("reason",),
+    "run_in_use": ("path", "title", "pid"),  # a program reads from it
     "no_such_job": ("job",),
     "job_starting": (),
     "job_running": ("pid",),
