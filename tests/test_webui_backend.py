@@ -1630,7 +1630,7 @@ def test_a_legend_names_only_the_runs_that_have_a_curve(workspace: Workspace, pa
     look = next(watcher.look for watcher in page.watchers if watcher.tab == "checkpoints" and len(watcher.inputs) == 2)
     choices, key, drawn = look([], "en", [], "val_mel")
     assert sorted(choices["choices"]) == ["empty", "full"] and "full" in key and "empty" not in key
-    assert drawn.dropna().values.tolist() == [[1, 2.0, "1"]]
+    assert drawn["value"].dropna().values.tolist() == [[1, 2.0, "1"]]
 
 
 def test_every_job_that_runs_can_be_stopped_from_its_panel(workspace: Workspace, sleeper: jobs.Job, page: Any):
