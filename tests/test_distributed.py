@@ -135,6 +135,30 @@ def one_by_eight(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+IN_A_FOLDER_OF_ITS_RANK = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+os.chdir(sys.argv.pop(1) + os.environ["RANK"])
+from trainers import train_gpt_v2 as trainer
+trainer.leave(trainer.main(sys.argv[1:]))
+"""
+
+
+def test_machines_that_do_not_share_the_output_directory_go_on_from_one_file_or_not_at_all(
+        two_processes: Path, tiny: Path, tmp_path: Path):
+    """The second one has an older file under the same name."""
+    shutil.copytree(two_processes / "out", tmp_path / "machine0" / "out")
+    (tmp_path / "machine1" / "out").mkdir(parents=True)
+    older = sorted((two_processes / "out").glob("model_step*.pth"), key=lambda path: path.stat().st_mtime)[0]
+    shutil.copy(older, tmp_path / "machine1" / "out" / "latest.pth")
+    program = tmp_path / "program.py"
+    program.write_text(IN_A_FOLDER_OF_ITS_RANK)
+    args = run_args(tiny, Path("out"), 2, 2, "--epochs", 3, "--resume", "auto")
+    done = run_torchrun(2, program, tmp_path / "machine", *args)
+    assert done.returncode == 1 and "[Train]" not in done.stdout
+    assert "on rank 1: out/latest.pth is another file there than on rank 0" in done.stderr
+
+
 def test_a_run_moves_from_1x8_to_4x2_to_8x1_to_two_processes_with_the_same_samples_and_losses(
         one_by_eight: Path, tiny: Path, tmp_path: Path):
     samples, out = tmp_path / "samples", tmp_path / "out"

@@ -11,6 +11,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import termios
@@ -429,6 +430,22 @@ def test_slurms_warning_to_torchrun_reaches_its_processes_which_save_and_leave(n
     assert json.loads((tmp_path / "last_exit.json").read_text()) == {
         "reason": "stopped", "status": 128 + getattr(signal, name), "step": step_of(tmp_path)}
     assert step_of(tmp_path) >= 6
+
+
+def test_of_two_machines_one_is_killed_and_brought_back_and_the_run_is_finished(tiny, tmp_path):
+    """Two loops on this machine, each with an agent of torchrun, that share the output directory."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        env = environment(NODES="2", GPUS="1", MAIN=f"127.0.0.1:{free.getsockname()[1]}")
+    args = [LOOP, *data_args(tiny), *SETTINGS, "--grad-accumulation", 1, "--save-interval", 2, "--max-steps", 12,
+            "--output-dir", tmp_path]
+    with started(*args, env=env) as main:
+        with started(*args, env=env):
+            while not (tmp_path / "model_step4.pth").exists():
+                time.sleep(0.05)
+        with started(*args, env=env) as brought_back:
+            outputs = [process.communicate(timeout=180)[0] for process in (main, brought_back)]
+            assert (main.returncode, brought_back.returncode) == (0, 0), outputs
+    assert step_of(tmp_path) == 12 and "Going on in" in outputs[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

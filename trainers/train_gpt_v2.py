@@ -3040,10 +3040,13 @@ def find_resume_point(resume: str, output_dir: Path, process: Process) -> Resume
         if process.world.rank == 0:
             point = open_resume(resume, output_dir, process.say)
             refuse_other_checkpoints(output_dir, point, resume)
-    path = process.world.gather(str(point.path) if point else None)[0]
+    found = (str(point.path), point.checkpoint.get("digests")) if point else (None, None)
+    path, digests = process.world.gather(found)[0]
     with process.failing_together():
         if process.world.rank > 0 and path:
             point = ResumePoint(Path(path), read_resumable(Path(path)))
+            if point.checkpoint.get("digests") != digests:
+                raise UserError(f"{path} is another file there than on rank 0. All machines need the same --output-dir")
     return point
 
 
