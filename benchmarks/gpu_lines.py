@@ -86,8 +86,8 @@ class Bench:
         stop = trainer.StopSignal()
         process = trainer.Process(stop, trainer.Console(stop, sys.stdout))
         flags = gpu_trainer.settings(self.data, self.scratch / "unused", "auto")
-        return trainer.prepare({**flags, "batch_size": self.sizes.batch_sizes[0], "grad_accumulation": 1, **typed},
-                               None, self.scratch / "unused", process)
+        return trainer.prepare({**flags, "batch_size": self.sizes.batch_sizes[0], "grad_accumulation": 1,
+                                "log_interval": 100, **typed}, None, self.scratch / "unused", process)
 
     def tell(self, outcome: Outcome) -> None:
         """What a line has found before its end; it stands in the table if the rest fails or takes too long."""
