@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
-from conftest import read_jsonl
+from conftest import ROOT, read_jsonl
+from test_signals import children_of, needs_proc
 
 from tools import preprocess, speech_codec
 from tools._common import ToolError
@@ -81,3 +86,28 @@ def test_a_file_that_it_did_not_make_is_never_taken_for_its_own(dataset: Path, t
     with pytest.raises(ToolError, match="tokenizer.model: was not made by tools.prepare"):
         main(["--recordings", str(dataset), "--output-dir", str(tmp_path), *SHORT])
     assert not (tmp_path / "texts.jsonl").exists()
+
+
+@needs_proc
+def test_a_stop_does_not_wait_for_what_its_processes_are_computing(tmp_path: Path):
+    (tmp_path / "slow.py").write_text("""
+import time
+from tools._common import run_program
+from tools.features import compute_chunks
+
+def main(argv):
+    for _ in compute_chunks(time.sleep, [[60]] * 6, 2, lambda chunk: chunk[0]):
+        pass
+
+if __name__ == "__main__":
+    run_program(main)
+""")
+    program = subprocess.Popen([sys.executable, str(tmp_path / "slow.py")], cwd=ROOT, env={"PYTHONPATH": str(ROOT)},
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while len(children_of(program.pid)) < 3:  # two workers, and who looks after what they share
+        assert program.poll() is None
+        time.sleep(0.05)
+    asked = time.monotonic()
+    program.send_signal(signal.SIGINT)
+    assert "Stopped" in program.communicate(timeout=50)[0] and program.returncode == 130
+    assert time.monotonic() - asked < 20
