@@ -29,7 +29,7 @@ CSS = """
 .gradio-container { overflow: clip !important; }
 #tab-training .live { position: static; }
 html { scroll-padding-bottom: 110px; }
-#training-bar { position: sticky; bottom: 0; z-index: 20; align-items: center; padding: 8px 4px;
+#training-bar { position: sticky; bottom: 0; z-index: 60; align-items: center; padding: 8px 4px;
     background: var(--body-background-fill); border-top: 1px solid var(--border-color-primary); }
 #training-bar .notice { flex: 1 1 100%; min-height: 0; padding: 0; }
 #training-bar .notice:empty, #training-bar .hide-container:has(.notice:empty) { display: none; }
@@ -41,6 +41,7 @@ html { scroll-padding-bottom: 110px; }
 .state-failed, .state-killed { background: #fee2e2; border-color: #dc2626 !important; }
 .state-running *, .state-starting *, .state-finished *, .state-stopped *, .state-failed *, .state-killed * {
     color: #111827 !important; }
+[class*=state-] [class*=state-] { border: 0; padding: 0 !important; background: none; }
 #training-warnings ul { margin: 0; padding: 8px 12px 8px 28px; list-style: disc; background: #fef3c7; color: #111827;
     border-left: 6px solid #d97706; border-radius: 6px; overflow-wrap: anywhere; font-size: 0.9rem; }
 #training-warnings li.error { font-weight: 700; color: #7f1d1d; }
