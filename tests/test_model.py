@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from concurrent.futures import Future
@@ -152,6 +153,42 @@ def test_one_loss_and_one_gradient_however_the_step_is_split(tiny, tmp_path):
         assert stats.mel_loss.item() == pytest.approx(whole.mel_loss.item(), rel=1e-6)
         for gradient, expected in zip(gradients, whole_gradients, strict=True):
             torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dropout_masks_have_the_asked_for_share_keep_the_mean_and_depend_on_the_seed_alone(dtype: torch.dtype):
+    ones = torch.ones(999, 257, dtype=dtype)
+    for share in (0.1, 0.5, 0.9):
+        torch.manual_seed(5)
+        found = trainer.dropped(ones, share, True)
+        assert found.dtype == dtype and float((found == 0).float().mean()) == pytest.approx(share, abs=0.005)
+        assert found.unique().tolist() == pytest.approx([0, 1 / (1 - share)], rel=0.005)
+        torch.manual_seed(5)
+        assert trainer.dropped(ones, share, True).equal(found) and not trainer.dropped(ones, share, True).equal(found)
+    assert trainer.dropped(ones, 0.1, False).equal(ones) and trainer.dropped(ones, 0.0, True).equal(ones)
+    assert trainer.dropped(ones, 0.9999, True).isfinite().all()
+
+
+@pytest.mark.parametrize("length", [1, 255, 256, 257, 700])
+def test_attention_by_products_is_causal_attention(length: int):
+    torch.manual_seed(0)
+    inputs = torch.randn(3, 2, 3, length, 8, requires_grad=True)
+    outputs = [attend(*inputs) for attend in (
+        trainer.product_attention, functools.partial(F.scaled_dot_product_attention, is_causal=True))]
+    torch.testing.assert_close(*outputs)
+    weights = torch.randn_like(outputs[0])
+    torch.testing.assert_close(*(torch.autograd.grad((out * weights).sum(), inputs)[0] for out in outputs))
+
+
+def test_a_logged_steps_top1_is_its_own_whatever_the_log_interval(tiny, tmp_path):
+    found = []
+    for interval in (1, 3):
+        out = tmp_path / str(interval)
+        call_trainer(*data_args(tiny), "--output-dir", out, "--max-steps", 6, "--log-interval", interval,
+                     "--learning-rate", 0.02, "--warmup-steps", 1)
+        lines = read_jsonl(next(out.glob("logs/run_*/metrics.jsonl")))
+        found.append({line["step"]: line["mel_top1"] for line in lines if line["kind"] == "train"})
+    assert found[1] == {step: found[0][step] for step in (3, 6)} and all(found[1].values())
 
 
 def test_weight_decay_leaves_biases_norms_and_embeddings_alone():

@@ -434,7 +434,6 @@ class PackedBatch:
     text_targets: Tensor
     mel_scored: Tensor  # flat rows, [sum(c + 1)]
     mel_targets: Tensor
-
     cu_seqlens: Tensor  # [B + 1] int32
     groups: list[Tensor]  # flat rows [g, longest] of samples of near-equal length, filled up on the right
     ungroup: Tensor  # [total] into the groups' rows end to end
@@ -456,7 +455,7 @@ Attention = Callable[[Tensor, PackedBatch], Tensor]
 
 def dropped(x: Tensor, p: float, training: bool) -> Tensor:
     """F.dropout; on a CPU from 16 random bits a value, which are drawn in a seventh of the time of PyTorch's masks."""
-    if x.device.type != "cpu" or not training or not p:
+    if x.device.type != "cpu" or not training or not p or torch.compiler.is_compiling():
         return F.dropout(x, p, training)
     limit, count = min(round(p * 2**16), 2**16 - 1), x.numel()
     bits = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[:count]
@@ -471,8 +470,7 @@ def product_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     for queries in q.split(256, dim=1):
         seen += queries.shape[1]
         unseen = q.new_full((queries.shape[1], seen), -math.inf).triu(1 + seen - queries.shape[1])
-        weights = torch.baddbmm(unseen, queries, k[:, :seen].mT).softmax(-1)
-        outputs.append(weights @ v[:, :seen])
+        outputs.append(torch.baddbmm(unseen, queries, k[:, :seen].mT).softmax(-1) @ v[:, :seen])
     return torch.cat(outputs, dim=1).view(shape)
 
 
@@ -480,8 +478,7 @@ def padded_attention(qkv: Tensor, batch: PackedBatch) -> Tensor:
     """The portable path: causal attention over groups of samples. qkv [total, 3, H, h] -> [total, H * h]."""
     _, _, heads, size = qkv.shape
     by_products, outputs = qkv.device.type == "cpu" and qkv.dtype != torch.float32, []
-    rows = torch.cat([group.flatten() for group in batch.groups])
-    parts = qkv.index_select(0, rows).split([group.numel() for group in batch.groups])
+    parts = qkv.index_select(0, torch.cat([g.flatten() for g in batch.groups])).split([g.numel() for g in batch.groups])
     for group, part in zip(batch.groups, parts, strict=True):
         q, k, v = part.view(*group.shape, 3, heads, size).permute(2, 0, 3, 1, 4)
         with torch.autocast(qkv.device.type, enabled=False):
@@ -619,19 +616,16 @@ class UnifiedVoiceGPT(nn.Module):
             run_block = functools.partial(recompute_in_backward, block, use_reentrant=False) if (
                 self.grad_checkpointing and self.training) else block
             x = run_block(x, batch, self.attention, self.dropout)
-        scored = torch.cat([x.index_select(0, batch.text_scored), x.index_select(0, batch.mel_scored)])
-        scored = self.final_norm(self.gpt.ln_f(scored))
+        scored = self.final_norm(self.gpt.ln_f(x.index_select(0, torch.cat([batch.text_scored, batch.mel_scored]))))
         return self.text_head(scored[: len(batch.text_scored)]), self.mel_head(scored[len(batch.text_scored) :])
 
 
 def token_losses(model: nn.Module, batch: PackedBatch, top1: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross entropies in nats of every scored text token and code, and whether the code was the likeliest one (False
-    without top1, which takes a twentieth of a step on a CPU)."""
+    """Cross entropies in nats of every scored text token and code, and (with top1) where the code was the likeliest."""
     text_logits, mel_logits = (logits.float() for logits in model(batch))
     text = F.cross_entropy(text_logits, batch.text_targets, reduction="none")
     mel = F.cross_entropy(mel_logits, batch.mel_targets, reduction="none")
-    right = mel_logits.detach().argmax(-1) == batch.mel_targets if top1 else torch.zeros_like(mel, dtype=torch.bool)
-    return text, mel, right
+    return text, mel, mel_logits.detach().argmax(-1) == batch.mel_targets if top1 else mel.new_zeros(())
 
 
 def sinusoids(times: Tensor, dim: int, rms: float = 0.02) -> Tensor:
@@ -648,11 +642,10 @@ def init_fresh_weights(model: UnifiedVoiceGPT, seed: int, codes_per_text_token: 
     that is being spoken sooner (knowledge.md has figures).
     """
     generator = torch.Generator().manual_seed(seed)
-    projection_std = 0.02 / math.sqrt(2 * model.config.layers)
+    projection_std, bound = 0.02 / math.sqrt(2 * model.config.layers), 1 / math.sqrt(model.config.model_dim)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.startswith(("text_head.", "mel_head.")):
-                bound = 1 / math.sqrt(model.config.model_dim)
                 weight.uniform_(-bound, bound, generator=generator)
             elif name.endswith("bias") or name == "speed_emb.weight":
                 weight.zero_()
@@ -1901,8 +1894,7 @@ def get_lr(step: int, schedule: Schedule) -> float:
     """The learning rate of the optimizer step with this number (from 1)."""
     if step <= schedule.warmup_steps:
         return schedule.base_lr * step / schedule.warmup_steps
-    decay_steps = max(1, schedule.total_steps - schedule.warmup_steps)
-    progress = min(1.0, (step - schedule.warmup_steps) / decay_steps)
+    progress = min(1.0, (step - schedule.warmup_steps) / max(1, schedule.total_steps - schedule.warmup_steps))
     return schedule.base_lr * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
@@ -1915,8 +1907,7 @@ def make_schedule(config: TrainConfig, position: Position, num_samples: int) -> 
 
 def choose_precision(amp: str, device: torch.device) -> Precision:
     if amp == "auto":
-        has_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
-        amp = "bf16" if has_bf16 else "fp16"
+        amp = "bf16" if device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return Precision(device, {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp])
 
 
@@ -2081,9 +2072,8 @@ def peak_flops(precision: Precision) -> float:
         known = next((flops for key, flops in PEAK_FLOPS.items() if re.search(rf"\b{key}\b", name)), None)
         if known:
             return known
-    size = 4096 if device.type == "cuda" else 768
+    size, best = 4096 if device.type == "cuda" else 768, math.inf
     matrix = torch.ones(size, size, device=device, dtype=precision.dtype or torch.float32)
-    best = math.inf
     for _ in range(5):
         start = time.perf_counter()
         (matrix @ matrix)[0, 0].item()
@@ -2104,13 +2094,12 @@ ONE_SAMPLE_TOO_LARGE = ("out of GPU memory with one sample in a micro-batch. Use
 class StepStats:
     """One optimizer step; tensors stay on the device until they are logged.
 
-    Losses and mel_top1 (0 but in steps with a [Train] line) are this process's part of the token means, tokens and
-    flops those of all processes.
+    Losses and mel_top1 are this process's part of the token means, tokens and flops those of all processes.
     """
 
     text_loss: Tensor
     mel_loss: Tensor
-    mel_top1: Tensor
+    mel_top1: Tensor  # 0 in steps without a [Train] line
     grad_norm: Tensor
     lr: float
     tokens: int
@@ -2165,8 +2154,7 @@ def backward(run: Run, batch: PackedBatch, text_tokens: int, mel_tokens: int, is
     text_tokens and mel_tokens are those of the whole step on all ranks. Returns: sums [3] of text losses, mel losses
     and (with top1) codes that were the likeliest ones, float64; the samples [B] whose losses are not finite.
     """
-    waits = run.ddp.no_sync() if run.ddp and not is_last else contextlib.nullcontext()
-    with waits:
+    with run.ddp.no_sync() if run.ddp and not is_last else contextlib.nullcontext():
         with run.precision.autocast():
             text, mel, right = token_losses(run.ddp or run.model, batch, top1)
             text_sum, mel_sum = text.sum(), mel.sum()
@@ -2216,8 +2204,7 @@ def train_step(run: Run, futures: Sequence[Future[PackedBatch]]) -> StepStats:
     Raises: Stopped between micro-batches, and torch.OutOfMemoryError; weights are then those of the step before.
     """
     config, process, step = run.config, run.process, run.state.position.step + 1
-    minutes = (time.monotonic() - run.saved_at) / 60
-    save_due = process.world.rank == 0 and 0 < config.save_minutes <= minutes
+    save_due = process.world.rank == 0 and 0 < config.save_minutes <= (time.monotonic() - run.saved_at) / 60
     batches, (saves, text_tokens, mel_tokens, tokens, flops) = receive(run, run.train_data, futures, int(save_due))
     process.event("step", run, batches)
     text_tokens, mel_tokens = max(1, text_tokens), max(1, mel_tokens)
@@ -2259,8 +2246,7 @@ def split_after_out_of_memory(run: Run) -> None:
     run.config = dataclasses.replace(config, batch_size=batch_size, grad_accumulation=grad_accumulation)
     run.restart_reading()
     run.optimizer.zero_grad(set_to_none=True)
-    if run.precision.device.type == "cuda":
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()  # nothing without CUDA
 
 
 def wrap_for_ranks(run: Run) -> None:
@@ -2283,20 +2269,17 @@ def in_halves(run: Run, data: ManifestDataset, batch: PackedBatch) -> list[Packe
     """A batch that was too large for the GPU's memory as two. Raises: UserError for one sample."""
     if len(batch.rows) == 1:
         raise UserError(ONE_SAMPLE_TOO_LARGE)
-    if run.precision.device.type == "cuda":
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()  # nothing without CUDA
     middle = len(batch.rows) // 2
     run.process.say(f"[Warn] Out of GPU memory: a validation batch of {len(batch.rows)} is split in two")
-    halves = (batch.rows[:middle], batch.rows[middle:])
     return [collate_packed([data[item] for item in draw_emo(np.array(rows), run.config, 0).tolist()], data.model).to(
-        run.precision.device) for rows in halves]
+        run.precision.device) for rows in (batch.rows[:middle], batch.rows[middle:])]
 
 
 def validation_rows(run: Run) -> np.ndarray:
     """The fixed choice of rows that every validation of the run reads, evenly spread over all manifests."""
-    config = run.config
-    return evenly_spread(len(run.val_data), config.max_val_batches * (config.val_batch_size
-                                                                      or run.state.first_batch_size))
+    size = run.config.val_batch_size or run.state.first_batch_size
+    return evenly_spread(len(run.val_data), run.config.max_val_batches * size)
 
 
 def add_losses(sums: Tensor, data: ManifestDataset, batch: PackedBatch, text: Tensor, mel: Tensor, right: Tensor
@@ -2329,13 +2312,12 @@ def evaluate(run: Run, on_row: Callable[[dict[str, Any]], None] | None = None) -
     data, world, device = run.val_data, run.process.world, run.precision.device
     items = draw_emo(validation_rows(run), run.config, 0)  # the same at every validation
     batches = split_micro_batches(items, run.config.val_batch_size or run.config.batch_size)
-    rounds = math.ceil(len(batches) / world.size)
     reader = ReadAhead(iter([[batch] for batch in batches[world.rank :: world.size]]), make_reader(run, data),
                        run.threads)
     sums = torch.zeros(1 + len(data.parts), 5, dtype=torch.float64, device=device)
     run.model.eval()
     try:
-        for done in range(rounds):
+        for done in range(math.ceil(len(batches) / world.size)):
             futures = reader.next_step() if done * world.size + world.rank < len(batches) else []
             todo, _ = receive(run, data, futures)
             while todo:
