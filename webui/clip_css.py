@@ -18,6 +18,6 @@ svg.wave line { stroke-width: 3; stroke: var(--body-text-color); }
 svg.wave line.cut { stroke: #dc2626; }
 #clips-text textarea, #record-sentence textarea { font-size: 1.15rem; line-height: 1.6; }
 .clips-pages, .clips-buttons { flex-wrap: wrap; align-items: center; }
-.clips-pages > * { flex: 0 0 auto !important; width: auto !important; }
+.clips-pages > * { flex: 0 0 auto !important; width: auto !important; margin: 0 !important; }
 .clips-pages > .form, #clips-page { flex: 0 0 80px !important; min-width: 80px !important; width: 80px !important; }
 """

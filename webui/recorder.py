@@ -81,7 +81,7 @@ class Recorder:
         except (ToolError, OSError) as error:
             return f"✗ {tell(language, 'tool_refuses', reason=str(error))}"
         level = found.peak if found.verdict == "loud" else found.level
-        return say(f"record.{found.verdict}", language, level=f"{level:.0f}", seconds=f"{found.seconds:.1f}")
+        return say(f"record.{found.verdict}", language, level=round(level), seconds=f"{found.seconds:.1f}")
 
     def keep(self, recorded: str | None, sentence: str, folder: str, speaker: str, texts: str, skipped: list[str],
              language: str) -> list[Any]:
