@@ -274,8 +274,8 @@ def test_a_file_that_only_has_the_name_of_tensorboards_says_nothing(workspace: W
 
 def test_a_state_offers_its_next_step(workspace: Workspace):
     for number, (status, last_exit, saved, started) in enumerate([
-            (143, {"reason": "stopped", "status": 143, "step": 3}, "next.go_on", "next.again"),
-            (-9, {}, "next.go_on", "next.again"), (1, {}, "next.retry", "next.again"), (0, {}, "", "")]):
+            (143, {"reason": "stopped", "status": 143, "step": 3}, "after.go_on", "after.again"),
+            (-9, {}, "after.go_on", "after.again"), (1, {}, "after.retry", "after.again"), (0, {}, "", "")]):
         job = make_job(workspace, "run", number, status=status, last_exit=last_exit)
         assert (run_bar.next_of(job, True), run_bar.next_of(job, False)) == (saved, started), job.state
 

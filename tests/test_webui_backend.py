@@ -25,11 +25,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from conftest import ROOT, TOKENIZER, call_trainer, data_args, make_dataset, trainer
+import soundfile
+from conftest import ROOT, TOKENIZER, call_trainer, data_args, make_dataset, read_jsonl, trainer
 
 from tools import (
     build_pairs,
+    check_dataset,
     filter_dataset,
     import_recordings,
     model_folder,
@@ -594,7 +597,8 @@ def parsed_by_the_program(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> d
 
 
 # What does not go with the other fields: tried in tests of their own.
-NOT_TOGETHER = {"tokenizer": ("model_type", "vocab_size"), "preprocess": ("model_dir",), "synthesize": ("model_dir",),
+NOT_TOGETHER = {"tokenizer": ("model_type", "vocab_size"), "preprocess": ("model_dir",),
+                "prepare": ("model_dir", "target_size", "codec"), "synthesize": ("model_dir",),
                 "watch": ("model_dir",), "evaluate": ("model_dir",)}
 
 
@@ -610,9 +614,9 @@ def filled(kind: str, workspace: Workspace) -> dict[str, Any]:
               "factors": "new-text=10\n*.ln_?.weight=0.5"}
     form = {}
     for field in command_lines.PROGRAMS[kind].fields:
-        value = field.choices[-1] if field.type == "choice" else values[field.type]
+        value = field.choices[-1] if field.choices else values[field.type]
         value = "embedded" if field.name == "features" else value
-        value = min(value, field.maximum) if field.type == "float" else value
+        value = min(value, field.maximum) if field.type in ("int", "float") else value
         form[field.name] = f"{value}{field.suffixes[0]}" if field.suffixes else value
     form |= {name: "" for name in NOT_TOGETHER.get(kind, ())}
     return form | ({"longest": 30.5} if kind in command_lines.LENGTHS else {})
@@ -625,14 +629,14 @@ def test_every_program_accepts_the_command_line_of_its_form(kind: str, workspace
     assert command_lines.problems(kind, form, workspace) == {}
     parsed = parsed_by_the_program(command_lines.command_for(kind, form, workspace), monkeypatch)
     root = workspace.root
-    expected = {"int": 100, "switch": True, "words": ["am", "am+f2"], "text": form.get("text"),
+    expected = {"switch": True, "words": ["am", "am+f2"], "text": form.get("text"),
                 "file": root / "file", "directory": root / "folder", "path": root / "folder",
                 "program": f"'{root}/a program'", "new_directory": root / "new"}
     for field in command_lines.PROGRAMS[kind].fields:
         value = expected.get(field.type, form[field.name])
         value = root / value if field.type == "new_file" else value
         value = [value] if kind in ("inspect", "collect") and not field.flag else value
-        value = int(value) if field.name == "rules" else value
+        value = int(value or 0) if field.name == "rules" or field.type == "int" else value
         value = None if field.name in NOT_TOGETHER.get(kind, ()) else value
         assert parsed["paths" if kind == "inspect" else field.name] == value
 
@@ -664,13 +668,17 @@ def test_the_trainer_accepts_the_command_line_of_the_training_form(workspace: Wo
     file = str(workspace.root / "file")
     ints = {name: 100 for name in (
         "batch_size", "grad_accumulation", "epochs", "num_workers", "max_steps", "seed", "warmup_steps",
-        "save_interval", "val_interval", "log_interval", "keep_checkpoints", "patience", "lora_rank")}
+        "save_interval", "val_interval", "log_interval", "keep_checkpoints", "patience", "lora_rank",
+        "val_batch_size", "max_val_batches")}
+    floats = dict.fromkeys(("weight_decay", "grad_clip", "text_loss_weight", "mel_loss_weight"), 0.5)
+    switches = dict.fromkeys(("profile", "eval_only", "accept_changed_data"), True)
+    switches |= dict.fromkeys(("grad_checkpointing", "freeze_base_vocab", "compile"), False)
     assert trainer.parse_args(argv[2:]) == {
         "train_manifest": [f"{file}::am", file], "val_manifest": [f"{file}::am", file], "tokenizer": file,
         "output_dir": str(workspace.root / "new"), "learning_rate": 0.5, "amp": "off", "config": file,
-        "base_checkpoint": file, "grad_checkpointing": True, "resume": file, "save_minutes": 0.5, "dropout": 0.5,
+        "base_checkpoint": file, "resume": file, "save_minutes": 0.5, "dropout": 0.5,
         "emo_source": "mixed", "freeze": ["first:2", "base-text"], "lr_scale": ["new-text=10", "*.ln_?.weight=0.5"],
-        **ints}
+        **ints, **floats, **switches}
 
 
 @pytest.mark.parametrize("form,flags", [
@@ -682,6 +690,9 @@ def test_the_trainer_accepts_the_command_line_of_the_training_form(workspace: Wo
     ({"learning_rate": 2e-5, "batch_size": 8.0, "epochs": "10"},
      ["--learning-rate", "2e-05", "--batch-size", "8", "--epochs", "10"]),
     ({"num_workers": 0}, ["--num-workers", "0"]),
+    ({"compile": "no", "grad_checkpointing": "yes"}, ["--grad-checkpointing", "--no-compile"]),
+    ({"accept_changed_data": True}, []),
+    ({"accept_changed_data": True, "resume": True}, ["--accept-changed-data", "--resume", "auto"]),
     *(({**dict.fromkeys(field_names("training"), empty), "resume": False}, []) for empty in ("", " ", None)),
     ({"train_manifests": [], "val_manifests": ["", " "]}, []),
 ])
@@ -700,6 +711,29 @@ def test_presets_are_values_that_the_form_and_the_trainer_accept(name: str, work
     assert trainer.config_problems(settings) == []
 
 
+def test_every_flag_of_the_trainer_has_a_field(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        trainer.parse_args(["--help"])
+    flags = set(re.findall(r"^  (--[a-z-]+)", capsys.readouterr().out, re.MULTILINE))
+    fields = {field.flag for field in command_lines.PROGRAMS["training"].fields}
+    assert fields <= flags and len(flags) > 30
+    assert flags - fields <= {"--lora-alpha", "--lora-dropout", "--lora-targets"}
+
+
+def test_every_number_of_every_form_has_bounds_that_are_said_in_plain_numbers(workspace: Workspace):
+    tried = 0
+    for kind, program in command_lines.PROGRAMS.items():
+        for field in program.fields:
+            if field.type not in ("int", "float"):
+                continue
+            tried += 1
+            assert math.isfinite(field.minimum) and math.isfinite(field.maximum), (kind, field.name)
+            for text, key in (("1" + 20 * "0", "too_large"), ("-1" + 20 * "0", "too_small")):
+                found = command_lines.problems(kind, {field.name: text}, workspace)[field.name]
+                assert found[0] == key and "e+" not in TEXTS[key][0].format(**found[1]), (kind, field.name)
+    assert tried > 60
+
+
 def test_the_form_and_the_trainer_agree_on_the_smallest_number_of_each_setting(workspace: Workspace):
     for field in command_lines.PROGRAMS["training"].fields:
         if field.type in ("int", "float"):
@@ -709,6 +743,7 @@ def test_the_form_and_the_trainer_agree_on_the_smallest_number_of_each_setting(w
             assert trainer.config_problems(dataclasses.replace(accepted, **{field.name: smallest - 1})), field.name
             form = {"output_dir": "out", field.name: smallest - 1}
             assert command_lines.problems("training", form, workspace)[field.name][0] == "too_small"
+            assert trainer.config_problems(trainer.TrainConfig(**{field.name: field.maximum})) == [], field.name
 
 
 def test_what_the_form_and_the_trainer_say_of_weights_and_factors_is_the_same():
@@ -987,10 +1022,42 @@ def test_the_newest_dataset_and_the_newest_texts_are_gone_on_with():
     assert pipeline.candidates(history[1:])["judged"] == ["recordings/recordings.jsonl"]  # the filter comes next
     history = [finished("import", two), *history]
     assert pipeline.candidates(history)["dataset"][0] == "/w/two/recordings.jsonl"
-    made = [finished("collect", texts), finished("corpus", Path("/w/corpus"))]
-    assert pipeline.candidates(made)["texts"][:2] == [str(texts), "/w/corpus/texts.jsonl"]
-    assert pipeline.candidates(made)["demo_texts"][0] == "/w/corpus/texts.jsonl"
-    assert pipeline.candidates(made[::-1])["texts"][0] == "/w/corpus/texts.jsonl"
+    made = [finished("corpus", Path("/w/corpus")), finished("collect", texts)]
+    found = pipeline.candidates(made)
+    assert found["texts"] == [str(texts)] and found["demo_texts"][0] == "/w/corpus/texts.jsonl"
+
+
+def test_a_side_step_never_swaps_the_data_of_the_main_way():
+    own, voice = Path("/w/own"), Path("/w/voice")
+    history = [finished("filter", voice / "recordings.jsonl"), finished("speak", voice), finished("import", own)]
+    found = pipeline.candidates(history)
+    assert found["dataset"][0] == "/w/own/recordings.jsonl" and found["recordings"][0] == "/w/own/recordings.jsonl"
+    assert found["dataset"][-2:] == ["/w/voice/filtered.jsonl", "/w/voice/recordings.jsonl"]  # where nothing else is
+
+
+def test_what_is_the_demos_is_neither_filled_in_nor_called_done_before_it_was_chosen(workspace: Workspace):
+    for name in pipeline.DEMO.values():
+        (workspace.root / name).parent.mkdir(exist_ok=True)
+        (workspace.root / name).touch()
+
+    def seen() -> tuple[dict[str, str], dict[str, str]]:
+        made = pipeline.files_made(workspace, [])
+        return pipeline.suggestions("training", workspace, made), pipeline.states(made, [])
+
+    form, steps = seen()
+    assert form == {"output_dir": "training_output"} and set(steps.values()) == {"open"}
+    assert pipeline.next_step(steps) == "recordings"
+    pipeline.save_way(workspace, "demo", "scratch")
+    form, steps = seen()
+    assert form["train_manifests"] == pipeline.DEMO["train_manifest"] and pipeline.next_step(steps) == "training"
+    assert {step for step, state in steps.items() if state == "demo"} == {"prepare"}
+
+
+def test_a_new_run_is_of_data_that_somebody_has_chosen(workspace: Workspace, page: Any):
+    form = page.forms["training"]
+    empty = {name: form.empty(name) for name in form.inputs} | {"output_dir": "out"}
+    assert form.problems(empty) == {"train_manifests": ("data_needed", {}), "tokenizer": ("data_needed", {})}
+    assert set(form.problems({**empty, "resume": True})) == {"train_manifests", "tokenizer"}  # nothing to go on from
 
 
 def test_kept_and_rejected_rows_are_those_of_one_run(workspace: Workspace):
@@ -1030,6 +1097,101 @@ def test_a_file_that_would_be_written_over_is_a_problem_and_is_not_offered(works
     assert command_lines.problems("collect", form, workspace) == {
         "output": ("file_in_the_way", {"path": "texts/own_001.jsonl"})}
     assert pipeline.suggestions("collect", workspace, {})["output"] == "texts/own_002.jsonl"
+
+
+def test_what_an_earlier_start_made_is_replaced_only_when_that_is_ticked(workspace: Workspace):
+    data = workspace.root / "my_data"
+    for path in (workspace.root / "recordings.jsonl", data / "utterances.jsonl", data / "train_pairs.jsonl"):
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    form = {"recordings": "recordings.jsonl", "output_dir": "my_data", "codec": "c.pt", "tokenizer": "t.model"}
+    argv = command_lines.command_for("preprocess", form, workspace)
+    job = dataclasses.replace(finished("preprocess", data), argv=argv, created=time.time() + 1)
+    run = dataclasses.replace(finished("training", workspace.root / "run"), title="training run",
+                              argv=["--train-manifest", str(data / "train_pairs.jsonl")])
+
+    def found(**changed: Any) -> dict[str, Any]:
+        return pipeline.in_the_way("preprocess", {**form, **changed}, workspace, lambda: [run, job])
+
+    assert found() == {}  # the same again
+    values = {"path": "my_data/utterances.jsonl", "users": "training run", "free": "my_data_2"}
+    assert found(val_share="0.1") == {"output_dir": ("would_replace", values)}
+    assert found(val_share="0.1", replace=True) == {} == found(output_dir="other")
+    os.utime(workspace.root / "recordings.jsonl", (job.created + 9, job.created + 9))  # recordings came
+    assert list(found()) == ["output_dir"]
+    in_place = pipeline.in_the_way("pairs", {"data_dir": "my_data"}, workspace, lambda: [run])
+    assert in_place == {"data_dir": ("would_replace_here", {"path": "my_data/train_pairs.jsonl",
+                                                            "users": "training run"})}
+
+
+def test_no_suggested_name_is_that_of_something_made(workspace: Workspace):
+    for kind in ("codec", "synthesize", "evaluate", "export", "collect", "tokenizer"):
+        field = next(field for field in command_lines.PROGRAMS[kind].fields
+                     if field.name == command_lines.PROGRAMS[kind].output)
+        name = pipeline.suggestions(kind, workspace, {})[field.name]
+        (workspace.root / name).parent.mkdir(exist_ok=True)
+        (workspace.root / name).touch()
+        assert field.fresh or kind in pipeline.LEFT_BY
+        assert not (workspace.root / pipeline.suggestions(kind, workspace, {})[field.name]).exists()
+
+
+def test_files_are_judged_by_their_content_where_they_are_chosen(workspace: Workspace, trained: Path):
+    from webui.file_kinds import kind_of, kind_problems
+    places = {"README.md": ROOT / "README.md", "codec.pt": ROOT / "processed_data" / "speech_codec.pt",
+              "t.model": TOKENIZER, "run.pth": trained / "out" / "latest.pth", "c.yaml": trained / "data/config.yaml",
+              "pairs.jsonl": trained / "data" / "train_pairs.jsonl"}
+    for name, path in places.items():
+        shutil.copy(path, workspace.root / name)
+    (workspace.root / "a.wav").write_bytes(WAV)
+    (workspace.root / "rows.jsonl").write_text('{"id": "1", "text": "ሰላም", "audio": "a.wav"}\n')
+    (workspace.root / "damaged.pth").write_bytes((workspace.root / "run.pth").read_bytes()[:5000])
+    kinds = {path.name: kind_of(path) for path in workspace.root.iterdir() if path.is_file()}
+    assert kinds == {"README.md": "text", "codec.pt": "codec", "t.model": "tokenizer", "run.pth": "checkpoint",
+                     "c.yaml": "config", "pairs.jsonl": "manifest", "a.wav": "sound", "rows.jsonl": "recordings",
+                     "damaged.pth": "other"}
+    for kind, name, good, bad in (("training", "resume_path", "run.pth", "codec.pt"),
+                                  ("training", "tokenizer", "t.model", "README.md"),
+                                  ("training", "train_manifests", "pairs.jsonl::am@2", "rows.jsonl"),
+                                  ("synthesize", "checkpoint", "run.pth", "README.md"),
+                                  ("synthesize", "prompt", "a.wav", "rows.jsonl"),
+                                  ("preprocess", "codec", "codec.pt", "run.pth"),
+                                  ("preprocess", "recordings", "rows.jsonl", "pairs.jsonl")):
+        assert kind_problems(kind, {name: good}, workspace) == {}
+        (found,) = kind_problems(kind, {name: bad}, workspace).items()
+        assert found[0] == name and found[1][0] == "not_a_kind" and f"file.{found[1][1]['found']}" in TEXTS
+    assert kind_problems("training", {"resume_path": "damaged.pth"}, workspace) == {}  # its reader says more
+
+
+def test_what_a_checkpoint_does_not_fit_is_said_before_start_and_changed_data_have_a_way_out(trained: Path,
+                                                                                            tmp_path: Path):
+    from webui.belonging import DataRows, resume_problems
+    shutil.copytree(trained, tmp_path / "w")
+    workspace = Workspace.open(tmp_path / "w")
+    entry = verified(readers.CheckpointTable(), workspace.root / "out").checkpoints[0]
+
+    def found(**form: Any) -> dict[str, Any]:
+        return resume_problems({**TRAINING, "resume": True, **form}, workspace, entry, "out/latest.pth", DataRows())
+
+    assert found() == {}
+    manifest = workspace.root / "data" / "train_pairs.jsonl"
+    assert run_files.data_fingerprint([str(manifest)])[0] == entry["train_data"]["fingerprint"]
+    lines = manifest.read_text().splitlines(keepends=True)
+    manifest.write_text("".join(lines[1:]))
+    rows = entry["train_data"]["rows"]
+    assert found() == {"train_manifests": ("data_changed", {"then": rows, "now": rows - 1})}
+    assert found(accept_changed_data=True) == {} == found(train_manifests="")
+    assert found(train_manifests="data/train_pairs.jsonl::am@2")["train_manifests"][0] == "data_changed"
+    (workspace.root / "t.model").write_bytes(TOKENIZER.read_bytes() + b" ")
+    assert found()["tokenizer"][0] == "tokenizer_differs"
+
+
+def test_programs_words_are_shown_with_the_names_of_fields_in_the_language_of_the_page():
+    from webui.words import in_words
+    said = in_words("training", {"reason": "Pass --accept-changed-data, or --other-flag"}, "am")["reason"]
+    assert said == f"Pass “{TEXTS['training.accept_changed_data'][1]}”, or --other-flag"
+    told = in_words("training", {"differences": "num_codes is 8 in a, but 9 in b; text_rules is 1 in a, but 2 in b"},
+                    "en")["differences"]
+    assert told == "number of codes: a has 8, b has 9; text rules: a has 1, b has 2"
 
 
 def test_recordings_of_another_source_are_not_replaced_by_an_import(workspace: Workspace):
@@ -1275,6 +1437,35 @@ def test_a_dataset_with_names_that_are_no_text_can_be_shown(workspace: Workspace
     path.write_text('{"id": "1", "text": "t", "audio": "\\udcff.wav"}\n')
     found = read_dataset(path, workspace)
     assert found.faults == [(1, "dataset.no_audio", {"path": "?.wav"})] and found.first[0][3] == "?.wav"
+
+
+def test_check_and_preprocess_leave_out_the_same_rows_for_the_same_reasons(tmp_path: Path,
+                                                                            capsys: pytest.CaptureFixture[str]):
+    rate = 22050
+    sound = {name: 0.2 * np.sin(np.arange(round(seconds * rate)) * (0.05 + 0.001 * number)) for number, (name, seconds)
+             in enumerate((("a", 1), ("b", 1), ("c", 1), ("long", 19), ("tick", 0.05)))}
+    sound["silent"] = np.zeros(rate)
+    for name, samples in sound.items():
+        soundfile.write(tmp_path / f"{name}.wav", samples, rate)
+    (tmp_path / "letter.wav").write_text("no sound")
+    texts = {"a": "ሰላም ቤት", "b": "ውሃ ሰላም", "c": "ቤት ውሃ", "long": "ሰላም ሰላም", "tick": "ቤት", "silent": "ውሃ ውሃ",
+             "letter": "ቤት ቤት", "gone": "ሰላም ውሃ", "latin": "hello", "empty": " ", "wordy": "ሰላም " * 80,
+             "twice": "ሰላም ቤት",
+             "sign": "ሰላም ☎ ቤት"}
+    rows = [{"id": name, "text": text, "audio": f"{name if name in sound or name in ('letter', 'gone') else 'c'}.wav",
+             **({"split": "val"} if name in ("a",) else {})} for name, text in texts.items()]
+    recordings = tmp_path / "recordings.jsonl"
+    recordings.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    codec, out = ROOT / "processed_data" / "speech_codec.pt", tmp_path / "out"
+    preprocess.main(["--recordings", str(recordings), "--codec", str(codec), "--tokenizer", str(TOKENIZER),
+                     "--output-dir", str(out)])
+    expected = {(row["id"], row["reason"]) for row in read_jsonl(out / "skipped.jsonl")}
+    for flags in (["--codec", str(codec), "--tokenizer", str(TOKENIZER)], []):
+        usable, skipped = check_dataset.check(check_dataset.parse([str(recordings), *flags]))
+        assert {(row["id"], row["reason"]) for row in skipped} == expected and len(expected) == 10
+        assert {item.row["id"] for item in usable} == {"a", "b", "c"}
+    check_dataset.main([str(recordings)])
+    assert "3 of 13 rows can be used: 2 for training, 1 for validation" in capsys.readouterr().out
 
 
 def test_the_page_finds_in_a_dataset_what_the_tools_refuse_or_leave_out(workspace: Workspace):

@@ -127,9 +127,12 @@ def test_the_released_weights_are_found_where_the_trainer_finds_them(workspace: 
 def test_a_resumed_run_reads_neither_the_default_data_nor_a_base(workspace: Workspace):
     (workspace.root / "out").mkdir()
     form = {"output_dir": "out", "base_checkpoint": "gpt.pth", "config": "indextts2.yaml", "resume": True}
+    assert belonging_problems("training", form, workspace, Known({"gpt.pth": {}})) == {}  # no data is chosen
+    form["train_manifests"] = "one/train.jsonl"
     found = belonging_problems("training", form, workspace, Known({"gpt.pth": {}}))
     assert list(found) == ["base_checkpoint", "config"]
     (workspace.root / "out/model_step1.pth").touch()
+    form["train_manifests"] = ""
     assert belonging_problems("training", form, workspace, Known({"gpt.pth": {}})) == {}
 
 

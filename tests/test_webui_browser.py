@@ -34,7 +34,8 @@ from webui.texts import TEXTS
 from webui.workspace import MESSAGES, Workspace
 
 PICTURES = ROOT / "build" / "screenshots"
-TABS = ("Recordings", "Dataset", "Corpus", "Tokenizer", "Preprocess", "Training", "Checkpoints", "Listen")
+TABS = ("1 Recordings", "2 Dataset", "3-5 Prepare", "6 Training", "7 Checkpoints", "8 Listen")
+SINGLE_STEPS = ("Corpus", "Tokenizer", "Preprocess")  # behind folds of Prepare
 RATE = 22050
 PATIENCE = 60_000  # milliseconds; starting a program imports PyTorch, slowly on a busy machine
 pytestmark = [pytest.mark.browser,
@@ -158,14 +159,23 @@ class Visitor:
         self.server, self.page, self.elsewhere = server, self.context.new_page(), []
         self.page.on("request", self.note)
         self.page.goto(server.url)
-        self.sees("#pipeline", "Recordings")
+        self.sees("#pipeline", "Next|Every step")
 
     def note(self, request: Any) -> None:
         if not request.url.startswith((self.server.url, "data:", "blob:")):
             self.elsewhere.append(request.url)
 
     def open(self, tab: str) -> None:
-        self.page.get_by_role("tab", name=re.compile(rf"\d {tab}")).first.click()
+        step = "Prepare" if tab in SINGLE_STEPS else tab
+        self.page.get_by_role("tab", name=re.compile(rf"\d {step}")).first.click()
+        if tab in SINGLE_STEPS:
+            self.unfold(f"{SINGLE_STEPS.index(tab) + 3} {tab}: single step")
+
+    def unfold(self, name: str) -> None:
+        fold = self.page.get_by_role("button", name=name).first
+        fold.wait_for()
+        if "open" not in (fold.get_attribute("class") or "").split():
+            fold.click()
 
     def box(self, element: str) -> Any:
         return self.page.locator(f"#{element} textarea, #{element} input").first
@@ -205,7 +215,8 @@ class Visitor:
         self.page.get_by_role("checkbox", name="Resume from checkpoint").set_checked(wanted)
 
     def more_settings(self) -> None:
-        folds = re.compile("More settings|synthetic voice|Demo corpus|Export|Hear a training|Does it say")
+        folds = re.compile("More settings|Rarely needed|synthetic voice|Demo corpus|single step|Export|Hear a training|"
+                           "Does it say")
         for _ in range(3):  # one may be folded up in another
             for fold in self.page.get_by_role("button", name=folds).all():
                 if fold.is_visible() and "open" not in (fold.get_attribute("class") or "").split():
@@ -328,18 +339,18 @@ def test_a_run_is_found_after_a_reload_in_another_browser_and_after_the_server_w
     first.page.evaluate("window.old = true")
     server.end(signal.SIGKILL)
     before = steps_logged(workspace / "long")[-1]
-    until(lambda: steps_logged(workspace / "long")[-1] > before + 20)
+    until(lambda: steps_logged(workspace / "long")[-1] > before + 5)
     server.start()
     first.page.wait_for_function("window.old === undefined")  # the page comes back by itself
     first.sees("#training-status", f"running \\(process {job.pid}\\)")
     first.click("training-stop")
     first.sees("#training-status", "stopped at step")
     steps = steps_logged(workspace / "long")
-    assert steps == list(range(1, len(steps) + 1)) and len(steps) > before + 20
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) > before + 5
     log = [int(step) for step in re.findall(r"^\[Train\] .* step=(\d+) ", job.log.read_text(), re.MULTILINE)]
     assert log == steps
     shown = [int(step) for step in re.findall(r"\[Train\] .* step=(\d+) ", first.reads("training-log", "Saved"))]
-    assert shown == steps[-len(shown):] and len(shown) > 20
+    assert shown == steps[-len(shown):] and len(shown) > 5
     curve = len(steps) + len(steps_logged(workspace / "long", "val"))
     if len(steps) <= 500:
         until(lambda: first.points("training-mel_loss") == curve)
@@ -405,6 +416,18 @@ def test_presets_and_a_settings_file_fill_the_form(visitor: Visitor, workspace: 
     visitor.box("training-preset").click()
     visitor.page.get_by_role("option", name="GPU 16 GB").click()
     visitor.command("training", "--batch-size 4", "--grad-accumulation 8", "--amp", "--grad-checkpointing")
+    visitor.fill("training", batch_size=5)
+    for element in ("training-preset", "training-pick"):  # what merely loses the focus changes nothing
+        visitor.page.locator(f"#{element} input").focus()
+        visitor.page.keyboard.press("Tab")
+    time.sleep(1)
+    assert "--batch-size 5" in visitor.command("training", "--grad-accumulation 8")
+    assert not visitor.page.get_by_role("checkbox", name="Resume from checkpoint").is_checked()
+    visitor.page.locator("#training-preset input").focus()
+    visitor.page.keyboard.press("ArrowUp")  # GPU 24 GB
+    visitor.page.keyboard.press("Enter")
+    visitor.command("training", "--batch-size 8", "--grad-accumulation 4")
+    visitor.fill("training", batch_size=4)
     visitor.fill("training", epochs=7)
     visitor.box("training-file").fill("settings/mine")
     visitor.click("training-save")
@@ -628,7 +651,8 @@ def test_own_transcripts_become_texts_for_the_tokenizer_under_a_new_name(visitor
 
 
 def test_what_is_made_of_a_typed_line_is_shown_with_what_cannot_be_said(visitor: Visitor):
-    visitor.open("Corpus")
+    visitor.open("Prepare")
+    visitor.unfold("Try how a text is read")
     visitor.box("normalise-input").fill("ዶ/ር አበበ ☎ Google\nሰላም")
     visitor.reads("normalise-output", "^ዶክተር አበበ Google\nሰላም$")
     told = visitor.sees("#normalise-lost", "line 1: nothing says ☎")
@@ -645,10 +669,13 @@ def test_a_dataset_is_checked_line_by_line(visitor: Visitor, workspace: Path):
              {**good, "id": "4", "audio": "/etc/passwd"}, good]
     (workspace / "recordings" / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines) + "oh\n")
     visitor.open("Dataset")
-    visitor.click("dataset-check")
-    visitor.sees(".notice", "Recordings: 8, speakers: 1.*Every line can be used")
-    visitor.box("dataset-path").fill("recordings/mixed.jsonl")
-    visitor.click("dataset-check")
+    assert visitor.reads("check-recordings", "recordings/recordings.jsonl")
+    visitor.click("check-start")
+    visitor.sees(".notice", "Recordings: 8, speakers: 1.*Every line is written as it should be")
+    visitor.reads("check-log", "8 of 8 rows can be used: [0-9]+ for training")
+    visitor.fill("check", recordings="recordings/mixed.jsonl")
+    visitor.command("check", "recordings/mixed.jsonl")
+    visitor.click("check-start")
     told = visitor.sees(".notice", "line 2: no such recording: nothing.wav")
     assert "line 3: without text" in told and "line 4: no such recording" in told
     assert "line 5: id '1' is that of line 1 too" in told and "line 6: not a JSON" in told
@@ -691,24 +718,22 @@ PATH_TYPES = (*command_lines.PATHS, "manifests")
 OUTSIDE = "../../outside.wav"
 
 
-def test_no_path_field_of_any_tab_leads_out_of_the_workspace(newcomer: Visitor, workspace: Path):
-    visitor = newcomer
+def test_no_form_of_any_tab_starts_with_a_path_that_leads_out_of_the_workspace(visitor: Visitor, workspace: Path):
+    """A field of each form; of every field: test_no_field_leads_out_of_the_workspace."""
     before = len(jobs.list_jobs(Workspace.open(workspace)))
-    tried = 0
+    tried = set()
     for step, tab in zip(pipeline.STEPS, TABS, strict=True):
-        visitor.open(tab)
+        visitor.open(tab.partition(" ")[2])
         visitor.more_settings()
         for kind in (kind for kind, own in pipeline.STEP_OF.items() if own == step):
-            names = [field.name for field in command_lines.PROGRAMS[kind].fields if field.type in PATH_TYPES]
-            names = [name for name in names if visitor.page.locator(f"#{kind}-{name}").count()]
-            for name in names:
-                visitor.fill(kind, **{name: OUTSIDE})
-            for name in names:
-                visitor.sees(f"#{kind}-{name}.problem", "outside the workspace")
+            name = next(field.name for field in command_lines.PROGRAMS[kind].fields if field.type in PATH_TYPES)
+            was = visitor.box(f"{kind}-{name}").input_value()
+            visitor.fill(kind, **{name: OUTSIDE})
+            visitor.sees(f"#{kind}-{name}.problem", "outside the workspace")
             visitor.click(f"{kind}-start")
-            visitor.sees(".notice", "Not started")
-            tried += len(names)
-    assert tried >= 20 and len(jobs.list_jobs(Workspace.open(workspace))) == before
+            visitor.fill(kind, **{name: was})
+            tried.add(kind)
+    assert tried == set(pipeline.STEP_OF) and len(jobs.list_jobs(Workspace.open(workspace))) == before
 
 
 def test_no_other_box_and_no_route_leads_out_of_the_workspace(visitor: Visitor, workspace: Path, server: Server):
@@ -717,10 +742,6 @@ def test_no_other_box_and_no_route_leads_out_of_the_workspace(visitor: Visitor, 
     visitor.sees("#recordings-folder.problem", "outside the workspace")
     visitor.fill("recordings", folder=".webui/jobs")
     visitor.sees("#recordings-folder.problem", "hidden")
-    visitor.open("Dataset")
-    visitor.box("dataset-path").fill("/etc/passwd")
-    visitor.click("dataset-check")
-    visitor.sees("#dataset-path.problem", "outside the workspace")
     visitor.open("Checkpoints")
     visitor.box("checkpoints-chosen").fill("/etc/passwd")
     for button in ("use", "delete"):
@@ -782,31 +803,110 @@ def visible_texts(visitor: Visitor) -> set[str]:
     return {line.strip() for line in found if line.strip()}
 
 
-def test_the_language_switch_changes_every_text_and_nothing_comes_from_elsewhere(newcomer: Visitor, workspace: Path):
+def serious_findings(visitor: Visitor) -> list[str]:
+    """What axe-core finds on the open tab: in this theme by all its rules, in the other one of colours."""
+    found = []
+    for options in ("{resultTypes: ['violations']}", "{runOnly: ['color-contrast'], resultTypes: ['violations']}"):
+        for finding in visitor.page.evaluate(f"axe.run(document, {options})")["violations"]:
+            if finding["impact"] in ("serious", "critical"):
+                found += [f"{finding['id']}: {node['html'][:200]}" for node in finding["nodes"]]
+        visitor.page.evaluate("document.body.classList.toggle('dark')")
+    return found
+
+
+def test_every_tab_is_readable_in_both_languages_and_themes_and_nothing_comes_from_elsewhere(
+        newcomer: Visitor, workspace: Path):
+    """Every text changes with the language, and axe-core finds nothing serious."""
+    import axe_playwright_python
     visitor = newcomer
+    visitor.page.evaluate((Path(axe_playwright_python.__file__).parent / "axe.min.js").read_text(encoding="utf-8"))
     english = {en for en, am in TEXTS.values() if en != am and "{" not in en}
     PICTURES.mkdir(parents=True, exist_ok=True)
     visitor.open("Training")
     visitor.fill("training", output_dir="voice", epochs=5)
-    for number, tab in enumerate(TABS, 1):
-        visitor.open(tab)
-        time.sleep(1.5)
-        assert visible_texts(visitor) & english, "the comparison below would prove nothing"
-        visitor.page.screenshot(path=PICTURES / f"{number}_{tab.lower()}.png", full_page=True)
     names = [tab.inner_text() for tab in visitor.page.get_by_role("tab").all() if tab.is_visible()]
-    assert names == [f"{number} {tab}" for number, tab in enumerate(TABS, 1)]
+    assert names == list(TABS)
+    for tab in TABS:
+        visitor.open(tab.partition(" ")[2])
+        visitor.more_settings()
+        assert visible_texts(visitor) & english, "the comparison below would prove nothing"
+        visitor.page.screenshot(path=PICTURES / f"{tab.lower().replace(' ', '_')}.png", full_page=True)
+        assert serious_findings(visitor) == []
     visitor.page.locator("#language").get_by_text("አማርኛ").click()
     visitor.sees("#heading", "የአማርኛ")
-    for number, step in enumerate(pipeline.STEPS, 1):
+    assert visitor.page.evaluate("document.documentElement.lang") == "am"
+    for step in pipeline.STEPS:
         visitor.page.get_by_role("tab", name=TEXTS[f"tab.{step}"][1]).first.click()
         until(lambda: not visible_texts(visitor) & english, seconds=10) if visible_texts(visitor) & english else None
+        assert serious_findings(visitor) == []
         if step == "training":
             assert visitor.box("training-epochs").input_value() == "5"
             until(lambda: visitor.lines("training-mel_loss") == 2 and visitor.lines("training-lr") == 1)
-            visitor.page.screenshot(path=PICTURES / f"{number}_{step}_amharic.png", full_page=True)
+            visitor.page.screenshot(path=PICTURES / "6_training_amharic.png", full_page=True)
+    visitor.click("theme")
+    dark = visitor.page.evaluate("document.body.classList.contains('dark')")
     visitor.page.reload()
     visitor.sees("#heading", "የአማርኛ")
+    until(lambda: visitor.page.evaluate("document.body.classList.contains('dark')") == dark)
+    assert visitor.page.evaluate("document.documentElement.lang") == "am"
     assert visitor.elsewhere == []
+
+
+def test_start_is_in_reach_on_a_phone_and_nothing_runs_off_its_edge(visitor: Visitor):
+    reach = """() => {
+        const box = document.getElementById("training-start").getBoundingClientRect();
+        return box.top >= 0 && box.bottom <= innerHeight && box.left >= 0 && box.right <= innerWidth;
+    }"""
+    visitor.open("Training")
+    visitor.page.evaluate("scrollTo(0, 0)")
+    assert visitor.page.evaluate(reach)
+    try:
+        visitor.page.set_viewport_size({"width": 390, "height": 844})
+        until(lambda: visitor.page.evaluate(reach))
+        for tab in TABS:
+            visitor.open(tab.partition(" ")[2])
+            visitor.page.screenshot(path=PICTURES / f"phone_{tab.lower().replace(' ', '_')}.png", full_page=True)
+            assert visitor.page.evaluate("document.documentElement.scrollWidth") <= 390, tab
+    finally:
+        visitor.page.set_viewport_size({"width": 1400, "height": 1000})
+
+
+def test_the_first_questions_show_the_way_and_the_demos_data_is_offered_only_then(visitor: Visitor, workspace: Path):
+    for name in ("processed_data/train_pairs.jsonl", "processed_data/val_pairs.jsonl"):
+        (workspace / name).parent.mkdir(exist_ok=True)
+        shutil.copy(workspace / "data" / Path(name).name, workspace / name)
+    visitor.unfold("Where do you begin?")
+    visitor.page.locator("#home-have").get_by_text("recordings with their texts").click()
+    visitor.page.locator("#home-model").get_by_text("IndexTTS-2, released weights").click()
+    told = visitor.sees("#home-way", "hf download IndexTeam/IndexTTS-2 --local-dir")
+    assert "3-5 Prepare" in told and "GB in all" in told
+    visitor.open("Prepare")
+    visitor.reads("prepare-model_dir", "^checkpoints$")
+    visitor.page.locator("#home-have").get_by_text("the demo").click()
+    visitor.sees("#home-way", "preset “Demo”.*Nothing has to be downloaded")
+    until(lambda: "--step-demo" in visitor.page.locator("#pipeline").inner_html())
+    (workspace / ".webui" / "way.json").unlink()
+    shutil.rmtree(workspace / "processed_data")
+    visitor.page.reload()
+
+
+def test_one_start_prepares_a_dataset_for_training(visitor: Visitor, workspace: Path, tidy: None):
+    visitor.open("Prepare")
+    visitor.more_settings()
+    assert visitor.reads("prepare-recordings", "^recordings/recordings.jsonl$")
+    visitor.fill("prepare", output_dir="ready", codec="codec.pt", val_share="0.3", model_dir="")
+    visitor.command("prepare", "tools.prepare", "--codec", "codec.pt", "--val-share 0.3")
+    visitor.click("prepare-start")
+    visitor.sees("#prepare-status", "Prepare ready: finished")
+    assert "[Step] 4/4 pairs" in visitor.box("prepare-log").input_value()
+    visitor.open("Training")
+    visitor.reads("training-train_manifests", "^ready/train_pairs.jsonl$")
+    visitor.reads("training-tokenizer", "^ready/tokenizer.model$")
+    visitor.open("Prepare")
+    visitor.fill("prepare", val_share="0.4")
+    visitor.sees("#prepare-output_dir.problem", "ready/utterances.jsonl is there already.*such as ready_2")
+    visitor.page.get_by_role("checkbox", name="Replace what is there").first.check()
+    visitor.command("prepare", "--val-share 0.4")
 
 
 def placeholders(text: str) -> set[str]:
@@ -840,8 +940,8 @@ def test_a_form_is_read_back_from_its_command_line(kind: str, tmp_path: Path):
 
 
 def test_steps_are_done_by_what_they_made_and_the_next_is_after_the_furthest():
-    steps = pipeline.states({"tokenizer": "t.model", "train_manifest": "d/train_pairs.jsonl"}, [])
-    assert [step for step, state in steps.items() if state == "done"] == ["tokenizer", "preprocess"]
+    steps = pipeline.states({"judged": "d/filtered.jsonl", "train_manifest": "d/train_pairs.jsonl"}, [])
+    assert [step for step, state in steps.items() if state == "done"] == ["dataset", "prepare"]
     assert pipeline.next_step(steps) == "training"
     assert pipeline.next_step(dict.fromkeys(pipeline.STEPS, "open")) == "recordings"
     assert pipeline.next_step(dict.fromkeys(pipeline.STEPS, "done")) == ""

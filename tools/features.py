@@ -243,6 +243,10 @@ def compute_chunks(compute: Callable[[Any], list[Any]], chunks: Sequence[Sequenc
         except BrokenProcessPool as error:
             raise ToolError("a worker process died, perhaps for lack of memory. Lower --jobs and run the same command "
                             "again: what is computed is kept") from error
+        except (KeyboardInterrupt, GeneratorExit):  # a chunk may take minutes; what it had is computed again
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
 

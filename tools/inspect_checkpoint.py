@@ -37,8 +37,8 @@ def contents_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
     config, environment = checkpoint["config"], checkpoint["environment"]
     return {
         "step": checkpoint["step"], "epoch": checkpoint["epoch"], "sample_in_epoch": checkpoint["sample_in_epoch"],
-        "num_rows": checkpoint["train_data"]["rows"], "last_val": checkpoint["last_val"], "best": checkpoint["best"],
-        "lr": checkpoint["scheduler"]["_last_lr"][0],
+        "num_rows": checkpoint["train_data"]["rows"], "train_data": checkpoint["train_data"],
+        "last_val": checkpoint["last_val"], "best": checkpoint["best"], "lr": checkpoint["scheduler"]["_last_lr"][0],
         "global_batch": config["batch_size"] * config["grad_accumulation"] * environment["world_size"],
         "tokenizer": checkpoint["tokenizer"], "format_version": checkpoint["format_version"],
         "run_dir": checkpoint["run_dir"], "environment": environment, "config": config,

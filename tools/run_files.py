@@ -7,12 +7,13 @@ tests/test_run_files.py holds the two against each other. The standard library o
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import math
 import os
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ LATEST, BEST = "latest.pth", "best.pth"
 OUTPUT_DIR = "training_output"  # unless one is given
 MAX_WEIGHT = 1000  # of a training manifest, and of a learning rate's factor
 INSPECTED = ("step", "epoch", "sample_in_epoch", "num_rows", "last_val", "best", "lr", "global_batch", "tokenizer",
-             "format_version", "run_dir", "environment", "config", "made_with")
+             "format_version", "run_dir", "environment", "config", "made_with", "train_data")
 """What tools.inspect_checkpoint tells of a verified checkpoint; null for a damaged one."""
 
 
@@ -126,6 +127,27 @@ def split_manifest(manifest: str) -> tuple[str, str | None, float]:
     path, language, weight = found.groups()
     is_number = weight is None or re.fullmatch(r"-?[0-9]*\.?[0-9]+([eE][-+]?[0-9]+)?", weight)
     return path, language.lower(), float(weight or 1) if is_number else math.nan
+
+
+# Data
+
+
+def data_fingerprint(manifests: Sequence[str]) -> tuple[str, int]:
+    """(fingerprint, rows) of training manifests, as checkpoints keep them: sha256 of row ids, lengths and order, and of
+    weights. Raises: OSError, ValueError, LookupError, TypeError for what is no manifest."""
+    digest, mix = hashlib.sha256(), []
+    for manifest in manifests:
+        path, _, weight = split_manifest(manifest)
+        count = 0
+        with open(path, encoding="utf-8-sig") as handle:
+            for text in handle:
+                if text.strip():
+                    row, count = json.loads(text), count + 1
+                    digest.update(json.dumps([str(row["id"]), row["target_text_len"], row["target_code_len"]]).encode())
+        mix.append((count, weight))
+    if any(weight != 1 for _, weight in mix):
+        digest.update(json.dumps(mix).encode())
+    return digest.hexdigest(), sum(count for count, _ in mix)
 
 
 # Processes

@@ -6,17 +6,21 @@ it has answered nothing is said.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tools._common import ToolError, sha256_of
 from tools.made_with import EMBEDDED, KEYS, OF_SOUND, MadeWith, differences, of_config, of_manifest
-from tools.run_files import LATEST, all_checkpoints, lock_holder, split_manifest
+from tools.run_files import LATEST, all_checkpoints, data_fingerprint, lock_holder, split_manifest
 from webui.command_lines import Form, Problem, lines_of, typed
 from webui.readers import CheckpointTable
 from webui.workspace import ROOT, Workspace
 
+AT_ONCE = 10_000_000  # bytes of manifests that are read while somebody waits
 OF_MODEL = ("features", "num_codes", "codes_per_second")
 """What a model's configuration decides."""
 TRAIN_MANIFEST, CODEC = ROOT / "processed_data/train_pairs.jsonl", ROOT / "processed_data/speech_codec.pt"
@@ -57,9 +61,7 @@ def training_problems(form: Form, workspace: Workspace, table: CheckpointTable) 
     goes_on = bool(form.get("resume")) and bool(all_checkpoints(workspace.inside(typed(form.get("output_dir")))))
     named = [(name, workspace.inside(split_manifest(line)[0])) for name in ("train_manifests", "val_manifests")
              for line in lines_of(form.get(name))]
-    if not lines_of(form.get("train_manifests")) and not goes_on:  # on resume the checkpoint names them
-        named.insert(0, ("train_manifests", TRAIN_MANIFEST))
-    if not named:
+    if not named:  # on resume the checkpoint names them
         return {}
     found: list[tuple[str, Problem | None]] = []
     (_, first), *others = named
@@ -79,13 +81,70 @@ def training_problems(form: Form, workspace: Workspace, table: CheckpointTable) 
     return {name: problem for name, problem in reversed(found) if problem}
 
 
+def resume_problems(form: Form, workspace: Workspace, entry: dict[str, Any], name: str, rows: DataRows
+                    ) -> dict[str, Problem]:
+    """In what the checkpoint (an entry of CheckpointTable, shown as `name`) does not fit the data and the tokenizer of
+    the form; what the form leaves to the checkpoint fits, and what is not recorded is not compared."""
+    found: dict[str, Problem] = {}
+    tokenizer, then = typed(form.get("tokenizer")), (entry["tokenizer"] or {}).get("sha256")
+    if tokenizer and then:
+        now = digest(workspace.inside(tokenizer), "tokenizer_sha256").get("tokenizer_sha256", then)
+        if now != then:
+            found["tokenizer"] = "tokenizer_differs", {"path": Path(entry["tokenizer"]["path"]).name, "then": then[:12],
+                                                       "now": now[:12]}
+    lines = [f"{workspace.inside(split_manifest(line)[0])}{line[len(split_manifest(line)[0]):]}"
+             for line in lines_of(form.get("train_manifests"))]
+    if not lines:
+        return found
+    data, shown_as = of_manifest(lines[0]), workspace.show(split_manifest(lines[0])[0])
+    differing = problem_of(shown_as, data, name, entry["made_with"] or {}, [key for key in KEYS if key !=
+                                                                           "tokenizer_sha256"])
+    if differing:
+        found["train_manifests"] = differing
+    elif not form.get("accept_changed_data") and not form.get("eval_only"):
+        now_rows, known = rows.look(lines), entry.get("train_data") or {}
+        if now_rows and known.get("fingerprint") and known["fingerprint"] != now_rows[0]:
+            found["train_manifests"] = "data_changed", {"then": known["rows"], "now": now_rows[1]}
+    return found
+
+
+class DataRows:
+    """Fingerprints of training data, by files' sizes and times; of large ones worked out in the background."""
+
+    def __init__(self) -> None:
+        self.known: dict[Any, tuple[str, int] | None] = {}
+        self.lock = threading.Lock()
+
+    def look(self, lines: Sequence[str]) -> tuple[str, int] | None:
+        """(fingerprint, rows) of manifests with absolute paths; None while it is not known, or cannot be."""
+        try:
+            marks = [(line, (status := Path(split_manifest(line)[0]).stat()).st_size, status.st_mtime_ns)
+                     for line in lines]
+        except OSError:
+            return None
+        key = tuple(marks)
+        with self.lock:
+            if key in self.known:
+                return self.known[key]
+            self.known = {**dict(list(self.known.items())[-7:]), key: None}
+        work = threading.Thread(target=self.read, args=(key, list(lines)), daemon=True)
+        work.start()
+        if sum(size for _, size, _ in marks) < AT_ONCE:
+            work.join()
+        return self.known.get(key)
+
+    def read(self, key: Any, lines: list[str]) -> None:
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # the trainer says what is wrong
+            self.known[key] = data_fingerprint(lines)
+
+
 def training_choice(form: Form, workspace: Workspace, table: CheckpointTable) -> list[Problem]:
     """What Tab 6 would train on what, in words: keys of TEXTS and their values. Raises: Refused, ToolError."""
     goes_on = bool(form.get("resume")) and bool(all_checkpoints(workspace.inside(typed(form.get("output_dir")))))
     lines = lines_of(form.get("train_manifests"))
-    if not lines and goes_on:
-        return [("chosen.resumed", {})]
-    manifest = workspace.inside(split_manifest(lines[0])[0]) if lines else TRAIN_MANIFEST
+    if not lines:
+        return [("chosen.resumed" if goes_on else "chosen.no_data", {})]
+    manifest = workspace.inside(split_manifest(lines[0])[0])
     data = of_manifest(manifest)
     found = [("chosen.data" if data.get("features") else "chosen.data_unknown",
               {"path": workspace.show(manifest), **choice_values(data)})]

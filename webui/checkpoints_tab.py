@@ -11,7 +11,7 @@ import gradio as gr
 from webui import pipeline
 from webui.command_form import FormSection
 from webui.command_lines import Form, Problem
-from webui.job_panel import create_job_panel, create_plot, curves, legend, reason_of
+from webui.job_panel import create_job_panel, create_plot, drawn, legend, reason_of
 from webui.jobs import Job, deletable, delete_checkpoint
 from webui.page_base import QUIET, Page, beside, megabytes, refusal, tell
 from webui.readers import curve, loss_of, sample_points
@@ -149,6 +149,6 @@ def create_comparison(page: Page) -> None:
         limit = max(50, 1000 // max(1, len(compared)))  # more points than a thousand make the plot drag
         rows = [(step, value, number) for pairs, number in zip(compared.values(), COMPARED, strict=False)
                 for step, value in sample_points(pairs, min(500, limit))]
-        return [gr.update(choices=list(present)), legend(list(compared)), curves(rows, COMPARED)]
+        return [gr.update(choices=list(present)), legend(list(compared)), drawn(rows, COMPARED)]
 
     page.watch("checkpoints", [runs, metric], [runs, key, plot], look)

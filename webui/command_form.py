@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import gradio as gr
@@ -23,13 +23,17 @@ from webui.command_lines import (
     problems,
     typed,
 )
+from webui.file_kinds import kind_problems
 from webui.job_panel import newest
 from webui.jobs import Job, start_job
-from webui.page_base import QUIET, Page, refusal
+from webui.page_base import QUIET, Page, refusal, tell
 from webui.texts import TEXTS, say
+from webui.words import in_words
 from webui.workspace import Refused
 
-RESUME = Field("resume", "", "switch")  # the checkbox; the flag is resume_path's
+# Boxes that are no flags: "resume" is resume_path's, "replace" lets a form replace what an earlier Start has made.
+BOXES = {name: Field(name, "", "switch") for name in ("resume", "replace")}
+UNTYPED = ("required", "data_needed")  # said only once Start was clicked
 
 
 class FormSection:
@@ -52,26 +56,33 @@ class FormSection:
                 self.input(name)
 
     def input(self, name: str) -> None:
-        key, field = f"{self.kind}.{name}", RESUME if name == "resume" else self.fields[name]
+        key, field = f"{self.kind}.{name}", self.field(name)
         options: dict[str, Any] = {"elem_id": f"{self.kind}-{name}", "interactive": True, "info": False}
         if field.type == "switch":
             self.inputs[name] = self.page.add(gr.Checkbox, key, value=False, **options)
-        elif field.type == "choice":
-            choices = [("chosen_for_you", ""), *((choice, choice) for choice in field.choices)]
+        elif field.choices:
+            choices = [("chosen_for_you", ""), *((f"choice.{choice}" if f"choice.{choice}" in TEXTS else choice, choice)
+                                                 for choice in field.choices)]
             self.inputs[name] = self.page.add(gr.Dropdown, key, choices=choices, value="", **options)
         else:
             lines, max_lines = (3, 6) if field.type == "text" else (1, 4) if field.type in LINES else (1, 1)
             self.inputs[name] = self.page.add(gr.Textbox, key, value="", lines=lines, max_lines=max_lines, **options)
 
-    def command_and_start(self, start_key: str) -> None:
-        """The rest of the form, below its fields."""
+    def command_and_start(self, start_key: str, beside_start: Callable[[], None] = lambda: None) -> Any:
+        """The rest of the form, below its fields. Returns the button."""
+        if self.kind in pipeline.LEFT_BY:
+            self.inputs["replace"] = self.page.add(gr.Checkbox, "replace", value=False, visible=False,
+                                                   elem_id=f"{self.kind}-replace")
         self.preview = self.page.add(gr.Textbox, "command", lines=2, max_lines=8, interactive=False, buttons=["copy"],
                                      elem_id=f"{self.kind}-command", elem_classes=["command"])
-        start = self.page.button(start_key, variant="primary", elem_id=f"{self.kind}-start")
+        with gr.Row(elem_classes=["startbar"]):
+            start = self.page.button(start_key, variant="primary", elem_id=f"{self.kind}-start")
+            beside_start()
         notice = self.notice = self.page.notice()
         self.page.refresh_after.append(start.click(
             self.start, [self.untouched, self.page.language, *self.inputs.values()], [*self.checked_into, notice],
             **QUIET))
+        return start
 
     @property
     def shown(self) -> list[Any]:
@@ -110,16 +121,21 @@ class FormSection:
     def values(self, given: Sequence[Any]) -> Form:
         return dict(zip(self.inputs, given, strict=True))
 
+    def field(self, name: str) -> Field:
+        return BOXES.get(name) or self.fields[name]
+
     def empty(self, name: str) -> str | bool:
-        return False if name == "resume" or self.fields[name].type == "switch" else ""
+        return False if self.field(name).type == "switch" else ""
 
     def cleaned(self, values: Form) -> Form:
         """Values of a file or a browser as the inputs hold them; one that an input cannot hold is left out."""
         fits: Form = {}
         for name in self.inputs:
-            value, field = values.get(name), RESUME if name == "resume" else self.fields[name]
+            value, field = values.get(name), self.field(name)
             if field.type == "switch":
-                fits[name] = value is True
+                fits[name] = value is True and name != "replace"  # a permission for one Start
+            elif field.type == "yes_no" and value is True:  # as older settings files have it
+                fits[name] = "yes"
             elif isinstance(value, list):
                 fits[name] = "\n".join(map(str, value))
             else:
@@ -136,7 +152,7 @@ class FormSection:
 
     def without_made(self, form: Form) -> Form:
         """A last job's form without the names of files that it made and that none may be written over."""
-        return {name: value for name, value in form.items() if name not in self.fields or not self.fields[name].fresh
+        return {name: value for name, value in form.items() if not self.field(name).fresh
                 or not (self.page.workspace.root / value).exists()}
 
     def offered(self, jobs: Sequence[Job]) -> Form:
@@ -159,6 +175,8 @@ class FormSection:
             return [gr.skip()] * (2 + len(self.checked_into))
         form, offered = self.values(given), self.offered(self.page.jobs())
         new = {name: value for name, value in offered.items() if form[name] == filled.get(name, "") != value}
+        new |= {name: self.empty(name) for name, value in filled.items()  # of a model that is not chosen any more
+                if name not in offered and form.get(name) == value}
         if form == untouched:
             untouched = {**form, **new}
         form = {**form, **new}
@@ -174,6 +192,7 @@ class FormSection:
         """Of each field by itself, and where there are none, of files that are there or do not belong together."""
         workspace = self.page.workspace
         return (problems(self.kind, form, workspace)
+                or kind_problems(self.kind, form, workspace)
                 or pipeline.in_the_way(self.kind, form, workspace, self.page.jobs)
                 or belonging_problems(self.kind, form, workspace, self.page.checkpoints))
 
@@ -194,16 +213,24 @@ class FormSection:
         """Updates of the inputs (new values for some; their help, or what is wrong; that a field is empty only when
         strict) and of the command."""
         found, updates = self.problems(form), []
-        said = {name: problem for name, problem in found.items() if strict or problem[0] != "required"}
+        said = {name: problem for name, problem in found.items() if strict or problem[0] not in UNTYPED}
         for name in self.inputs:
             key = f"{self.kind}.{name}.info"
-            info = say(said[name][0], language, **said[name][1]) if name in said else (
-                say(key, language) if key in TEXTS else "")
-            updates.append(gr.update(info=info, elem_classes=["problem"] if name in said else [],
-                                     **({"value": values[name]} if name in values else {})))
+            info = self.said(said[name], language) if name in said else say(key, language) if key in TEXTS else ""
+            value = {"value": values[name]} if name in values else {}
+            if name == "replace":
+                asked = bool(form.get(name)) or any(key.startswith("would_replace") for key, _ in found.values())
+                updates.append(gr.update(visible=asked, **value))
+            else:
+                updates.append(gr.update(info=info, elem_classes=["problem"] if name in said else [], **value))
         command = say("command_blocked", language) if said else preview(
             command_for(self.kind, form, self.page.workspace))
         return [*updates, command]
+
+    def said(self, problem: Problem, language: str) -> str:
+        """A problem in the language of the page, which names fields where a program names flags."""
+        key, values = problem
+        return tell(language, key, **in_words(self.kind, values, language))
 
     def check(self, opened: str, untouched: Form, language: str, *given: Any) -> list[Any]:
         """The draft, an update of each input, and the command."""
@@ -212,7 +239,7 @@ class FormSection:
 
     def after_start(self) -> Form:
         """Values that the form gets once its program has been started."""
-        return {}
+        return {"replace": False} if "replace" in self.inputs else {}
 
     def start(self, untouched: Form, language: str, *given: Any) -> list[Any]:
         form, workspace = self.values(given), self.page.workspace

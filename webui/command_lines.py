@@ -36,7 +36,8 @@ class Field:
     """One input of a form.
 
     type: "text", "line" (a text without line breaks), "words" (blank-separated names), "int", "float", "choice",
-    "switch" (True emits the flag alone), "patterns" (one a line, the flag before each), "factors" (patterns, each with
+    "switch" (True emits the flag alone), "yes_no" (--flag or --no-flag; an empty one leaves it to program and
+    checkpoint), "patterns" (one a line, the flag before each), "factors" (patterns, each with
     =FACTOR), "file", "directory" and "path" (either of them; must exist), "model_folder" (a directory; what it lacks
     is said with how to get it), "program" (an executable file), "manifests" (existing files, one a line, each with an
     optional ::lang or ::lang@weight), "new_file" and "new_directory" (are written; may exist).
@@ -60,11 +61,18 @@ class Program:
     output: str | None = None  # the field whose directory or file the job holds while it runs
 
 
-def whole(name: str, flag: str, minimum: float = 0) -> Field:
-    return Field(name, flag, "int", minimum=minimum)
+def whole(name: str, flag: str, minimum: float, maximum: float) -> Field:
+    return Field(name, flag, "int", minimum=minimum, maximum=maximum)
 
 
-SEED = whole("seed", "--seed")
+def yes_no(name: str, flag: str) -> Field:
+    return Field(name, flag, "yes_no", choices=("yes", "no"))
+
+
+# Bounds keep a slip of the hand from taking the machine down; where a program has narrower ones, they are its.
+MANY = 1_000_000_000  # steps, rows
+PROCESSES = 4 * (os.cpu_count() or 1)  # each loads PyTorch
+SEED = whole("seed", "--seed", 0, 2**32 - 1)
 LAYOUTS = ("ljspeech", "common-voice", "nemo", "f5-tts", "gpt-sovits", "filelist", "jsonl", "table", "folder")
 # Form: its field of the shortest and of the longest, what is chosen where they are empty, and how many times longer.
 LENGTHS = {"import": ("shortest", 2.0, "longest", 15.0, 3.0), "filter": ("shortest", 0.4, "longest", 30.0, 1.0)}
@@ -82,30 +90,53 @@ PROGRAMS: dict[str, Program] = {
         Field("audio_dir", "--audio-dir", "directory"),
         Field("shortest", "--shortest", "float", minimum=0.5, maximum=200),
         Field("longest", "--longest", "float", minimum=1.5, maximum=600),
-        whole("jobs", "--jobs")), "output_dir"),
+        whole("jobs", "--jobs", 0, PROCESSES)), "output_dir"),
     "filter": Program(("-m", "tools.filter_dataset"), (
         Field("recordings", "", "file", required=True),
         Field("audio_dir", "--audio-dir", "directory"),
-        Field("shortest", "--shortest", "float", minimum=0.01),
-        Field("longest", "--longest", "float", minimum=0.01),
-        Field("quietest", "--quietest", "float", maximum=0),
+        Field("shortest", "--shortest", "float", minimum=0.01, maximum=600),
+        Field("longest", "--longest", "float", minimum=0.01, maximum=600),
+        Field("quietest", "--quietest", "float", minimum=-120, maximum=0),
         Field("most_clipped", "--most-clipped", "float", minimum=0, maximum=1),
-        Field("least_snr", "--least-snr", "float"),
+        Field("least_snr", "--least-snr", "float", minimum=-100, maximum=100),
         Field("most_offset", "--most-offset", "float", minimum=0, maximum=1),
-        Field("most_deviation", "--most-deviation", "float", minimum=0),
+        Field("most_deviation", "--most-deviation", "float", minimum=0, maximum=1000),
         Field("least_ethiopic", "--least-ethiopic", "float", minimum=0, maximum=1),
-        whole("most_repeats", "--most-repeats", 1),
-        Field("most_silence", "--most-silence", "float", minimum=0),
-        whole("jobs", "--jobs")), "recordings"),
+        whole("most_repeats", "--most-repeats", 1, MANY),
+        Field("most_silence", "--most-silence", "float", minimum=0, maximum=600),
+        whole("jobs", "--jobs", 0, PROCESSES)), "recordings"),
+    "check": Program(("-m", "tools.check_dataset"), (
+        Field("recordings", "", "file", required=True),
+        Field("tokenizer", "--tokenizer", "file"),
+        Field("codec", "--codec", "file"),
+        Field("audio_dir", "--audio-dir", "directory"),
+        whole("jobs", "--jobs", 0, PROCESSES))),
     "speak": Program(("-m", "tools.speak"), (
         Field("texts", "--texts", "file", required=True),
         Field("output_dir", "--output-dir", "new_directory", required=True),
         Field("voices", "--voices", "words"),
-        whole("words_per_minute", "--words-per-minute", 80),
+        whole("words_per_minute", "--words-per-minute", 80, 450),
         Field("every_voice", "--every-voice", "switch"),
-        whole("limit", "--limit"),
-        whole("workers", "--workers", 1),
+        whole("limit", "--limit", 0, MANY),
+        whole("workers", "--workers", 1, PROCESSES),
         Field("rules", "--rules", "choice", choices=tuple(map(str, KNOWN_RULES)))), "output_dir"),
+    "prepare": Program(("-m", "tools.prepare"), (
+        Field("recordings", "--recordings", "file", required=True),
+        Field("output_dir", "--output-dir", "new_directory", required=True),
+        Field("features", "--features", "choice", choices=FEATURES),
+        Field("model_dir", "--model-dir", "model_folder"),
+        Field("tokenizer", "--tokenizer", "file"),
+        whole("target_size", "--target-size", 1, 1_000_000),
+        Field("codec", "--codec", "file"),
+        whole("codec_steps", "--codec-steps", 1, 10_000_000),
+        whole("num_codes", "--num-codes", 2, 65_536),
+        Field("audio_dir", "--audio-dir", "directory"),
+        Field("config", "--config", "file"),
+        Field("val_share", "--val-share", "float", minimum=0.0001, maximum=0.9999),
+        Field("val_speakers", "--val-speakers", "words"),
+        whole("prompts_per_speaker", "--prompts-per-speaker", 0, 1_000_000),
+        whole("jobs", "--jobs", 0, PROCESSES),
+        SEED), "output_dir"),
     "collect": Program(("-m", "tools.collect_corpus"), (
         Field("recordings", "", "path", required=True),
         Field("output", "--output", "new_file", required=True, suffixes=(".jsonl", ".txt"), fresh=True),
@@ -113,29 +144,29 @@ PROGRAMS: dict[str, Program] = {
     "corpus": Program(("-m", "tools.amharic_text", "build"), (
         Field("sources", "--sources", "directory"),
         Field("output_dir", "--output-dir", "new_directory", required=True),
-        whole("sequences", "--sequences"),
-        whole("validation_texts", "--validation-texts"),
-        whole("held_out_words", "--held-out-words"),
+        whole("sequences", "--sequences", 0, 10_000_000),
+        whole("validation_texts", "--validation-texts", 0, 1_000_000),
+        whole("held_out_words", "--held-out-words", 0, 1_000_000),
         SEED), "output_dir"),
     "tokenizer": Program(("-m", "tools.train_tokenizer"), (
         Field("texts", "--texts", "file", required=True),
         Field("output", "--output", "new_file", required=True, suffixes=(".model",), fresh=True),
         Field("model_type", "--model-type", "choice", choices=("char", "bpe", "unigram")),
-        whole("vocab_size", "--vocab-size", 1),
+        whole("vocab_size", "--vocab-size", 1, 1_000_000),
         Field("extend", "--extend", "file"),
-        whole("target_size", "--target-size", 1),
+        whole("target_size", "--target-size", 1, 1_000_000),
         Field("language", "--language", "line")), "output"),
     "codec": Program(("-m", "tools.speech_codec", "train"), (
         Field("recordings", "--recordings", "file", required=True),
-        Field("output", "--output", "new_file", required=True, suffixes=(".pt",)),
-        whole("steps", "--steps", 1),
-        Field("max_hours", "--max-hours", "float", minimum=0.01),
-        whole("num_codes", "--num-codes", 2),
-        whole("pca_dim", "--pca-dim", 1),
-        whole("kmeans_iterations", "--kmeans-iterations", 1),
-        whole("width", "--width", 1),
-        whole("batch_size", "--batch-size", 1),
-        whole("segment", "--segment", 1),
+        Field("output", "--output", "new_file", required=True, suffixes=(".pt",), fresh=True),
+        whole("steps", "--steps", 1, 10_000_000),
+        Field("max_hours", "--max-hours", "float", minimum=0.01, maximum=100_000),
+        whole("num_codes", "--num-codes", 2, 65_536),
+        whole("pca_dim", "--pca-dim", 1, 1024),
+        whole("kmeans_iterations", "--kmeans-iterations", 1, 10_000),
+        whole("width", "--width", 1, 4096),
+        whole("batch_size", "--batch-size", 1, 4096),
+        whole("segment", "--segment", 1, 4096),
         SEED), "output"),
     "preprocess": Program(("-m", "tools.preprocess"), (
         Field("recordings", "--recordings", "file", required=True),
@@ -146,19 +177,19 @@ PROGRAMS: dict[str, Program] = {
         Field("output_dir", "--output-dir", "new_directory", required=True),
         Field("audio_dir", "--audio-dir", "directory"),
         Field("config", "--config", "file"),
-        whole("model_dim", "--model-dim"),
-        whole("prompts_per_speaker", "--prompts-per-speaker"),
+        whole("model_dim", "--model-dim", 0, 16_384),
+        whole("prompts_per_speaker", "--prompts-per-speaker", 0, 1_000_000),
         Field("val_share", "--val-share", "float", minimum=0.0001, maximum=0.9999),
         Field("val_speakers", "--val-speakers", "words"),
-        whole("jobs", "--jobs"),
+        whole("jobs", "--jobs", 0, PROCESSES),
         SEED), "output_dir"),
     "pairs": Program(("-m", "tools.build_pairs"), (
         Field("data_dir", "--data-dir", "directory", required=True),
-        whole("pairs_per_target", "--pairs-per-target", 1),
-        whole("max_text_tokens", "--max-text-tokens"),
-        whole("max_codes", "--max-codes"),
-        Field("min_prompt_seconds", "--min-prompt-seconds", "float", minimum=0),
-        Field("max_prompt_seconds", "--max-prompt-seconds", "float", minimum=0),
+        whole("pairs_per_target", "--pairs-per-target", 1, 1000),
+        whole("max_text_tokens", "--max-text-tokens", 0, 100_000),
+        whole("max_codes", "--max-codes", 0, 1_000_000),
+        Field("min_prompt_seconds", "--min-prompt-seconds", "float", minimum=0, maximum=600),
+        Field("max_prompt_seconds", "--max-prompt-seconds", "float", minimum=0, maximum=600),
         Field("emo_source", "--emo-source", "choice", choices=EMO_SOURCES),
         SEED), "data_dir"),
     "training": Program(("trainers/train_gpt_v2.py",), (
@@ -166,50 +197,61 @@ PROGRAMS: dict[str, Program] = {
         Field("val_manifests", "--val-manifest", "manifests"),
         Field("tokenizer", "--tokenizer", "file"),
         Field("output_dir", "--output-dir", "new_directory", required=True),
-        Field("learning_rate", "--learning-rate", "float", minimum=0),
-        whole("batch_size", "--batch-size"),
-        whole("grad_accumulation", "--grad-accumulation"),
-        whole("epochs", "--epochs", 1),
-        whole("num_workers", "--num-workers"),
+        Field("learning_rate", "--learning-rate", "float", minimum=0, maximum=1),
+        whole("batch_size", "--batch-size", 0, 4096),
+        whole("grad_accumulation", "--grad-accumulation", 0, 65_536),
+        whole("epochs", "--epochs", 1, 1_000_000),
+        whole("num_workers", "--num-workers", 0, 256),
         Field("amp", "--amp", "choice", choices=("auto", "bf16", "fp16", "off")),
         Field("config", "--config", "file"),
         Field("base_checkpoint", "--base-checkpoint", "file"),
-        whole("max_steps", "--max-steps"),
-        whole("warmup_steps", "--warmup-steps"),
-        whole("save_interval", "--save-interval"),
-        whole("val_interval", "--val-interval"),
-        whole("log_interval", "--log-interval", 1),
-        Field("save_minutes", "--save-minutes", "float", minimum=0),
-        whole("patience", "--patience"),
+        whole("max_steps", "--max-steps", 0, MANY),
+        whole("warmup_steps", "--warmup-steps", 0, MANY),
+        whole("save_interval", "--save-interval", 0, MANY),
+        whole("val_interval", "--val-interval", 0, MANY),
+        whole("log_interval", "--log-interval", 1, MANY),
+        Field("save_minutes", "--save-minutes", "float", minimum=0, maximum=1_000_000),
+        whole("patience", "--patience", 0, 1_000_000),
         Field("dropout", "--dropout", "float", minimum=0, maximum=0.99),
-        whole("keep_checkpoints", "--keep-checkpoints"),
+        whole("keep_checkpoints", "--keep-checkpoints", 0, 1_000_000),
         SEED,
         Field("emo_source", "--emo-source", "choice", choices=EMO_SOURCES),
         Field("freeze", "--freeze", "patterns"),
         Field("lr_scale", "--lr-scale", "factors"),
         Field("lora_rank", "--lora-rank", "int", minimum=0, maximum=4096),
-        Field("grad_checkpointing", "--grad-checkpointing", "switch"),
+        yes_no("grad_checkpointing", "--grad-checkpointing"),
+        Field("weight_decay", "--weight-decay", "float", minimum=0, maximum=100),
+        Field("grad_clip", "--grad-clip", "float", minimum=0, maximum=1_000_000),
+        Field("text_loss_weight", "--text-loss-weight", "float", minimum=0, maximum=1000),
+        Field("mel_loss_weight", "--mel-loss-weight", "float", minimum=0, maximum=1000),
+        whole("val_batch_size", "--val-batch-size", 0, 4096),
+        whole("max_val_batches", "--max-val-batches", 0, MANY),
+        yes_no("freeze_base_vocab", "--freeze-base-vocab"),
+        yes_no("compile", "--compile"),
+        Field("profile", "--profile", "switch"),
+        Field("eval_only", "--eval-only", "switch"),
+        Field("accept_changed_data", "--accept-changed-data", "switch"),
         Field("resume_path", "--resume", "file")), "output_dir"),
     "inspect": Program(("-m", "tools.inspect_checkpoint"), (
         Field("path", "", "directory", required=True),)),
     "export": Program(("-m", "tools.export_checkpoint"), (
         Field("checkpoint", "", "file", required=True),
-        Field("output", "--output", "new_file", required=True, suffixes=(".pth",))), "output"),
+        Field("output", "--output", "new_file", required=True, suffixes=(".pth",), fresh=True)), "output"),
     "synthesize": Program(("-m", "tools.synthesize"), (
         Field("checkpoint", "--checkpoint", "file", required=True),
         Field("text", "--text", "text", required=True),
         Field("prompt", "--prompt", "file", required=True),
-        Field("output", "--output", "new_file", required=True, suffixes=(".wav",)),
+        Field("output", "--output", "new_file", required=True, suffixes=(".wav",), fresh=True),
         Field("codec", "--codec", "file"),
         Field("model_dir", "--model-dir", "model_folder"),
         Field("tokenizer", "--tokenizer", "file"),
         Field("language", "--language", "line"),
-        Field("temperature", "--temperature", "float", minimum=0.01),
-        whole("top_k", "--top-k"),
+        Field("temperature", "--temperature", "float", minimum=0.01, maximum=10),
+        whole("top_k", "--top-k", 0, 1_000_000),
         Field("top_p", "--top-p", "float", minimum=0.01, maximum=1),
-        Field("repetition_penalty", "--repetition-penalty", "float", minimum=0.01),
+        Field("repetition_penalty", "--repetition-penalty", "float", minimum=0.01, maximum=100),
         Field("greedy", "--greedy", "switch"),
-        whole("takes", "--takes", 1),
+        whole("takes", "--takes", 1, 100),
         SEED), "output"),
     "watch": Program(("-m", "tools.synthesize"), (
         Field("watch", "--watch", "directory", required=True),
@@ -218,7 +260,7 @@ PROGRAMS: dict[str, Program] = {
         Field("codec", "--codec", "file"),
         Field("model_dir", "--model-dir", "model_folder"),
         Field("language", "--language", "line"),
-        whole("takes", "--takes", 1))),
+        whole("takes", "--takes", 1, 100))),
     "evaluate": Program(("-m", "tools.evaluate_voice"), (
         Field("checkpoint", "--checkpoint", "file", required=True),
         Field("data_dir", "--data-dir", "directory", required=True),
@@ -227,8 +269,8 @@ PROGRAMS: dict[str, Program] = {
         Field("codec", "--codec", "file"),
         Field("model_dir", "--model-dir", "model_folder"),
         Field("recogniser", "--recogniser", "new_file", suffixes=(".pt",)),
-        whole("texts", "--texts", 1),
-        whole("takes", "--takes", 1)), "output_dir"),
+        whole("texts", "--texts", 1, 1_000_000),
+        whole("takes", "--takes", 1, 100)), "output_dir"),
     "tensorboard": Program(("-m", "tensorboard.main", "--host", "127.0.0.1", "--port", "0"), (
         Field("logdir", "--logdir", "directory", required=True),)),
 }
@@ -239,7 +281,7 @@ PRESETS: dict[str, Form] = {
              "save_interval": 50, "val_interval": 50},
     "a100_80gb": {"batch_size": 32, "grad_accumulation": 1, "num_workers": 12, "amp": "auto"},
     "gpu_24gb": {"batch_size": 8, "grad_accumulation": 4, "amp": "auto"},
-    "gpu_16gb": {"batch_size": 4, "grad_accumulation": 8, "amp": "auto", "grad_checkpointing": True},
+    "gpu_16gb": {"batch_size": 4, "grad_accumulation": 8, "amp": "auto", "grad_checkpointing": "yes"},
 }
 
 
@@ -263,6 +305,7 @@ def training_command(form: Form) -> list[str]:
     """
     path = typed(form.get("resume_path"))
     form = {**form, "resume_path": (path or "auto") if form.get("resume") else "",
+            "accept_changed_data": bool(form.get("resume")) and form.get("accept_changed_data") is True,
             "amp": "auto" if form.get("amp") is True else form.get("amp")}
     return command_of(PROGRAMS["training"], form)
 
@@ -284,6 +327,8 @@ def arguments(field: Field, value: Any) -> list[str]:
     text = typed(value)
     if not text:
         return []
+    if field.type == "yes_no":
+        return [field.flag if text == "yes" else f"--no-{field.flag[2:]}"]
     if field.type == "words":
         return [field.flag, *text.split()]
     if field.type == "program":
@@ -371,8 +416,8 @@ def problems(kind: str, form: Form, workspace: Workspace) -> dict[str, Problem]:
         found = length_problems(form, *LENGTHS[kind])
     if kind == "tokenizer" and not found:
         found = extension_problems(form)
-    if kind == "preprocess" and not found:
-        found = feature_problems(form, workspace)
+    if kind in ("prepare", "preprocess") and not found:
+        found = feature_problems(kind, form, workspace)
     if kind in SPEAKING and typed(form.get("model_dir")) and not found:
         found = model_folder_problems(typed(form.get("model_dir")), INDEXTTS2, workspace, FOR_SOUND)
     return found
@@ -387,15 +432,21 @@ def extension_problems(form: Form) -> dict[str, Problem]:
     return found if typed(form.get("target_size")) else {**found, "target_size": ("size_needed", {})}
 
 
-def feature_problems(form: Form, workspace: Workspace) -> dict[str, Problem]:
-    """Of preprocess, whose fields are well by themselves: what its kind of features needs, and the model folder."""
+def feature_problems(kind: str, form: Form, workspace: Workspace) -> dict[str, Problem]:
+    """Of prepare and preprocess, whose fields are well by themselves: what the kind of features needs, and the model
+    folder."""
     features = typed(form.get("features")) or EMBEDDED
     if features == EMBEDDED:
-        found: dict[str, Problem] = {} if typed(form.get("codec")) else {"codec": ("required", {})}
-        wrong = ["model_dir"]
+        has_codec = kind == "prepare" or typed(form.get("codec"))  # prepare trains one
+        found: dict[str, Problem] = {} if has_codec else {"codec": ("required", {})}
+        wrong = ["model_dir", "target_size"]
     else:
         found = model_folder_problems(typed(form.get("model_dir")), features, workspace)
-        wrong = ["config", "model_dim"]
+        wrong = ["config", "model_dim", *(["codec", "codec_steps", "num_codes"] if kind == "prepare" else [])]
+    if kind == "prepare" and (features == INDEXTTS25 or typed(form.get("tokenizer"))):
+        wrong.append("target_size")
+    if kind == "prepare" and typed(form.get("codec")):
+        wrong += ["codec_steps", "num_codes"]
     return {**found, **{name: ("not_with_features", {"features": features}) for name in wrong if typed(form.get(name))}}
 
 
@@ -445,7 +496,7 @@ def check_field(field: Field, value: Any, workspace: Workspace) -> None:
         check_path(field, typed(value), workspace)
     elif field.type in ("int", "float"):
         check_number(field, typed(value))
-    elif field.type == "choice" and value is not True and typed(value) not in field.choices:
+    elif field.choices and value is not True and typed(value) not in field.choices:
         raise Refused("not_a_choice", value=typed(value), choices=", ".join(field.choices))
     elif field.type == "words" and not all(map(NAME.fullmatch, typed(value).split())):
         raise Refused("not_a_name", value=typed(value))
@@ -485,9 +536,13 @@ def check_number(field: Field, text: str) -> None:
     if field.type == "int" and not re.fullmatch(r"[+-]?[0-9]+", text):
         raise Refused("not_whole", value=text)
     if number < field.minimum:
-        raise Refused("too_small", value=text, minimum=field.minimum)
+        raise Refused("too_small", value=shortened(text), minimum=typed(float(field.minimum)))
     if number > field.maximum:
-        raise Refused("too_large", value=text, maximum=field.maximum)
+        raise Refused("too_large", value=shortened(text), maximum=typed(float(field.maximum)))
+
+
+def shortened(text: str) -> str:
+    return text if len(text) <= 24 else f"{text[:20]}…"
 
 
 def check_path(field: Field, text: str, workspace: Workspace) -> None:

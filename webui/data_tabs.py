@@ -1,4 +1,4 @@
-"""Tabs 1 to 5, from recordings to pairs: one function each."""
+"""Tabs 1 to 5, from recordings to pairs."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import gradio as gr
 from tools._amharic_reading import Reading
 from tools.amharic_text import read_aloud, shown
 from webui import pipeline
-from webui.command_form import create_form
+from webui.command_form import FormSection, create_form
 from webui.data_summaries import filter_summary, import_summary, report_frame
 from webui.job_panel import create_job_panel, newest
 from webui.jobs import Job
-from webui.page_base import QUIET, Page, beside, megabytes, refusal, tell
+from webui.page_base import QUIET, Page, megabytes, refusal, tell
 from webui.readers import files_in
 from webui.recordings_check import EXAMPLE, SHOWN_FAULTS, read_dataset
 from webui.texts import TEXTS, say
@@ -36,12 +36,13 @@ def create_recordings_tab(page: Page) -> None:
             with gr.Column():
                 folder = page.add(gr.Textbox, "recordings.folder", value=pipeline.RECORDINGS, max_lines=1,
                                   elem_id="recordings-folder")
-                upload = page.add(gr.File, "recordings.upload", file_count="multiple",
-                                  file_types=[*AUDIO, *TRANSCRIPTS], height=140, elem_id="recordings-upload")
+                # Which files can be taken is judged here, and said in the page's language.
+                upload = page.add(gr.File, "recordings.upload", file_count="multiple", height=140,
+                                  elem_id="recordings-upload")
                 notice = page.notice()
             with gr.Column():
                 count = gr.Markdown(elem_id="recordings-count")
-                table = page.add(gr.Dataframe, "recordings.table", interactive=False, max_height=330)
+                table = page.add(gr.Dataframe, "recordings.table", interactive=False, max_height=330, visible=False)
         with page.accordion("recordings.import", open=True):
             page.prose("recordings.import_intro")
             with gr.Row():
@@ -65,7 +66,8 @@ def create_recordings_tab(page: Page) -> None:
         rows = [[name, f"{megabytes(size)} MB"] for name, size in itertools.islice(files.items(), SHOWN_FILES)]
         text = say("recordings.count", language, count=len(files), megabytes=megabytes(sum(files.values())))
         headers = [say("column.file", language), say("column.size", language)]
-        return [problem, text if files else say("recordings.none", language), {"headers": headers, "data": rows}]
+        shown = gr.update(value={"headers": headers, "data": rows}, visible=bool(rows))
+        return [problem, text if files else say("recordings.none", language), shown]
 
     def take(uploaded: list[str], typed: str, language: str) -> tuple[None, str]:
         return None, take_uploads(page, [Path(name) for name in uploaded], typed, language)
@@ -145,30 +147,37 @@ def create_dataset_tab(page: Page) -> None:
         with page.accordion("dataset.filter", open=True):
             page.prose("dataset.filter_intro")
             create_filter(page)
-        page.prose("dataset.check_intro")
-        with gr.Row(elem_classes=["line"]):
-            path = page.add(gr.Textbox, "dataset.path", max_lines=1, scale=4, elem_id="dataset-path")
-            check = page.button("dataset.check", variant="primary", scale=1, elem_id="dataset-check")
-        report = page.notice()
-        table = page.add(gr.Dataframe, "dataset.table", interactive=False, wrap=True, visible=False,
-                         elem_id="dataset-table")
+        with page.accordion("dataset.check_section", open=True):
+            page.prose("dataset.check_intro")
+            create_check(page)
         with page.accordion("dataset.by_hand"):
             page.prose("dataset.by_hand_how")
             page.add(gr.Textbox, "dataset.example", value=EXAMPLE.rstrip(), lines=2, interactive=False,
                      buttons=["copy"], elem_classes=["command"])
 
-    def look(jobs: Sequence[Job], language: str) -> list[Any]:
-        """An empty box stands for the data set that the step before has made."""
-        return [gr.update(placeholder=pipeline.files_made(page.workspace, jobs).get(
-            "dataset", f"{pipeline.RECORDINGS}/recordings.jsonl"))]
+
+def create_check(page: Page) -> None:
+    """What preprocess would make of a dataset: the program's own check, and at once the lines that are none."""
+    with gr.Row():
+        with gr.Column():
+            form = FormSection(page, "check", "dataset")
+            with gr.Group():
+                form.row("recordings")
+            with page.accordion("more_settings"), gr.Group():
+                form.row("tokenizer", "codec")
+                form.row("audio_dir", "jobs")
+            start = form.command_and_start("dataset.check")
+            report = page.notice()
+        with gr.Column(elem_classes=["live"]):
+            create_job_panel(page, "dataset", ["check"], name="check")
+    table = page.add(gr.Dataframe, "dataset.table", interactive=False, wrap=True, visible=False,
+                     elem_id="dataset-table")
 
     def read(typed: str, language: str) -> list[Any]:
-        jobs_made = pipeline.files_made(page.workspace, page.jobs())
-        typed = typed or jobs_made.get("dataset", f"{pipeline.RECORDINGS}/recordings.jsonl")
         try:
             found = read_dataset(page.workspace.inside(typed, must_exist=True), page.workspace)
-        except Refused as refused:
-            return [beside(refused, language), "", gr.update(visible=False)]
+        except Refused as refused:  # said beside the field, or here, if it is no dataset
+            return [refusal(refused, language), gr.update(visible=False)]
         lines = [say("dataset.summary", language, rows=found.rows, speakers=len(found.speakers),
                      validation=found.validation)]
         lines += [f"- ✗ {tell(language, 'dataset.bad_line', line=number, fault=say(key, language, **values))}"
@@ -178,26 +187,44 @@ def create_dataset_tab(page: Page) -> None:
         lines += [] if found.faults else [f"✓ {say('dataset.good', language)}"]
         headers = ["id", *(say(f"column.{name}", language) for name in ("speaker", "text", "file"))]
         shown = gr.update(visible=True, value={"headers": headers, "data": found.first})
-        return [gr.update(info="", elem_classes=[]), "\n\n".join(lines), shown]
+        return ["\n\n".join(lines), shown]
 
-    page.watch("dataset", [], [path], look)
-    check.click(read, [path, page.language], [path, report, table], **QUIET)
+    start.click(read, [form.inputs["recordings"], page.language], [report, table], **QUIET)
 
 
-def create_corpus_tab(page: Page) -> None:
-    with page.tab("corpus"):
-        page.prose("corpus.intro")
+def create_prepare_tab(page: Page) -> None:
+    """Tabs 3 to 5: one Start for all of it, and the single steps below a fold."""
+    with page.tab("prepare"):
+        page.prose("prepare.intro")
         with gr.Row():
             with gr.Column():
-                with page.accordion("corpus.own", open=True):
-                    create_form(page, "collect", "corpus", [["recordings", "output"]], [["tokenizer"]])
-                with page.accordion("corpus.demo"):
-                    create_form(page, "corpus", "corpus", [["sources", "output_dir"], ["sequences"]],
-                                [["validation_texts", "held_out_words", "seed"]])
+                create_form(page, "prepare", "prepare", [["recordings", "output_dir"], ["features", "model_dir"]],
+                            [["tokenizer", "target_size"], ["codec"], ["codec_steps", "num_codes"],
+                             ["val_share", "val_speakers"], ["prompts_per_speaker", "config"],
+                             ["audio_dir", "jobs", "seed"]])
             with gr.Column(elem_classes=["live"]):
-                create_job_panel(page, "corpus", ["collect", "corpus"])
-        with page.accordion("corpus.normalise", open=True):
+                create_job_panel(page, "prepare", ["prepare"])
+        with page.accordion("corpus.normalise"):
             create_reader(page)
+        with page.accordion("prepare.corpus", elem_id="single-corpus"):
+            create_corpus_steps(page)
+        with page.accordion("prepare.tokenizer_step", elem_id="single-tokenizer"):
+            create_tokenizer_step(page)
+        with page.accordion("prepare.preprocess", elem_id="single-preprocess"):
+            create_preprocess_steps(page)
+
+
+def create_corpus_steps(page: Page) -> None:
+    page.prose("corpus.intro")
+    with gr.Row():
+        with gr.Column():
+            with page.accordion("corpus.own", open=True):
+                create_form(page, "collect", "prepare", [["recordings", "output"]], [["tokenizer"]])
+            with page.accordion("corpus.demo"):
+                create_form(page, "corpus", "prepare", [["sources", "output_dir"], ["sequences"]],
+                            [["validation_texts", "held_out_words", "seed"]])
+        with gr.Column(elem_classes=["live"]):
+            create_job_panel(page, "prepare", ["collect", "corpus"], name="corpus")
 
 
 def create_reader(page: Page) -> None:
@@ -239,33 +266,31 @@ def losses(readings: Sequence[Reading], language: str) -> str:
     return "\n".join(lines)
 
 
-def create_tokenizer_tab(page: Page) -> None:
-    with page.tab("tokenizer"):
-        page.prose("tokenizer.intro")
-        with gr.Row():
-            with gr.Column():
-                create_form(page, "tokenizer", "tokenizer", [["texts"], ["output"], ["model_type", "vocab_size"]],
-                            [["extend", "target_size"], ["language"]])
-            with gr.Column(elem_classes=["live"]):
-                create_job_panel(page, "tokenizer", ["tokenizer"])
+def create_tokenizer_step(page: Page) -> None:
+    page.prose("tokenizer.intro")
+    with gr.Row():
+        with gr.Column():
+            create_form(page, "tokenizer", "prepare", [["texts"], ["output"], ["model_type", "vocab_size"]],
+                        [["extend", "target_size"], ["language"]])
+        with gr.Column(elem_classes=["live"]):
+            create_job_panel(page, "prepare", ["tokenizer"], name="tokenizer")
 
 
-def create_preprocess_tab(page: Page) -> None:
-    with page.tab("preprocess"):
-        page.prose("preprocess.intro")
-        with gr.Row():
-            with gr.Column():
-                with page.accordion("preprocess.step_codec", open=True):
-                    create_form(page, "codec", "preprocess", [["recordings", "output"]],
-                                [["steps", "max_hours"], ["num_codes", "seed"]])
-                with page.accordion("preprocess.step_features", open=True):
-                    create_form(page, "preprocess", "preprocess",
-                                [["recordings", "output_dir"], ["codec", "tokenizer"], ["features", "model_dir"]],
-                                [["model_dim", "config"], ["val_share", "val_speakers"],
-                                 ["prompts_per_speaker", "jobs", "seed"]])
-                with page.accordion("preprocess.step_pairs", open=True):
-                    create_form(page, "pairs", "preprocess", [["data_dir"]],
-                                [["min_prompt_seconds", "max_prompt_seconds"],
-                                 ["pairs_per_target", "emo_source", "seed"]])
-            with gr.Column(elem_classes=["live"]):
-                create_job_panel(page, "preprocess", ["codec", "preprocess", "pairs"])
+def create_preprocess_steps(page: Page) -> None:
+    page.prose("preprocess.intro")
+    with gr.Row():
+        with gr.Column():
+            with page.accordion("preprocess.step_codec", open=True):
+                create_form(page, "codec", "prepare", [["recordings", "output"]],
+                            [["steps", "max_hours"], ["num_codes", "seed"]])
+            with page.accordion("preprocess.step_features", open=True):
+                create_form(page, "preprocess", "prepare",
+                            [["recordings", "output_dir"], ["codec", "tokenizer"], ["features", "model_dir"]],
+                            [["model_dim", "config"], ["val_share", "val_speakers"],
+                             ["prompts_per_speaker", "jobs", "seed"]])
+            with page.accordion("preprocess.step_pairs", open=True):
+                create_form(page, "pairs", "prepare", [["data_dir"]],
+                            [["min_prompt_seconds", "max_prompt_seconds"],
+                             ["pairs_per_target", "emo_source", "seed"]])
+        with gr.Column(elem_classes=["live"]):
+            create_job_panel(page, "prepare", ["codec", "preprocess", "pairs"], name="preprocess")

@@ -15,6 +15,7 @@ from webui.jobs import Job, kill_job, load_job, read_tail, stop_job
 from webui.page_base import QUIET, Page, progress_text, tell
 from webui.readers import Progress, progress_of
 from webui.texts import say
+from webui.words import in_words
 from webui.workspace import Refused
 
 SECONDS_TO_STOP = 10  # then the page offers to kill
@@ -32,6 +33,11 @@ def curves(rows: Sequence[tuple[int, float, str]], series: Sequence[str]) -> pd.
     return pd.DataFrame([*rows, *((rows[0][0], None, name) for name in missing)], columns=["step", "value", "series"])
 
 
+def drawn(rows: Sequence[tuple[int, float, str]], series: Sequence[str]) -> dict[str, Any]:
+    """The update of a plot; one without a curve is not shown."""
+    return gr.update(value=curves(rows, series), visible=bool(rows))
+
+
 def legend(series: Sequence[str]) -> str:
     """HTML: the plot's own legend does not fit below a low plot."""
     return " ".join(f'<span class="key"><span style="color: {colour}">■</span> {html.escape(name)}</span>'
@@ -39,8 +45,8 @@ def legend(series: Sequence[str]) -> str:
 
 
 def create_plot(page: Page, key: str, series: Sequence[str], **options: Any) -> Any:
-    plot = gr.LinePlot(x="step", y="value", color="series", label=say(key, "en"), x_title=" ", y_title=" ",
-                       colors_in_legend=[], color_map=dict(zip(series, COLOURS, strict=False)), **options)
+    plot = gr.LinePlot(visible=False, x="step", y="value", color="series", label=say(key, "en"), x_title=" ",
+                       y_title=" ", colors_in_legend=[], color_map=dict(zip(series, COLOURS, strict=False)), **options)
     return page.labelled(plot, label=key)
 
 
@@ -77,23 +83,39 @@ def does_not_stop(job: Job, now: float) -> bool:
     return job.live and job.stop_asked is not None and now - job.stop_asked > SECONDS_TO_STOP
 
 
+class StopButtons:
+    """Stop and Kill of a panel, which may stand in the bar of Start."""
+
+    def __init__(self, page: Page, name: str) -> None:
+        self.stop = page.button("stop", variant="stop", visible=False, elem_id=f"{name}-stop", render=False)
+        self.kill = page.button("kill", variant="secondary", visible=False, elem_id=f"{name}-kill", render=False)
+
+    def render(self) -> None:
+        self.stop.render()
+        self.kill.render()
+
+
 def create_job_panel(page: Page, tab: str, kinds: Sequence[str], output_dir: Any = None,
-                     above_log: Callable[[], None] = lambda: None, name: str = "") -> None:
+                     above_log: Callable[[], None] = lambda: None, name: str = "",
+                     buttons: StopButtons | None = None) -> None:
     """State, progress, Stop and log of the newest job of these kinds, in the folder that the box names, if given.
 
-    Where several run, a list offers the others. name: of the panel, where a tab has several.
+    Where several run, a list offers the others. name: of the panel, where a tab has several. buttons: where these
+    stand elsewhere.
     """
     name = name or tab
+    own = buttons or StopButtons(page, name)
+    stop, kill = own.stop, own.kill
     # Takes any value: a job may end while its name is on the way.
     pick = page.add(gr.Dropdown, "shown_job", choices=[("newest_job", "")], value="", visible=False, interactive=True,
                     allow_custom_value=True, elem_id=f"{name}-job")
     status = gr.Markdown(elem_id=f"{name}-status", elem_classes=["status"])
     bar = gr.HTML(elem_id=f"{name}-progress", padding=False)
-    with gr.Row():
-        stop = page.button("stop", variant="stop", interactive=False, elem_id=f"{name}-stop")
-        kill = page.button("kill", variant="secondary", visible=False, elem_id=f"{name}-kill")
+    if buttons is None:
+        with gr.Row():
+            own.render()
     above_log()
-    log = page.add(gr.Textbox, "log", lines=12, max_lines=12, interactive=False, elem_id=f"{name}-log",
+    log = page.add(gr.Textbox, "log", lines=12, max_lines=12, interactive=False, elem_id=f"{name}-log", visible=False,
                    elem_classes=["log"], buttons=["copy"])
     shown = gr.State("")
 
@@ -109,13 +131,14 @@ def create_job_panel(page: Page, tab: str, kinds: Sequence[str], output_dir: Any
                             **({} if still == picked else {"value": still}))
         job = next((job for job in running if job.id == still), first_running(own))
         if job is None:
-            return [offered, "", card(say("no_job_yet", language)), "", gr.update(interactive=False),
-                    gr.update(visible=False), ""]
+            return [offered, "", card(say("no_job_yet", language)), "",
+                    gr.update(visible=False), gr.update(visible=False), gr.update(value="", visible=False)]
         key, values = job.message()
+        values = in_words(job.kind, values, language)
         state = f"**{page.name(job, language)}**: {tell(language, key, **values)}"
         progress = progress_bar(progress_of(job.log), language) if job.live else ""
-        return [offered, job.id, card(state, job.state), progress, gr.update(interactive=job.live),
-                gr.update(visible=does_not_stop(job, time.time())), read_tail(job.log)]
+        return [offered, job.id, card(state, job.state), progress, gr.update(visible=job.live),
+                gr.update(visible=does_not_stop(job, time.time())), gr.update(value=read_tail(job.log), visible=True)]
 
     def end(how: Callable[[Job], None]) -> Callable[[str], None]:
         def end_shown(job_id: str) -> None:

@@ -10,7 +10,12 @@ import gradio as gr
 from webui.command_form import create_form
 from webui.job_panel import create_job_panel, newest
 from webui.jobs import Job
-from webui.page_base import Page
+from webui.page_base import Marked, Page
+
+
+def shown(file: Marked | None) -> Any:
+    """The update of what plays or shows a file; without one it is not there."""
+    return Marked(gr.update(value=file.value, visible=True), file.mark) if file else gr.update(visible=False)
 
 
 def create_listen_tab(page: Page) -> None:
@@ -23,10 +28,10 @@ def create_listen_tab(page: Page) -> None:
                              ["takes", "seed"], ["language", "greedy"]],
                             start="listen.start").check_when_read("checkpoint")
             with gr.Column(elem_classes=["live"]):
-                audio = page.add(gr.Audio, "listen.audio", interactive=False, type="filepath", buttons=["download"],
-                                 elem_id="listen-audio")
-                picture = page.add(gr.Image, "listen.picture", interactive=False, type="filepath", format="png",
-                                   buttons=["download", "fullscreen"], elem_id="listen-picture")
+                audio = page.add(gr.Audio, "listen.audio", visible=False, interactive=False, type="filepath",
+                                 buttons=["download"], elem_id="listen-audio")
+                picture = page.add(gr.Image, "listen.picture", visible=False, interactive=False, type="filepath",
+                                   format="png", buttons=["download", "fullscreen"], elem_id="listen-picture")
                 create_job_panel(page, "listen", ["synthesize"])
         with page.accordion("listen.watch"), gr.Row():
             with gr.Column():
@@ -44,8 +49,8 @@ def create_listen_tab(page: Page) -> None:
 
     def look(jobs: Sequence[Job], language: str) -> list[Any]:
         job = newest([job for job in jobs if job.state == "finished"], ["synthesize"])
-        if job is None or job.output_dir is None:
-            return [None, None]
-        return [page.file_shown(job.output_dir), page.file_shown(job.output_dir.with_suffix(".png"))]
+        output = job.output_dir if job else None
+        return [shown(page.file_shown(path) if path else None)
+                for path in (output, output.with_suffix(".png") if output else None)]
 
     page.watch("listen", [], [audio, picture], look)

@@ -18,6 +18,7 @@ import gradio as gr
 import pandas as pd
 
 from webui import pipeline
+from webui.belonging import DataRows
 from webui.jobs import Ended, Job, list_jobs
 from webui.readers import CheckpointTable, Machine, MetricsReader, Progress, progress_of
 from webui.texts import LANGUAGES, TEXTS, say
@@ -42,6 +43,15 @@ SHOW_TAB = """async (view) => {
     }
     return String(Date.now());
 }"""
+SET_LANGUAGE = "(language) => { document.documentElement.lang = language; }"
+SWITCH_THEME = """() => {
+    const dark = document.body.classList.toggle("dark");
+    localStorage.setItem("amharic-voice-theme", dark ? "dark" : "light");
+}"""
+KEEP_THEME = """() => {
+    const kept = localStorage.getItem("amharic-voice-theme");
+    if (kept) document.body.classList.toggle("dark", kept === "dark");
+}"""
 MARKDOWN = re.compile(r"([\\`*_\[\]<>~|$&#])")
 Look = Callable[..., Sequence[Any]]
 
@@ -62,7 +72,7 @@ def refusal(refused: Refused, language: str) -> str:
 
 def beside(refused: Refused, language: str) -> dict[str, Any]:
     """The update of a box whose content was refused."""
-    return gr.update(info=say(refused.key, language, **refused.values), elem_classes=["problem"])
+    return gr.update(info=tell(language, refused.key, **refused.values), elem_classes=["problem"])
 
 
 def duration(seconds: float) -> str:
@@ -79,7 +89,7 @@ def megabytes(size: float) -> str:
 class Marked:
     """A file for an output component; the mark changes with the file's content."""
 
-    value: str
+    value: Any
     mark: Any
 
 
@@ -107,7 +117,7 @@ class Page:
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace
         self.secret = load_or_make_secret(workspace)
-        self.checkpoints, self.machine = CheckpointTable(), Machine()
+        self.checkpoints, self.machine, self.rows = CheckpointTable(), Machine(), DataRows()
         self.metrics: dict[Path, MetricsReader] = {}
         self.ended: Ended = {}
         self.banner: dict[str, str] = {}  # language -> what went wrong at the start
@@ -123,6 +133,8 @@ class Page:
         self.drafts = {kind: gr.BrowserState({}, storage_key=f"amharic-voice-{kind}", secret=self.secret)
                        for kind in pipeline.STEP_OF}
         self.seen = gr.State({})
+        self.home: Any = None  # the first questions, and what holds them
+        self.way: list[Any] = []
         self.language: Any = None
         self.open_tab: Any = None  # a place among an event's inputs for what with_open_tab() finds
         self.clock: Any = None  # changes when something was done; empty until the page has been opened
@@ -165,8 +177,8 @@ class Page:
                                         label=f"tab.{name}")
         return self.tabs[name]
 
-    def accordion(self, key: str, open: bool = False) -> Any:
-        return self.labelled(gr.Accordion(say(key, "en"), open=open), label=key)
+    def accordion(self, key: str, open: bool = False, **options: Any) -> Any:
+        return self.labelled(gr.Accordion(say(key, "en"), open=open, **options), label=key)
 
     def switch_language(self, view: dict[str, Any], language: str) -> list[Any]:
         updates = [gr.update(**texts(language)) for _, texts in self.labels]
@@ -225,19 +237,21 @@ class Page:
             self.prose("heading", elem_id="heading")
             self.language = gr.Radio([("English", "en"), ("አማርኛ", "am")], value="en", show_label=False,
                                      container=False, elem_id="language", min_width=220, scale=0)
+            theme = self.button("theme", elem_id="theme", size="sm", scale=0)
+            theme.click(None, None, None, js=SWITCH_THEME, **QUIET)
         self.open_tab = gr.Textbox(visible="hidden")
         self.clock = gr.Textbox(visible="hidden", elem_id="clock")
-        banner, way, running = gr.Markdown(), gr.HTML(elem_id="pipeline", padding=False), gr.Markdown(elem_id="running")
+        with gr.Row(elem_id="standing"):
+            way, running = gr.HTML(elem_id="pipeline", padding=False), gr.Markdown(elem_id="running")
+        banner = gr.Markdown()
         self.watch(None, [], [banner, way, running], self.look_at_header)
 
     def look_at_header(self, jobs: Sequence[Job], language: str) -> list[str]:
         steps = pipeline.states(pipeline.files_made(self.workspace, jobs), jobs)
-        parts = [f'<span class="step {state}" title="{html.escape(say(f"pipeline_{state}", language))}">'
-                 f"{html.escape(say(f'tab.{step}', language))}</span>" for step, state in steps.items()]
-        way, following = " → ".join(parts), pipeline.next_step(steps)
-        if following:
-            text = say("pipeline_next", language, tab=say(f"tab.{following}", language))
-            way += f' <span class="next">{html.escape(text)}</span>'
+        following = pipeline.next_step(steps)
+        told = say("pipeline_next", language, tab=say(f"tab.{following}", language),
+                   why=say(f"next.{following}", language)) if following else say("pipeline_all_done", language)
+        way = f'<style>{marks_of_steps(steps, following)}</style><p class="next">{html.escape(told)}</p>'
         live = [f"**{self.name(job, language)}** {plain(self.brief(job, language))}" for job in jobs if job.live]
         running = f"{say('runs_now', language)} {' · '.join(live)}" if live else say("nothing_runs", language)
         return [self.banner.get(language, ""), way, running]
@@ -259,8 +273,10 @@ class Page:
         labels = [component for component, _ in self.labels]
         # One event opens everything, and the clock starts only then: no draft is overwritten by a half-open page.
         demo.load(self.open, [self.view, *(self.drafts[form.kind] for form in forms)],
-                  [self.language, tabs, *(part for form in forms for part in form.opened_into)],
+                  [self.language, tabs, *self.way, self.home, *(part for form in forms for part in form.opened_into)],
                   **QUIET).then(None, [self.view], [self.clock], js=SHOW_TAB, **QUIET)
+        self.language.change(None, [self.language], None, js=SET_LANGUAGE, **QUIET)
+        demo.load(None, None, None, js=KEEP_THEME, **QUIET)
         refresh = [self.language.change(self.switch_language, [self.view, self.language],
                                         [*labels, *self.notices, self.view], **QUIET)]
         for tab in self.tabs.values():
@@ -287,7 +303,41 @@ class Page:
         tab = view.get("tab")
         tabs = gr.Tabs(selected=tab) if tab in pipeline.STEPS else gr.skip()
         filled = [form.open(draft, language) for form, draft in zip(self.forms.values(), drafts, strict=True)]
-        return [language, tabs, *(value for values in filled for value in values)]
+        return [language, tabs, *self.first_answers(), *(value for values in filled for value in values)]
+
+    def first_answers(self) -> list[Any]:
+        """The answers to the first questions, and whether these are open: until there is an answer, or a run."""
+        way = pipeline.load_way(self.workspace)
+        opened = not way and not pipeline.find_runs(self.workspace, self.jobs())
+        return [way.get("have"), way.get("model", "scratch"), gr.update(open=opened)]
+
+
+def on_choice(dropdown: Any, act: Callable[..., list[Any]], inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+    """Calls act(value, *inputs) for the outputs when somebody chooses. A drop-down that merely loses the focus says
+    "input" too, as it does for a choice by keyboard: only another value than before counts. "select" is the mouse's."""
+    before = gr.State(dropdown.value)
+
+    def by_mouse(choice: gr.SelectData, *given: Any) -> list[Any]:
+        return [*act(choice.value, *given), choice.value]
+
+    def by_keyboard(value: Any, last: Any, *given: Any) -> list[Any]:
+        return [gr.skip()] * (len(outputs) + 1) if value == last else [*act(value, *given), value]
+
+    dropdown.select(by_mouse, [*inputs], [*outputs, before], **QUIET)
+    dropdown.input(by_keyboard, [dropdown, before, *inputs], [*outputs, before], **QUIET)
+
+
+def marks_of_steps(steps: dict[str, str], following: str) -> str:
+    """CSS that marks the tabs: what is done, what is the demo's, what runs, what comes next. Pure."""
+    marks = {"done": "✓", "demo": "◇", "running": "▶"}
+    rules = []
+    for step, state in steps.items():
+        kind = state if state in marks else "next" if step == following else ""
+        if kind:
+            rules.append(f"#tab-{step}-button {{ background: var(--step-{kind}) !important; "
+                         f"color: var(--step-{kind}-text) !important; }}")
+            rules.append(f'#tab-{step}-button::before {{ content: "{marks.get(kind, "→")}"; margin-right: 6px; }}')
+    return " ".join(rules)
 
 
 def with_open_tab(inputs: int) -> str:
@@ -302,10 +352,17 @@ def with_open_tab(inputs: int) -> str:
 
 def progress_text(progress: Progress, language: str) -> str:
     """ "step 5 of 20 · about 0:01:10 left" """
+    of_whole = ""
+    if progress.step:
+        number, _, name = progress.step.partition(" ")
+        done, _, total = number.partition("/")
+        of_whole = say("part_of", language, done=done, total=total, name=say(f"part.{name}", language))
+        if not progress.name:
+            return of_whole
     if progress.name == "training":
         text = say("step_of" if progress.total else "step_only", language, done=progress.done, total=progress.total)
     else:
         text = f"{progress.name}: {say('progress_of', language, done=progress.done, total=progress.total)}"
     if progress.seconds_left is not None:
         text += " · " + say("seconds_left", language, time=duration(progress.seconds_left))
-    return text
+    return f"{of_whole} · {text}" if of_whole else text

@@ -28,6 +28,7 @@ KINDS = ("train", "val", "val_part")  # the last of one manifest or language of 
 READ_AT_ONCE = 16 << 20  # bytes of metrics in one call
 MAX_TRAIN_POINTS = 5_000  # kept in memory for one run
 PROGRESS = re.compile(r"^\[Progress\] (.+?): (\d+)/(\d+)(?:, \d+ s)?(?:, about (\d+) s left)?", re.MULTILINE)
+STEP = re.compile(r"^\[Step\] (\d+/\d+ \w+)$", re.MULTILINE)
 TRAIN_STEP = re.compile(r"^\[Train\] epoch=\d+ step=(\d+) ", re.MULTILINE)
 
 
@@ -229,6 +230,8 @@ class Progress:
     done: int
     total: int | None
     seconds_left: float | None
+    step: str = ""
+    """Of a program of several steps: "2/5 tokenizer"."""
 
 
 def progress_of(log: Path) -> Progress | None:
@@ -238,6 +241,10 @@ def progress_of(log: Path) -> Progress | None:
 
 def parse_progress(text: str) -> Progress | None:
     """The last progress that a log tells."""
+    begun = list(STEP.finditer(text))
+    if begun:
+        found = parse_progress(text[begun[-1].end():]) or Progress("", 0, None, None)
+        return replace(found, step=begun[-1][1])
     told = list(PROGRESS.finditer(text))
     steps = list(TRAIN_STEP.finditer(text))
     if steps and (not told or steps[-1].start() > told[-1].start()):

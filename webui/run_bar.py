@@ -1,4 +1,4 @@
-"""Tab 6: Start and Stop in one bar that stays in sight, the next step after a run has ended, and its warnings."""
+"""Tab 6: the next step after a run has ended, and its warnings."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import gradio as gr
-from gradio.context import get_blocks_context
 
 from tools.run_files import all_checkpoints
-from webui.command_lines import Form
 from webui.job_panel import newest
 from webui.jobs import Job
 from webui.page_base import QUIET, Page
@@ -20,19 +18,11 @@ from webui.run_history import Warnings
 from webui.texts import say
 from webui.workspace import Refused
 
-GO_ON: Form = {"resume": True, "resume_path": ""}
 SHOWN_WARNINGS = 6
 MOST_LOGS = 16  # that are remembered
 LISTEN = "() => document.getElementById('tab-listen-button')?.click()"
 CSS = """
-/* Gradio hides what flows over, which would also hold back whatever is sticky. */
-.gradio-container { overflow: clip !important; }
-#tab-training .live { position: static; }
-html { scroll-padding-bottom: 110px; }
-#training-bar { position: sticky; bottom: 0; z-index: 60; align-items: center; padding: 8px 4px;
-    background: var(--body-background-fill); border-top: 1px solid var(--border-color-primary); }
-#training-bar .notice { flex: 1 1 100%; min-height: 0; padding: 0; }
-#training-bar .notice:empty, #training-bar .hide-container:has(.notice:empty) { display: none; }
+.startbar { z-index: 60 !important; } /* above the labels of plots */
 .state-running, .state-starting, .state-finished, .state-stopped, .state-failed, .state-killed {
     border-left: 6px solid; border-radius: 6px; padding: 8px 12px !important; }
 .state-running, .state-starting { background: #fef3c7; border-color: #d97706 !important; }
@@ -48,30 +38,12 @@ html { scroll-padding-bottom: 110px; }
 """
 
 
-def part(elem_id: str) -> Any:
-    """A component that is there already."""
-    blocks = get_blocks_context().blocks  # type: ignore[union-attr]
-    return next(block for block in blocks.values() if getattr(block, "elem_id", None) == elem_id)
-
-
-def create_bar(page: Page) -> None:
-    """Below form and run, above what follows: Start, Stop and what Start says, moved there from form and run.
-
-    Sticky at the bottom of the window for as long as the form is in sight.
-    """
-    with gr.Row(elem_id="training-bar"):
-        for moved in (part("training-start"), part("training-stop"), part("training-kill"),
-                      page.forms["training"].notice):
-            moved.unrender()
-            moved.render()
-
-
 def create_next_step(page: Page, output_dir: Any) -> None:
     """Below the state of the run: a button for what one would do now."""
     form = page.forms["training"]
     with gr.Row():
-        go_on = page.button("next.go_on", variant="primary", visible=False, elem_id="training-go-on")
-        listen = page.button("next.listen", visible=False, elem_id="training-to-listen")
+        go_on = page.button("after.go_on", variant="primary", visible=False, elem_id="training-go-on")
+        listen = page.button("after.listen", visible=False, elem_id="training-to-listen")
 
     def look(jobs: Sequence[Job], language: str, typed_dir: str) -> list[Any]:
         try:
@@ -80,12 +52,12 @@ def create_next_step(page: Page, output_dir: Any) -> None:
             return [gr.update(visible=False)] * 2
         job = newest(jobs, ["training"], folder)
         key = next_of(job, bool(all_checkpoints(folder))) if job else ""
-        return [gr.update(visible=bool(key), value=say(key or "next.go_on", language)),
+        return [gr.update(visible=bool(key), value=say(key or "after.go_on", language)),
                 gr.update(visible=job is not None and job.state == "finished")]
 
     page.watch("training", [output_dir], [go_on, listen], look)
     # Two events, so that one sees what is ticked before it starts.
-    ticked = go_on.click(lambda: form.change(GO_ON), None, [*form.inputs.values()], **QUIET)
+    ticked = go_on.click(lambda: form.change(form.after_start()), None, [*form.inputs.values()], **QUIET)
     page.refresh_after.append(ticked.then(form.start, [form.untouched, page.language, *form.inputs.values()],
                                           [*form.checked_into, form.notice], **QUIET))
     listen.click(None, None, None, js=LISTEN, **QUIET)
@@ -94,8 +66,8 @@ def create_next_step(page: Page, output_dir: Any) -> None:
 def next_of(job: Job, has_checkpoints: bool) -> str:
     """What the button after a run's end says: a key of TEXTS; "" where there is none. Pure."""
     if job.state in ("stopped", "killed"):
-        return "next.go_on" if has_checkpoints else "next.again"
-    return ("next.retry" if has_checkpoints else "next.again") if job.state == "failed" else ""
+        return "after.go_on" if has_checkpoints else "after.again"
+    return ("after.retry" if has_checkpoints else "after.again") if job.state == "failed" else ""
 
 
 def create_warnings(page: Page, output_dir: Any) -> None:

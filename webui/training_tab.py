@@ -10,13 +10,14 @@ from urllib.parse import urlsplit
 import gradio as gr
 
 from tools._common import ToolError
-from tools.run_files import all_checkpoints
-from webui.belonging import training_choice
+from tools.run_files import all_checkpoints, lock_holder
+from webui import pipeline
+from webui.belonging import resume_problems, training_choice
 from webui.command_form import FormSection
-from webui.command_lines import PRESETS, Form, Problem, command_for, typed
-from webui.job_panel import create_job_panel, newest, reason_of
+from webui.command_lines import PRESETS, Form, Problem, command_for, lines_of, typed
+from webui.job_panel import StopButtons, create_job_panel, newest, reason_of
 from webui.jobs import Job, holder_of, start_job, stop_job
-from webui.page_base import QUIET, Page, plain, refusal, tell
+from webui.page_base import QUIET, Page, on_choice, plain, refusal, tell
 from webui.readers import Inspection, Point, loss_of, overfit, tensorboard_url
 from webui.run_bar import create_next_step, create_warnings
 from webui.run_curves import create_curves
@@ -25,9 +26,11 @@ from webui.texts import TEXTS, say
 from webui.workspace import Refused, load_settings, save_settings
 
 PRESET_FIELDS = sorted({name for preset in PRESETS.values() for name in preset})
-
-
-RESUME_AUTO = {"resume": True, "resume_path": ""}
+DEMO_DATA = {"train_manifests": pipeline.DEMO["train_manifest"], "val_manifests": pipeline.DEMO["val_manifest"],
+             "tokenizer": pipeline.DEMO["tokenizer"]}
+# What only one Start is meant to do.
+ONCE = {"eval_only": False, "accept_changed_data": False, "profile": False}
+RESUME_AUTO = {"resume": True, "resume_path": "", **ONCE}
 
 
 class TrainingForm(FormSection):
@@ -41,7 +44,7 @@ class TrainingForm(FormSection):
         """Of a run that has finished only where it is: its limits would end the next one too."""
         form = super().form_of_last(job)
         kept = {"output_dir": form.get("output_dir")} if job.state == "finished" else form
-        return {**kept, **RESUME_AUTO}
+        return {**kept, **RESUME_AUTO}  # what was accepted for one Start is asked about again
 
     def after_start(self) -> Form:
         return RESUME_AUTO
@@ -52,19 +55,40 @@ class TrainingForm(FormSection):
                 holder_of(workspace, workspace.inside(typed(form["output_dir"])))):
             del found["output_dir"]  # they are being written just now; Start names the holder
         if found or not form.get("resume"):
-            return found
+            return found or self.without_data(form)
         if typed(form.get("resume_path")):
             path = workspace.inside(typed(form["resume_path"]))
             entry = self.page.checkpoints.look_up(path)
             if entry and not entry["verified"]:
                 return {"resume_path": ("resume_broken", {"path": workspace.show(path), "reason": reason_of(entry)})}
-            return {}
+            return self.against(form, entry)
         output_dir = workspace.inside(typed(form["output_dir"]))
+        if not all_checkpoints(output_dir):
+            return self.without_data(form)
+        if lock_holder(output_dir):  # its files are being written; Start names the holder
+            return {}
         seen = self.page.checkpoints.look(output_dir)
         if seen.checkpoints and not seen.resume and not seen.verifying:
             reason = "; ".join(reason_of(entry) for entry in seen.checkpoints if not entry["verified"])
             return {"output_dir": ("none_valid", {"path": workspace.show(output_dir), "reason": reason})}
-        return {}
+        return self.against(form, entry_of(seen)) if not seen.verifying else {}
+
+    def without_data(self, form: Form) -> dict[str, Problem]:
+        """A new run is of data and a tokenizer that somebody has chosen; the program would take the demo's."""
+        return {name: ("data_needed", {}) for name in ("train_manifests", "tokenizer") if not lines_of(form.get(name))}
+
+    def against(self, form: Form, entry: dict[str, Any] | None) -> dict[str, Problem]:
+        """What does not fit the checkpoint that is gone on from; nothing is said before it has been read."""
+        if entry is None:
+            return {}
+        name = self.page.workspace.show(entry["path"])
+        return resume_problems(form, self.page.workspace, entry, name, self.page.rows)
+
+
+def entry_of(found: Inspection) -> dict[str, Any] | None:
+    """The checkpoint that "auto" goes on from; None where there is none."""
+    name = Path(found.resume).name if found.resume else None
+    return next((entry for entry in found.checkpoints if name in entry["names"]), None)
 
 
 def create_training_tab(page: Page) -> None:
@@ -87,20 +111,32 @@ def create_training_tab(page: Page) -> None:
                 form.row("val_interval", "patience", "log_interval")
                 form.row("config", "base_checkpoint")
                 form.row("dropout", "emo_source", "grad_checkpointing")
+            with page.accordion("training.rare"), gr.Group():
+                form.row("weight_decay", "grad_clip")
+                form.row("text_loss_weight", "mel_loss_weight")
+                form.row("val_batch_size", "max_val_batches")
+                form.row("freeze_base_vocab", "compile")
+                form.row("eval_only", "profile")
             with page.accordion("training.parts"), gr.Group():
                 form.row("freeze", "lr_scale")
                 form.row("lora_rank")
             pick, told = create_resume_section(page, form)
             create_choice(page, form)
-            form.command_and_start("training.start")
+            buttons = StopButtons(page, "training")
+            form.command_and_start("training.start", buttons.render)
             form.check_when_read("base_checkpoint")
             connect_resume(page, form, pick, told)
             create_settings_file(page, form)
             page.prose("training.tips", elem_classes=["tips"])
         with gr.Column(scale=6, min_width=480, elem_classes=["live"]):
             output_dir = form.inputs["output_dir"]
-            create_job_panel(page, "training", ["training"], output_dir, lambda: create_live_section(page, output_dir))
-    preset.input(lambda name: form.change(preset_values(form, name)), [preset], [*form.inputs.values()], **QUIET)
+            create_job_panel(page, "training", ["training"], output_dir, lambda: create_live_section(page, output_dir),
+                             buttons=buttons)
+
+    def fill(name: str, *given: Any) -> list[Any]:
+        return form.change(preset_values(form, name or "", form.values(given)))
+
+    on_choice(preset, fill, [*form.inputs.values()], [*form.inputs.values()])
 
 
 def create_choice(page: Page, form: TrainingForm) -> None:
@@ -131,6 +167,7 @@ def create_resume_section(page: Page, form: TrainingForm) -> tuple[Any, Any]:
     with gr.Group():
         form.input("resume")
         form.input("resume_path")
+        form.input("accept_changed_data")
         pick = page.add(gr.Dropdown, "training.pick", interactive=True, elem_id="training-pick", value="",
                         choices=[("training.pick_auto", "")])
     return pick, gr.Markdown(elem_id="training-resume-state", elem_classes=["status"])
@@ -158,7 +195,7 @@ def connect_resume(page: Page, form: TrainingForm, pick: Any, told: Any) -> None
     page.refresh_on += [component.change for component in inputs]
     page.watch("training", inputs, [pick, told], look)
     form.check_on.append(told.change)  # a verification has ended
-    pick.input(choose, [pick], [*form.inputs.values()], **QUIET)
+    on_choice(pick, choose, [], [*form.inputs.values()])
 
 
 def pick_label(entry: dict[str, Any], language: str) -> str:
@@ -181,8 +218,7 @@ def resume_text(page: Page, folder: Path, found: Inspection, resume: bool, resum
     elif found.resume is None:
         return "" if found.checkpoints else tell(language, "resume.nothing", path=page.workspace.show(folder))
     else:
-        path = Path(found.resume)
-        entry = next(entry for entry in found.checkpoints if path.name in entry["names"])
+        path, entry = Path(found.resume), entry_of(found)
     if entry is None:
         return "… " + tell(language, "resume.verifying", names=", ".join(found.verifying) or path.name)
     if not entry["verified"]:
@@ -198,10 +234,12 @@ def resume_text(page: Page, folder: Path, found: Inspection, resume: bool, resum
     return "\n\n".join(lines)
 
 
-def preset_values(form: TrainingForm, name: str) -> Form:
-    """Values for the fields that presets know; those that this one leaves out are emptied."""
+def preset_values(form: TrainingForm, name: str, current: Form) -> Form:
+    """Values for the fields that presets know; those that this one leaves out are emptied. The demo brings its data
+    where none is chosen."""
     values = form.cleaned(PRESETS.get(name, {}))
-    return {field: values[field] for field in PRESET_FIELDS}
+    data = {} if name != "demo" or any(lines_of(current.get(field)) for field in DEMO_DATA) else DEMO_DATA
+    return {field: values[field] for field in PRESET_FIELDS} | data
 
 
 def create_settings_file(page: Page, form: TrainingForm) -> None:

@@ -1,4 +1,4 @@
-"""The whole page: header, eight tabs, looks."""
+"""The whole page: header, the tabs of the eight steps, looks."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from webui.checkpoints_tab import connect_use, create_checkpoints_tab
 from webui.data_tabs import (
     MAX_UPLOAD_MB,
-    create_corpus_tab,
     create_dataset_tab,
-    create_preprocess_tab,
+    create_prepare_tab,
     create_recordings_tab,
-    create_tokenizer_tab,
 )
+from webui.home import create_home
 from webui.listen_tab import create_listen_tab
 from webui.page_base import Page
 from webui.runs_panel import CSS as RUNS_CSS
@@ -27,17 +26,37 @@ from webui.workspace import Workspace
 # Fonts of the reader's own system: nothing comes from the internet.
 FONTS = ["system-ui", "Noto Sans Ethiopic", "Abyssinica SIL", "Nyala", "Kefa", "sans-serif"]
 MONO_FONTS = ["ui-monospace", "DejaVu Sans Mono", "Noto Sans Ethiopic", "monospace"]
+QUIET_TEXT, QUIET_TEXT_DARK = "#52525b", "#c4c4cc"  # at least 4.5:1 on their grounds, as all colours here
+THEME = gr.themes.Default(font=FONTS, font_mono=MONO_FONTS).set(
+    body_text_color_subdued=QUIET_TEXT, body_text_color_subdued_dark=QUIET_TEXT_DARK,
+    input_placeholder_color="#63636e", input_placeholder_color_dark="#b4b4bd",
+    block_title_text_color="#3f3f46", block_label_text_color="#3f3f46",
+    button_primary_background_fill="#c2410c", button_primary_background_fill_dark="#c2410c",
+    button_primary_background_fill_hover="#9a3412", button_primary_background_fill_hover_dark="#9a3412",
+    button_cancel_background_fill="#b91c1c", button_cancel_background_fill_dark="#b91c1c",
+    button_cancel_background_fill_hover="#991b1b", button_cancel_background_fill_hover_dark="#991b1b",
+    link_text_color="#1d4ed8", link_text_color_dark="#93c5fd")
 CSS = """
 #header { align-items: center; }
 #heading h1 { margin: 0; font-size: 1.4rem; }
-#pipeline .step { display: inline-block; white-space: nowrap; line-height: 1.4; }
-#pipeline .step { padding: 2px 8px; border-radius: 10px; border: 1px solid var(--border-color-primary); }
-#pipeline .step.done { background: #dcfce7; color: #14532d; }
-#pipeline .step.done::before { content: "✓ "; }
-#pipeline .step.running { background: #fef3c7; color: #78350f; }
-#pipeline .step.running::before { content: "▶ "; }
-#pipeline .next { margin-left: 1em; font-weight: 600; }
-#pipeline { line-height: 2; }
+.gradio-container {
+    --step-done: #dcfce7; --step-done-text: #14532d; --step-demo: #e0e7ff; --step-demo-text: #312e81;
+    --step-running: #fef3c7; --step-running-text: #713f12; --step-next: #ffedd5; --step-next-text: #7c2d12;
+}
+.dark .gradio-container, .dark.gradio-container, .dark {
+    --step-done: #14532d; --step-done-text: #dcfce7; --step-demo: #312e81; --step-demo-text: #e0e7ff;
+    --step-running: #713f12; --step-running-text: #fef3c7; --step-next: #7c2d12; --step-next-text: #ffedd5;
+}
+/* The tabs are the steps of the way. */
+#steps > .tab-wrapper { height: auto; padding-bottom: 10px; }
+#steps .tab-container { gap: 8px; height: auto; background: none; }
+#steps .tab-container::after { display: none; }
+#steps .tab-container button { border: 1px solid var(--border-color-primary); border-radius: 16px; height: 32px;
+    padding: 2px 12px; color: var(--body-text-color); flex-shrink: 0; }
+#steps .tab-container button.selected { outline: 2px solid var(--button-primary-background-fill); font-weight: 700; }
+#steps .tab-container button.selected::after { display: none; }
+#standing { align-items: baseline; gap: 4px 24px; }
+#pipeline .next { margin: 0; font-weight: 600; }
 .problem .info-text, .problem [class*=info] { color: #b91c1c !important; font-weight: 600; }
 .problem textarea, .problem input { border-color: #b91c1c !important; }
 .command textarea, .log textarea { font-family: var(--font-mono); font-size: 0.8rem; }
@@ -48,8 +67,26 @@ CSS = """
 /* A curve of one point is a line without length: a dot. */
 .mark-line path:not([d*="L"]) { stroke-width: 7px; stroke-linecap: round; }
 #pipeline { padding: 0; }
-#running { margin-top: -8px; }
 .live { position: sticky; top: 8px; align-self: flex-start; }
+/* Start, Stop and the state of the run stay in sight; nothing can stick in what hides its overflow by scrolling. */
+.gradio-container { overflow: clip !important; }
+.startbar { position: sticky; bottom: 0; z-index: 20; padding: 8px 0; align-items: center;
+    background: var(--body-background-fill); border-top: 1px solid var(--border-color-primary); }
+.startbar .status { flex: 1 1 100%; }
+.dark .problem .info-text, .dark .problem [class*=info] { color: #fca5a5 !important; }
+#theme { min-width: 44px; flex: 0 0 auto; }
+#home .form, #home .row { gap: 8px; }
+/* Gradio's own words have no Amharic. */
+:lang(am) #recordings-upload button .wrap { font-size: 0; }
+:lang(am) #recordings-upload button .wrap::after { content: "ፋይሎችን እዚህ ይጣሉ ወይም ጠቅ አድርገው ይምረጡ"; font-size: 1rem; }
+#recordings-upload .or { color: inherit; }
+@media (max-width: 640px) {
+    #header { flex-wrap: wrap; }
+    #heading { flex: 1 1 100%; min-width: 100% !important; }
+    #steps .tab-container { flex-wrap: nowrap; overflow-x: auto; padding: 4px 2px; }
+    #standing > * { min-width: 100% !important; }
+    .live { position: static; }
+}
 .line { align-items: flex-end; }
 .report { width: 100%; height: 70vh; border: 1px solid var(--border-color-primary); background: #fff; }
 .prose.missing { border-left: 4px solid #f59e0b; padding-left: 10px; }
@@ -58,8 +95,6 @@ CSS = """
 .keys .key { margin-right: 1.5em; }
 .bar { display: flex; gap: 10px; align-items: center; }
 .bar progress { flex: 1; height: 14px; }
-.dark #pipeline .step.done { background: #14532d; color: #dcfce7; }
-.dark #pipeline .step.running { background: #78350f; color: #fef3c7; }
 """
 
 
@@ -68,12 +103,11 @@ def create_page(workspace: Workspace) -> tuple[gr.Blocks, Page]:
                    fill_width=True) as demo:
         page = Page(workspace)
         page.create_header()
-        with gr.Tabs() as tabs:
+        create_home(page)
+        with gr.Tabs(overflow_behavior="wrap", elem_id="steps") as tabs:
             create_recordings_tab(page)
             create_dataset_tab(page)
-            create_corpus_tab(page)
-            create_tokenizer_tab(page)
-            create_preprocess_tab(page)
+            create_prepare_tab(page)
             create_training_tab(page)
             create_runs(page)
             chosen = create_checkpoints_tab(page)
@@ -85,7 +119,7 @@ def create_page(workspace: Workspace) -> tuple[gr.Blocks, Page]:
 
 def launch_options(workspace: Workspace) -> dict[str, Any]:
     """Everything off that would let a browser reach more than the page, or the page reach the internet."""
-    return {"theme": gr.themes.Default(font=FONTS, font_mono=MONO_FONTS), "css": CSS + RUNS_CSS, "allowed_paths": [],
+    return {"theme": THEME, "css": CSS + RUNS_CSS, "allowed_paths": [],
             "blocked_paths": [str(workspace.private)], "max_file_size": f"{MAX_UPLOAD_MB}mb", "footer_links": [],
             "ssr_mode": False, "run_history": False, "mcp_server": False, "enable_monitoring": False, "pwa": False,
             "show_error": True, "inbrowser": False}

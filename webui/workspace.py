@@ -47,6 +47,12 @@ MESSAGES: dict[str, tuple[str, ...]] = {
     "tool_refuses": ("reason",),  # as the program says it
     "lengths_too_near": ("shortest", "longest", "minimum"),
     "holds_recordings": ("path", "free"),  # of another source; a folder that is not there yet
+    "would_replace": ("path", "users", "free"),  # users: jobs that have read it
+    "would_replace_here": ("path", "users"),
+    "data_needed": (),
+    "not_a_kind": ("path", "wanted", "found"),  # kinds of tools' files, keys of TEXTS without "file."
+    "tokenizer_differs": ("path", "then", "now"),  # digests
+    "data_changed": ("then", "now"),  # rows
     # Training
     "holds_checkpoints": ("path", "example"),  # resume it, or choose another directory
     "holds_other_checkpoints": ("path", "example"),  # of another run than the one to resume
