@@ -111,7 +111,7 @@ def plan_html(plan: dict[str, Any], price: float | None, language: str) -> str:
 
 
 def between(values: Sequence[float]) -> str:
-    return f"{values[0]:,.1f} – {values[-1]:,.1f}"
+    return " – ".join(f"{value:,.1f}" if value >= 1 else f"{value:.2g}" for value in (values[0], values[-1]))
 
 
 def create_plan(page: Page) -> None:
