@@ -8,12 +8,13 @@ import json
 import os
 import sys
 import time
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from webui import command_lines, jobs, readers, run_bar, run_curves, run_history, spoken_samples
+from webui import command_lines, jobs, readers, run_bar, run_curves, run_history, run_plan, spoken_samples
 from webui.workspace import Refused, Workspace
 
 STARTED = 1_800_000_000.0
@@ -284,3 +285,46 @@ def test_warnings_are_shown_as_text_with_how_many_more_there_are():
     shown = run_bar.warnings_list([("[Error] <script>", 2), *[(f"[Warn] {word}", 1) for word in "abcdefg"]], "en")
     assert '<li class="error">&lt;script&gt; (×2)</li>' in shown and "and 2 more" in shown and "<li>e</li>" in shown
     assert run_bar.warnings_list([], "am") == ""
+
+
+PLAN = {"hours": {"30%": 40.0, "50%": 24.0}, "steps": 1185, "epochs": 3, "samples": 12620, "batch_size": 32,
+        "grad_accumulation": 1, "precision": "bf16", "memory_total": 90 * 2**30, "gpu_memory": 79 * 2**30,
+        "fits": False, "disk_bytes": 5_000_000_000, "parameters": 4_000_000}
+
+
+def made(plans: run_plan.Plans, argv: list[str]) -> dict[str, Any]:
+    while (plan := plans.of(argv)) is None:
+        time.sleep(0.05)
+    return plan
+
+
+def test_a_plan_is_made_once_in_the_background_and_its_error_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    code = f"open({str(tmp_path / 'runs')!r}, 'a').write('x'); print('{json.dumps(PLAN)}'.replace('False', 'false'))"
+    plans, argv = run_plan.Plans(), [sys.executable, "-c", code]
+    started = time.monotonic()
+    assert plans.of(argv) is None and time.monotonic() - started < 1
+    assert made(plans, argv) == PLAN == made(plans, argv) and (tmp_path / "runs").read_text() == "x"
+    failed = made(plans, [sys.executable, "-c", "import sys; sys.exit('[Error] no config.yaml')"])
+    assert failed == {"error": "[Error] no config.yaml"}
+    monkeypatch.setattr(run_plan, "SECONDS", 0.2)
+    assert made(plans, [sys.executable, "-c", "import time; time.sleep(60)"]) == {"late": 0.2}
+
+
+def test_a_plan_tells_hours_price_memory_and_disk():
+    shown = run_plan.plan_html(PLAN, 1.5, "en")
+    assert "24.0 – 40.0" in shown and "36.0 – 60.0" in shown and "90.0 / 79.0 GiB ✗" in shown and "5.0 GB" in shown
+    assert "More than the card has" in shown and "Price" not in run_plan.plan_html({**PLAN, "fits": True}, None, "en")
+    assert run_plan.price_of(" 1,25 ") == 1.25 and run_plan.price_of("") is None
+    for wrong in ("many", "-1", "nan", "1e9"):
+        with pytest.raises(Refused, match="not_a_number"):
+            run_plan.price_of(wrong)
+
+
+def test_the_command_of_a_plan_has_what_it_depends_on_and_the_cards_are_the_programs(workspace: Workspace):
+    page = types.SimpleNamespace(workspace=workspace)
+    form = {"train_manifests": "a.jsonl::am", "epochs": "3", "amp": "auto", "seed": "4", "output_dir": "x",
+            "grad_checkpointing": False}
+    argv = run_plan.plan_command(form, "l4", page)  # type: ignore[arg-type]
+    assert argv[1:] == ["-m", "tools.plan_run", "--json", "--gpu", "l4", "--train-manifest",
+                        f"{workspace.root}/a.jsonl::am", "--epochs", "3", "--amp"]
+    assert set(run_plan.CARDS) == set(pytest.importorskip("tools.plan_run").CARDS)

@@ -11,7 +11,6 @@ from typing import Any
 import gradio as gr
 
 from tools.run_files import all_checkpoints
-from webui.command_lines import Form
 from webui.job_panel import newest
 from webui.jobs import Job
 from webui.page_base import QUIET, Page
@@ -19,11 +18,11 @@ from webui.run_history import Warnings
 from webui.texts import say
 from webui.workspace import Refused
 
-GO_ON: Form = {"resume": True, "resume_path": ""}
 SHOWN_WARNINGS = 6
 MOST_LOGS = 16  # that are remembered
 LISTEN = "() => document.getElementById('tab-listen-button')?.click()"
 CSS = """
+.startbar { z-index: 60 !important; } /* above the labels of plots */
 .state-running, .state-starting, .state-finished, .state-stopped, .state-failed, .state-killed {
     border-left: 6px solid; border-radius: 6px; padding: 8px 12px !important; }
 .state-running, .state-starting { background: #fef3c7; border-color: #d97706 !important; }
@@ -57,7 +56,7 @@ def create_next_step(page: Page, output_dir: Any) -> None:
 
     page.watch("training", [output_dir], [go_on, listen], look)
     # Two events, so that one sees what is ticked before it starts.
-    ticked = go_on.click(lambda: form.change(GO_ON), None, [*form.inputs.values()], **QUIET)
+    ticked = go_on.click(lambda: form.change(form.after_start()), None, [*form.inputs.values()], **QUIET)
     page.refresh_after.append(ticked.then(form.start, [form.untouched, page.language, *form.inputs.values()],
                                           [*form.checked_into, form.notice], **QUIET))
     listen.click(None, None, None, js=LISTEN, **QUIET)

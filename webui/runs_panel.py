@@ -20,6 +20,7 @@ from webui.readers import curve
 from webui.run_bar import CSS as BAR_CSS
 from webui.run_curves import PARTS, create_curve_plot, create_smoothing, is_smoothed, rows_of, with_raw
 from webui.run_history import Run, RunHistory, clone_of, delete_run, deletion_of, form_of_run, jobs_of_run, log_part
+from webui.run_plan import create_plan
 from webui.spoken_samples import CSS as SAMPLES_CSS
 from webui.texts import TEXTS, say
 from webui.workspace import Refused
@@ -276,6 +277,7 @@ class RunsPanel:
 def create_runs(page: Page) -> None:
     """Below everything else of Tab 6, which is there already."""
     with page.tabs["training"]:
+        create_plan(page)
         panel = RunsPanel(page, page.forms["training"])
     page.watch("training", [panel.shown, panel.compared], [panel.table], panel.look_at_table)
     page.refresh_after.append(panel.yes.click(
