@@ -26,7 +26,7 @@ from webui.command_lines import (
 from webui.file_kinds import kind_problems
 from webui.job_panel import newest
 from webui.jobs import Job, start_job
-from webui.page_base import QUIET, Page, refusal, tell
+from webui.page_base import QUIET, Page, refusal
 from webui.texts import TEXTS, say
 from webui.words import in_words
 from webui.workspace import Refused
@@ -230,7 +230,7 @@ class FormSection:
     def said(self, problem: Problem, language: str) -> str:
         """A problem in the language of the page, which names fields where a program names flags."""
         key, values = problem
-        return tell(language, key, **in_words(self.kind, values, language))
+        return say(key, language, **in_words(self.kind, values, language))
 
     def check(self, opened: str, untouched: Form, language: str, *given: Any) -> list[Any]:
         """The draft, an update of each input, and the command."""

@@ -72,7 +72,7 @@ def refusal(refused: Refused, language: str) -> str:
 
 def beside(refused: Refused, language: str) -> dict[str, Any]:
     """The update of a box whose content was refused."""
-    return gr.update(info=tell(language, refused.key, **refused.values), elem_classes=["problem"])
+    return gr.update(info=say(refused.key, language, **refused.values), elem_classes=["problem"])
 
 
 def duration(seconds: float) -> str:

@@ -609,8 +609,8 @@ TEXTS: dict[str, tuple[str, str]] = {
                        "የሞዴሉ ክፍሎች፦ አንዳንዶቹን ማቆም፣ አንዳንዶቹን ማፍጠን፣ LoRA"),
     "training.freeze": ("Not trained", "የማይሠለጥኑ"),
     "training.freeze.info": (
-        "One a line: a set (first:12, base-text, conditioning) or names such as gpt.h.\\*.attn.\\*",
-        "በአንድ መስመር አንድ፦ ስብስብ (first:12, base-text, conditioning) ወይም ስሞች፣ ለምሳሌ gpt.h.\\*.attn.\\*"),
+        "One a line: a set (first:12, base-text, conditioning) or names such as gpt.h.*.attn.c_attn.weight",
+        "በአንድ መስመር አንድ፦ ስብስብ (first:12, base-text, conditioning) ወይም ስሞች፣ ለምሳሌ gpt.h.*.attn.c_attn.weight"),
     "training.freeze.placeholder": ("none: all is trained", "የለም፦ ሁሉም ይሠለጥናል"),
     "training.lr_scale": ("Learning rate of parts", "የክፍሎች የመማር ፍጥነት"),
     "training.lr_scale.info": ("One a line: what, = and how many times the learning rate.",

@@ -87,6 +87,8 @@ CSS = """
     #steps .tab-container { flex-wrap: nowrap; overflow-x: auto; padding: 4px 2px; }
     #standing > * { min-width: 100% !important; }
     .live { position: static; }
+    .row > .form { flex-wrap: wrap; }
+    .row > .form > .block { min-width: 100% !important; }
 }
 .line { align-items: flex-end; }
 .report { width: 100%; height: 70vh; border: 1px solid var(--border-color-primary); background: #fff; }
