@@ -51,6 +51,14 @@ element.addEventListener("click", (event) => {
 document.addEventListener("input", (event) => {
     if (event.target.closest?.("#clips-cut")) move("cut", parseFloat(event.target.value));
 });
+const mark = () => {
+    const place = element.querySelector(".hint")?.dataset.place;
+    document.querySelectorAll("#clips-table tr.now").forEach(row => row.classList.remove("now"));
+    const row = place && document.querySelector(`#clips-table tr[data-place="${place}"]`);
+    if (row) { row.classList.add("now"); row.scrollIntoView({block: "nearest"}); }
+};
+watch("value", mark);
+document.addEventListener("clips-shown", mark);
 const toggle = () => { const player = sound(); if (player) player.paused ? player.play() : player.pause(); };
 const keys = {ArrowDown: () => press("clips-next"), ArrowUp: () => press("clips-previous"), KeyP: toggle,
               KeyS: () => press("clips-split"), KeyJ: () => press("clips-join"), KeyZ: () => press("clips-undo"),
@@ -65,6 +73,15 @@ document.addEventListener("keydown", (event) => {
     event.preventDefault(); event.stopPropagation();
     if (!event.repeat || event.code.startsWith("Arrow")) act();
 }, true);
+"""
+
+# No gr.Dataframe: drawing its lines anew costs the browser more than all the rest.
+LINES = """
+element.addEventListener("click", (event) => {
+    const row = event.target.closest?.("tr[data-place]");
+    if (row) trigger("click", {place: Number(row.dataset.place)});
+});
+watch("value", () => document.dispatchEvent(new Event("clips-shown")));
 """
 
 
@@ -92,9 +109,10 @@ class ClipEditor:
             raise Refused("not_readable", path=self.workspace.show(path)) from error
 
     def shown(self, version: Version, clip: Clip | None, place: int, autoplay: bool, language: str) -> list[Any]:
-        """Values of chosen, player, text and cut."""
+        """Values of chosen, player, text, cut and the number of the page."""
+        number = str(place // ON_A_PAGE + 1)
         if clip is None:
-            return ["", f'<p class="hint">{html.escape(say("clips.choose", language))}</p>', "", ""]
+            return ["", f'<p class="hint">{html.escape(say("clips.choose", language))}</p>', "", "", "1"]
         chosen = {"path": self.workspace.show(version.path), "id": clip.text("id"), "place": place,
                   "text": clip.row.get("text", "")}
         sound = clip_rows.sound_of(clip, version.path.parent, self.workspace)
@@ -102,10 +120,12 @@ class ClipEditor:
         title = f"{clip.number} · {html.escape(clip.text('id'))} · {clip.seconds:.2f} s"
         if not link:
             missing = html.escape(say("dataset.no_audio", language, path=clip.text("audio")))
-            return [json.dumps(chosen), f'<p class="hint">{title}<br>✗ {missing}</p>', clip.text("text"), ""]
+            hint = f'<p class="hint" data-place="{place}">{title}<br>✗ {missing}</p>'
+            return [json.dumps(chosen), hint, clip.text("text"), "", number]
         play = " autoplay" if autoplay else ""
-        return [json.dumps(chosen), f'<p class="hint">{title}</p>{clip_rows.picture(sound)}'
-                f'<audio controls preload="auto"{play} src="{html.escape(link)}"></audio>', clip.text("text"), ""]
+        return [json.dumps(chosen), f'<p class="hint" data-place="{place}">{title}</p>{clip_rows.picture(sound)}'
+                f'<audio controls preload="auto"{play} src="{html.escape(link)}"></audio>',
+                clip.text("text"), "", number]
 
     def at(self, version: Version, query: str, place: int, autoplay: bool, language: str) -> list[Any]:
         """shown() of the clip at a place; of the last where there are fewer."""
@@ -121,9 +141,9 @@ class ClipEditor:
         try:
             return [*self.at(self.version(typed), query, place, autoplay, language), ""]
         except Refused as refused:
-            return [*[gr.skip()] * 4, refusal(refused, language)]
+            return [*[gr.skip()] * 5, refusal(refused, language)]
         except OSError:
-            return [*[gr.skip()] * 4, f"✗ {tell(language, 'not_readable', path=typed)}"]
+            return [*[gr.skip()] * 5, f"✗ {tell(language, 'not_readable', path=typed)}"]
 
     def edit(self, act: Callable[[Path, str, str], str], held: str, query: str, autoplay: bool, language: str,
              onward: int = 0) -> list[Any]:
@@ -133,7 +153,7 @@ class ClipEditor:
         try:
             path = self.workspace.inside(chosen.get("path", ""), must_exist=True) if chosen else None
             if path is None:
-                return [*[gr.skip()] * 4, f"✗ {say('clips.choose', language)}"]
+                return [*[gr.skip()] * 5, f"✗ {say('clips.choose', language)}"]
             with one_at_a_time(self.workspace):
                 self.require_free(path)
                 row_id = act(path, chosen["id"], chosen["text"])
@@ -141,11 +161,11 @@ class ClipEditor:
             found = clip_rows.place_of(version, query, row_id, place) if row_id else None
             return [*self.at(version, query, place if found is None else found + onward, autoplay, language), ""]
         except Refused as refused:
-            return [*[gr.skip()] * 4, refusal(refused, language)]
+            return [*[gr.skip()] * 5, refusal(refused, language)]
         except ToolError as error:
-            return [*[gr.skip()] * 4, f"✗ {fault_text(error, language)}"]
+            return [*[gr.skip()] * 5, f"✗ {fault_text(error, language)}"]
         except OSError:
-            return [*[gr.skip()] * 4, f"✗ {tell(language, 'not_writable', path=chosen.get('path', ''))}"]
+            return [*[gr.skip()] * 5, f"✗ {tell(language, 'not_writable', path=chosen.get('path', ''))}"]
 
     def require_free(self, path: Path) -> None:
         """Raises: Refused while a job of the page reads or writes the file."""
@@ -233,12 +253,11 @@ class ClipEditor:
 
     # What follows the file
 
-    def look(self, jobs: Sequence[Job], language: str, typed: str, query: str, number: str, held: str) -> list[Any]:
+    def look(self, jobs: Sequence[Job], language: str, typed: str, query: str, number: str) -> list[Any]:
         """The box of the file, the table, what is shown of how many, whether there are pages before and behind, and
         whether edits are to be made again."""
-        default, chosen = self.default(jobs), chosen_of(held)
-        headers = [say(f"column.{name}", language) for name in ("number", "seconds", "speaker", "text")]
-        nothing = [{"headers": headers, "data": []}, "", gr.update(interactive=False), gr.update(interactive=False),
+        default = self.default(jobs)
+        nothing = ["", "", gr.update(interactive=False), gr.update(interactive=False),
                    gr.update(visible=False)]
         try:
             version = self.version(typed or default)
@@ -251,14 +270,22 @@ class ClipEditor:
             return [{**problem, "placeholder": default}, *nothing]
         except OSError:
             return [gr.update(placeholder=default), *nothing]
-        own = chosen.get("place") if chosen.get("path") == self.workspace.show(version.path) else None
         first = page * ON_A_PAGE
-        data = [[f"{'▶ ' if own == first + i else ''}{clip.number}", f"{clip.seconds:.2f}", clip.text("speaker"),
-                 clip.text("text")] for i, clip in enumerate(rows)]
         counted = say("clips.counted", language, first=first + 1 if rows else 0, last=first + len(rows), count=total)
-        return [gr.update(placeholder=default, info="", elem_classes=[]), {"headers": headers, "data": data}, counted,
+        return [gr.update(placeholder=default, info="", elem_classes=[]), table_html(rows, first, language), counted,
                 gr.update(interactive=page > 0), gr.update(interactive=first + ON_A_PAGE < total),
                 gr.update(visible=missing)]
+
+
+def table_html(rows: Sequence[Clip], first: int, language: str) -> str:
+    """The lines of a page, each with its place among what the search finds."""
+    heads = "".join(f"<th>{html.escape(say(f'column.{name}', language))}</th>"
+                    for name in ("number", "seconds", "speaker", "text"))
+    lines = "".join(
+        f'<tr data-place="{first + i}"><td>{clip.number}</td><td>{clip.seconds:.2f}</td>'
+        f'<td>{html.escape(clip.text("speaker"))}</td><td lang="am">{html.escape(clip.text("text"))}</td></tr>'
+        for i, clip in enumerate(rows))
+    return f'<div class="lines"><table><thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table></div>'
 
 
 def chosen_of(held: str) -> Chosen:
@@ -302,8 +329,7 @@ def create_clip_editor(page: Page) -> None:
             back = page.button("clips.page_back", size="sm", min_width=60, elem_id="clips-back")
             number = gr.Textbox("1", show_label=False, container=False, max_lines=1, min_width=60, elem_id="clips-page")
             forth = page.button("clips.page_forth", size="sm", min_width=60, elem_id="clips-forth")
-        table = page.add(gr.Dataframe, "clips.table", interactive=False, wrap=True, max_height=360,
-                         column_widths=["10%", "10%", "15%", "65%"], elem_id="clips-table")
+        table = gr.HTML(elem_id="clips-table", padding=False, js_on_load=LINES)
         chosen = gr.Textbox(visible="hidden")
         with gr.Row():
             with gr.Column(scale=3):
@@ -321,31 +347,27 @@ def create_clip_editor(page: Page) -> None:
         notice = page.notice()
         page.prose("clips.keys", elem_classes=["tips"])
     connect(page, editor, chosen, (path, query, number, autoplay), (player, text, cut, notice), buttons, again)
-    page.watch("dataset", [path, query, number, chosen], [path, table, counted, back, forth, again], editor.look)
+    page.watch("dataset", [path, query, number], [path, table, counted, back, forth, again], editor.look)
 
-    def choose(typed: str, search: str, shown: str, plays: bool, language: str, event: gr.SelectData) -> list[Any]:
-        try:
-            first = page_number(shown, clip_rows.count(editor.version(typed), search)) * ON_A_PAGE
-        except (Refused, OSError):
-            first = 0
-        return editor.choose(first + event.index[0], typed, search, plays, language)
+    def choose(typed: str, search: str, plays: bool, language: str, event: gr.EventData) -> list[Any]:
+        place = event._data.get("place")
+        return editor.choose(place if isinstance(place, int) else 0, typed, search, plays, language)
 
-    page.refresh_after.append(table.select(choose, [path, query, number, autoplay, page.language],
-                                           [chosen, player, text, cut, notice], **QUIET))
+    table.click(choose, [path, query, autoplay, page.language], [chosen, player, text, cut, number, notice], **QUIET)
     for button, by in ((back, -1), (forth, 1)):
         page.refresh_after.append(button.click(lambda shown, by=by: str(max(1, (int(shown) if str(shown).isdecimal()
                                                                                 else 1) + by)), [number], [number],
                                                **QUIET))
     page.refresh_after.append(query.change(lambda: "1", None, [number], **QUIET))
-    page.refresh_on += [path.change, number.submit]
+    page.refresh_on.append(path.change)
 
 
 def connect(page: Page, editor: ClipEditor, chosen: Any, given: Sequence[Any], shown: Sequence[Any],
             buttons: dict[str, Any], again: Any) -> None:
-    """What the buttons do; then the table shows the page with the clip."""
+    """What the buttons do."""
     path, query, number, autoplay = given
     player, text, cut, notice = shown
-    outputs = [chosen, player, text, cut, notice]
+    outputs = [chosen, player, text, cut, number, notice]
 
     def step(by: int) -> Callable[..., list[Any]]:
         return lambda held, typed, search, plays, language: editor.choose(
@@ -358,8 +380,8 @@ def connect(page: Page, editor: ClipEditor, chosen: Any, given: Sequence[Any], s
         (buttons["leave"], editor.leave_out, [chosen, query]),
         (buttons["undo"], editor.undo, [chosen, path, query]), (again, editor.again, [chosen, path, query]))
     for button, act, inputs in actions:
-        # What is pressed while an answer is on the way comes after it.
+        # What is pressed while an answer is on the way comes after it. What only turns over changes no line.
         done = button.click(act, [*inputs, autoplay, page.language], outputs, trigger_mode="always_last", **QUIET)
-        page.refresh_after.append(done.then(
-            lambda held, at: str(chosen_of(held).get("place", 0) // ON_A_PAGE + 1) if held else at,
-            [chosen, number], [number], **QUIET))
+        if button not in (buttons["previous"], buttons["next"]):
+            page.refresh_after.append(done)
+    page.refresh_on.append(number.change)

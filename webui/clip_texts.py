@@ -10,7 +10,6 @@ CLIP_TEXTS: dict[str, tuple[str, str]] = {
     "clips.counted": ("{first} to {last} of {count}", "ከ {first} እስከ {last}፣ ከ {count} ውስጥ"),
     "clips.page_back": ("◀ Page", "◀ ገጽ"),
     "clips.page_forth": ("Page ▶", "ገጽ ▶"),
-    "clips.table": ("Clips: click a line to hear it", "ቅጂዎች፦ ለማድመጥ መስመሩን ይጫኑ"),
     "clips.choose": ("Click a line of the table: it is heard and can be edited here.",
                      "የሰንጠረዡን መስመር ይጫኑ፦ እዚህ ይደመጣል፣ ይታረማል።"),
     "clips.text": ("What is said", "የተነገረው"),
