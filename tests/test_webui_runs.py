@@ -88,4 +88,4 @@ def test_a_run_is_started_from_the_bar_goes_on_by_a_click_and_its_history_is_kep
 
     visitor.page.locator("#language").get_by_text("አማርኛ").click()
     visitor.sees("#runs-table", TEXTS["run_state.killed"][1])
-    visitor.sees("#training-go-on", TEXTS["after.go_on"][1])
+    visitor.sees("#runs-table", TEXTS["runs.clone"][1])
