@@ -76,7 +76,8 @@ CSS = """
 .startbar .status { flex: 1 1 100%; }
 .dark .problem .info-text, .dark .problem [class*=info] { color: #fca5a5 !important; }
 #theme { min-width: 44px; flex: 0 0 auto; }
-#home .form, #home .row { gap: 8px; }
+#home .form { gap: 0; }
+#home .row { gap: 8px; }
 /* Gradio's own words have no Amharic. */
 :lang(am) #recordings-upload button .wrap { font-size: 0; }
 :lang(am) #recordings-upload button .wrap::after { content: "ፋይሎችን እዚህ ይጣሉ ወይም ጠቅ አድርገው ይምረጡ"; font-size: 1rem; }
