@@ -53,6 +53,7 @@ def make_temporary_folder() -> str:
 os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1",
                "GRADIO_TEMP_DIR": make_temporary_folder()}
 
+from webui.served_files import route  # noqa: E402
 from webui.texts import LANGUAGES, say  # noqa: E402
 from webui.whole_page import create_page, launch_options, only_for_hosts  # noqa: E402
 from webui.workspace import ROOT, Workspace, is_loopback, load_or_make_credentials  # noqa: E402
@@ -87,8 +88,8 @@ def serve(args: argparse.Namespace, workspace: Workspace) -> None:
     os.chdir(workspace.root)  # Gradio lets handlers show files of the working directory
     options: dict[str, Any] = {"server_name": args.server_name, "server_port": args.server_port, "share": args.share,
                                "auth": credentials, "prevent_thread_lock": True, "quiet": True}
-    if credentials is None:
-        options["app_kwargs"] = only_for_hosts(args.server_name)
+    options["app_kwargs"] = {"routes": [route(workspace, page.secret)],
+                             **(only_for_hosts(args.server_name) if credentials is None else {})}
     _, local_url, share_url = demo.launch(**options, **launch_options(workspace))
     print(f"[Info] Page: {local_url}", flush=True)
     if made:

@@ -23,7 +23,15 @@ import yaml
 from conftest import GPT, ROOT, TOKENIZER, TRAINER, call_trainer, data_args, read_jsonl, write_manifest
 from released_folder import CONFIG, CONFIG_25
 
-from tools import build_pairs, generation, preprocess, speech_codec, synthesize, watch_training
+from tools import (
+    build_pairs,
+    compare_checkpoints,
+    generation,
+    preprocess,
+    speech_codec,
+    synthesize,
+    watch_training,
+)
 from tools._common import ToolError, sha256_of
 from tools.amharic_text import TEXT_RULES, read_aloud
 from tools.codes_to_sound import CodecSound, Prompt
@@ -291,6 +299,18 @@ def test_one_text_becomes_a_recording_and_a_picture_and_the_speed_is_told(traine
     waveform, rate = soundfile.read(tmp_path / "hello.wav")
     assert rate == RATE and len(waveform) > 0 and (tmp_path / "hello.png").stat().st_size > 0
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_two_checkpoints_say_one_text_each_as_it_would_alone_and_no_sound_is_written_over(trained, tmp_path):
+    other, rest = trained.output_dir / "model_step1.pth", ["--text", "ቤት ውሃ", "--max-length", "10"]
+    arguments = [*trained.arguments(), "--other", str(other), *rest, "--output-dir", str(tmp_path)]
+    compare_checkpoints.main(arguments)
+    for name, checkpoint in (("a", trained.checkpoint), ("b", other)):
+        synthesize.main([*trained.arguments(), "--checkpoint", str(checkpoint), *rest, "--output",
+                         str(tmp_path / "alone.wav")])
+        assert (tmp_path / f"{name}.wav").read_bytes() == (tmp_path / "alone.wav").read_bytes()
+    with pytest.raises(ToolError, match="has a.wav already"):
+        compare_checkpoints.main(arguments)
 
 
 @pytest.fixture

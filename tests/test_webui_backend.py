@@ -600,6 +600,7 @@ def parsed_by_the_program(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> d
 NOT_TOGETHER = {"tokenizer": ("model_type", "vocab_size"), "preprocess": ("model_dir",),
                 "prepare": ("model_dir", "target_size", "codec"), "synthesize": ("model_dir",),
                 "watch": ("model_dir",), "evaluate": ("model_dir",)}
+NOT_TOGETHER["compare"] = ("model_dir",)
 
 
 def filled(kind: str, workspace: Workspace) -> dict[str, Any]:
@@ -1572,9 +1573,9 @@ def test_the_page_says_what_helps_when_validation_rises_while_training_falls(wor
     log.write_text("".join(json.dumps(point) + "\n" for point in validated([4, 5, 6, 7], [4, 3, 2, 1])))
     (look,) = [watcher.look for watcher in page.watchers
                if "training-overfit" in [component.elem_id for component in watcher.outputs]]
-    told = look([], "en", "out")[5]
+    told = look([], "en", "out")[0]
     assert "7.0000 at step 40, but 4.0000 at step 10" in told and "dropout" in told and "Patience" in told
-    assert "4.0000" in look([], "am", "out")[5] and look([], "en", "elsewhere")[5] == ""
+    assert "4.0000" in look([], "am", "out")[0] and look([], "en", "elsewhere")[0] == ""
 
 
 def test_progress_is_read_from_what_the_programs_print(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -53,7 +53,7 @@ from tools.generation import Synthesizer, add_base_argument, add_sampling_argume
 from tools.made_with import OF_SOUND, of_checkpoint, of_manifest, require_same
 from tools.recogniser import FORMAT, Recogniser, error_rate, read_recogniser, train_recogniser
 from tools.recordings import read_recordings
-from tools.sound_files import load_recording
+from tools.sound_files import load_recording, write_wav
 from tools.speech_codec import cosine_basis
 from tools.synthesize import speak_into
 from tools.text_rules import language_of, rules_of
@@ -64,6 +64,8 @@ FIRST_COMMAND = ("python -m tools.evaluate_voice --checkpoint demo_output/traini
 MOST_CODES = 600_000  # of the training data; a longer one is thinned out evenly
 CANDIDATES = 12
 CEPSTRA = 13
+KINDS = ("true", "round_trip", "synthesis")
+RESULTS = "results.json"  # in --output-dir
 
 
 # The data set
@@ -241,14 +243,18 @@ def synthesised_mels(synthesizer: Synthesizer, data: VoiceData, rows: Sequence[d
             else torch.zeros(0, data.sound.n_mels) for line in spoken]
 
 
-def round_trips(synthesizer: Synthesizer, data: VoiceData, rows: Sequence[dict[str, Any]]) -> list[Tensor]:
-    """Log-mels [frames, n_mels] of the rows' true codes as one can hear them: decoded to a waveform."""
+def round_trips(synthesizer: Synthesizer, data: VoiceData, rows: Sequence[dict[str, Any]], kept: dict[str, Path]
+                ) -> list[Tensor]:
+    """Log-mels [frames, n_mels] of the rows' true codes as one can hear them: decoded to a waveform. Those of `kept`,
+    by their ids, are written there."""
     mels, progress = [], Progress("decoding validation codes", len(rows))
     for done, row in enumerate(rows, 1):
         prompt = synthesizer.prompt(data.prompt(row))
         waveform = synthesizer.say_codes(data.codes(row), row["target_text"], prompt, row["target_id"],
                                          language_of(row))
         mels.append(data.sound.log_mel(waveform))
+        if row["target_id"] in kept:
+            write_wav(kept[row["target_id"]], waveform, data.sound.sample_rate)
         progress.update(done)
     return mels
 
@@ -277,7 +283,9 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     synthesis = synthesised_mels(synthesizer, data, rows, args)
     recogniser = obtain_recogniser(args.recogniser, data)
     needed = {other["target_id"]: other for row in rows for other in candidates_of(row, data.val, data.rules)}
-    of_true_codes = dict(zip(needed, round_trips(synthesizer, data, list(needed.values())), strict=True))
+    names = {row["target_id"]: f"{number:04d}" for number, row in enumerate(rows, 1)}
+    kept = {target: args.output_dir / f"{name}_codec.wav" for target, name in names.items()}
+    of_true_codes = dict(zip(needed, round_trips(synthesizer, data, list(needed.values()), kept), strict=True))
     of_cepstra = {name: cepstra(mel) for name, mel in of_true_codes.items()}
     results = []
     progress = Progress("listening", len(rows))
@@ -285,10 +293,13 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         true = data.recording(row, "target")
         rank, of, mcd = rank_of(mel, row, data, of_cepstra)
         results.append({
+            "name": names[row["target_id"]], "recording": str(true) if true else None,
             "id": row["target_id"], "text": row["target_text"], "said": said_in(row, data.rules),
             "true": recogniser.hear(data.sound.log_mel(load_recording(true, data.sound.sample_rate))) if true else None,
             "round_trip": recogniser.hear(of_true_codes[row["target_id"]]), "synthesis": recogniser.hear(mel),
             "rank": rank, "candidates": of, "mcd": None if math.isnan(mcd) else round(mcd, 3)})
+        results[-1]["cer"] = {kind: round(error_rate([results[-1][kind]], [results[-1]["said"]]), 4)
+                              for kind in KINDS if results[-1][kind] is not None}
         progress.update(done)
     return summary(results) | {"checkpoint": str(args.checkpoint), "step": synthesizer.checkpoint["step"],
                                "texts_of_unseen_words": unseen, "sampling": asdict(sampling_of(args)), "rows": results}
@@ -297,7 +308,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 def summary(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """CER of each kind of sound, and how the ranks came out."""
     rates = {}
-    for kind in ("true", "round_trip", "synthesis"):
+    for kind in KINDS:
         heard = [row for row in results if row[kind] is not None]
         rates[kind] = {"texts": len(heard), "cer": round(error_rate([row[kind] for row in heard], [
             row["said"] for row in heard]), 4) if heard else None}
@@ -321,7 +332,8 @@ def table(result: dict[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__, FIRST_COMMAND)
     parser.add_argument("--checkpoint", type=Path, required=True, help="best.pth, latest.pth or a model_step file")
-    parser.add_argument("--output-dir", type=Path, required=True, help="gets the synthesised texts, to listen to")
+    parser.add_argument("--output-dir", type=Path, required=True,
+                        help="gets the spoken texts (NNNN.wav) and the codec's round trips (NNNN_codec.wav)")
     parser.add_argument("--data-dir", type=Path, default=Path("processed_data"),
                         help="holds train_pairs.jsonl and val_pairs.jsonl (processed_data)")
     add_sound_arguments(parser, "the data")
@@ -331,7 +343,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--recogniser", type=Path, default=Path("build/recogniser.pt"),
                         help="trained when it is not there (build/recogniser.pt)")
     parser.add_argument("--texts", type=int, default=100, help="validation texts to judge (100)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="all results, text by text")
+    parser.add_argument("--json", type=Path, metavar="FILE", help=f"all results, text by text (OUTPUT_DIR/{RESULTS})")
     add_sampling_arguments(parser)
     args = parser.parse_args(argv)
     if args.texts < 1:
@@ -341,9 +353,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     info(f"{args.checkpoint}, step {result['step']}; {result['texts_of_unseen_words']} of {len(result['rows'])} texts "
          "have no word of the training texts")
     print(table(result), flush=True)
-    if args.json:
-        with writing_to(args.json.parent):
-            write_text(args.json, json.dumps(result, ensure_ascii=False, indent=1) + "\n")
+    path = args.json or args.output_dir / RESULTS
+    with writing_to(path.parent):
+        write_text(path, json.dumps(result, ensure_ascii=False, indent=1) + "\n")
 
 
 if __name__ == "__main__":

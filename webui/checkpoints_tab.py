@@ -11,6 +11,7 @@ import gradio as gr
 from webui import pipeline
 from webui.command_form import FormSection
 from webui.command_lines import Form, Problem
+from webui.exports import create_downloads, create_folder_export
 from webui.job_panel import create_job_panel, create_plot, drawn, legend, reason_of
 from webui.jobs import Job, deletable, delete_checkpoint
 from webui.page_base import QUIET, Page, beside, megabytes, refusal, tell
@@ -44,6 +45,7 @@ def create_checkpoints_tab(page: Page) -> tuple[Any, Any, Any]:
             chosen = page.add(gr.Textbox, "checkpoints.chosen", max_lines=1, scale=4, elem_id="checkpoints-chosen")
             use = page.button("checkpoints.use", scale=1, elem_id="checkpoints-use")
             delete = page.button("checkpoints.delete", variant="stop", scale=1, elem_id="checkpoints-delete")
+        create_downloads(page, chosen)
         with gr.Group(visible=False) as confirmation:
             question = gr.Markdown(elem_classes=["notice"])
             with gr.Row():
@@ -57,6 +59,7 @@ def create_checkpoints_tab(page: Page) -> tuple[Any, Any, Any]:
                 form.command_and_start("start")
             with gr.Column(elem_classes=["live"]):
                 create_job_panel(page, "checkpoints", ["export"])
+        of_folder = create_folder_export(page)
         create_comparison(page)
         connect_deletion(page, chosen, (delete, yes, cancel), (confirmation, question, notice))
 
@@ -75,9 +78,9 @@ def create_checkpoints_tab(page: Page) -> tuple[Any, Any, Any]:
 
     def choose(event: gr.SelectData) -> list[str]:
         run, names, *_ = event.row_value
-        return [f"{run}/{names.split(' = ')[0]}"] * 2
+        return [f"{run}/{names.split(' = ')[0]}"] * 3
 
-    table.select(choose, None, [chosen, form.inputs["checkpoint"]], **QUIET)
+    table.select(choose, None, [chosen, form.inputs["checkpoint"], of_folder], **QUIET)
     page.watch("checkpoints", [], [state, table], look)
     return chosen, use, notice
 

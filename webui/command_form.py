@@ -78,7 +78,7 @@ class FormSection:
         with gr.Row(elem_classes=["startbar"]):
             start = self.page.button(start_key, variant="primary", elem_id=f"{self.kind}-start")
             beside_start()
-        notice = self.page.notice()
+        notice = self.notice = self.page.notice()
         self.page.refresh_after.append(start.click(
             self.start, [self.untouched, self.page.language, *self.inputs.values()], [*self.checked_into, notice],
             **QUIET))

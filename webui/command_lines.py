@@ -286,7 +286,28 @@ PROGRAMS: dict[str, Program] = {
     "tensorboard": Program(("-m", "tensorboard.main", "--host", "127.0.0.1", "--port", "0"), (
         Field("logdir", "--logdir", "directory", required=True),)),
 }
-SPEAKING = ("synthesize", "watch", "evaluate")
+PROGRAMS |= {  # of a whole voice, and of two checkpoints
+    "export_folder": Program(("-m", "tools.export_checkpoint"), (
+        Field("checkpoint", "", "file", required=True),
+        Field("model_dir", "--model-dir", "directory", required=True),
+        Field("output_dir", "--output-dir", "new_directory", required=True),
+        Field("tokenizer", "--tokenizer", "file"),
+        Field("dtype", "--dtype", "choice", choices=("fp32", "bf16", "fp16")),
+        Field("copy", "--copy", "switch")), "output_dir"),
+    "compare": Program(("-m", "tools.compare_checkpoints"), (
+        Field("checkpoint", "--checkpoint", "file", required=True),
+        Field("other", "--other", "file", required=True),
+        Field("text", "--text", "text", required=True),
+        Field("prompt", "--prompt", "file", required=True),
+        Field("output_dir", "--output-dir", "new_directory", required=True),
+        Field("codec", "--codec", "file"),
+        Field("model_dir", "--model-dir", "model_folder"),
+        Field("language", "--language", "line"),
+        Field("temperature", "--temperature", "float", minimum=0.01, maximum=10),
+        Field("takes", "--takes", "int", minimum=1, maximum=100),
+        SEED), "output_dir"),
+}
+SPEAKING = ("synthesize", "compare", "watch", "evaluate")
 NEEDED_TO_SPEAK = {INDEXTTS2: FOR_SOUND, INDEXTTS25: FOR_SOUND_25}
 NEEDED_FOR_FEATURES = {INDEXTTS2: FOR_FEATURES, INDEXTTS25: FOR_FEATURES_25}
 # Form values for Tab 6: as many steps of as many samples as `make demo` takes, then knowledge.md's.

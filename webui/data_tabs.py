@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,21 +13,26 @@ import gradio as gr
 from tools._amharic_reading import Reading
 from tools.amharic_text import read_aloud, shown
 from webui import pipeline
+from webui.clip_editor import create_clip_editor
 from webui.command_form import FormSection, create_form
-from webui.data_summaries import filter_summary, import_summary, report_frame
+from webui.data_summaries import filter_summary, import_summary, is_newer, report_frame
 from webui.job_panel import create_job_panel, newest
 from webui.jobs import Job
 from webui.page_base import QUIET, Page, megabytes, refusal, tell
 from webui.readers import files_in
+from webui.recorder import create_recorder
 from webui.recordings_check import EXAMPLE, SHOWN_FAULTS, read_dataset
 from webui.texts import TEXTS, say
 from webui.uploads import AUDIO, TRANSCRIPTS, take_upload
 from webui.workspace import Refused
+from webui.zip_upload import ENDING, unpack
 
 MAX_UPLOAD_MB = 200
 SHOWN_FILES = 200
+SHOWN_THERE = 20
 MAX_REPORT_MB = 60
 REPORT = "filter_report.html"
+FRESH_SECONDS = 300
 
 
 def create_recordings_tab(page: Page) -> None:
@@ -53,6 +59,7 @@ def create_recordings_tab(page: Page) -> None:
                 with gr.Column(elem_classes=["live"]):
                     found = gr.Markdown(elem_id="import-summary", render=False)
                     create_job_panel(page, "recordings", ["import"], above_log=found.render, name="import")
+        create_recorder(page)
         with page.accordion("recordings.speak"), gr.Row():
             with gr.Column():
                 create_form(page, "speak", "recordings", [["texts", "output_dir"], ["voices", "limit"]],
@@ -83,19 +90,27 @@ def create_recordings_tab(page: Page) -> None:
 
 def take_uploads(page: Page, uploaded: Sequence[Path], folder: str, language: str) -> str:
     """Takes what can be taken. Returns how many that were, which were there before, and what is wrong with others."""
-    there, wrong = [], []
+    there, wrong, count = [], [], 0
     for path in uploaded:
         try:
-            take_upload(page.workspace, path, folder, (*AUDIO, *TRANSCRIPTS), MAX_UPLOAD_MB)
+            if path.suffix.lower() == ENDING:
+                found = unpack(page.workspace, path, folder, (*AUDIO, *TRANSCRIPTS), MAX_UPLOAD_MB)
+                there += found.there
+                wrong += ["✗ " + tell(language, "zip.passed_over", path=path.name, count=len(found.passed_over),
+                                      example=found.passed_over[0])] if found.passed_over else []
+                count += len(found.taken)
+            else:
+                take_upload(page.workspace, path, folder, (*AUDIO, *TRANSCRIPTS), MAX_UPLOAD_MB)
+                count += 1
         except Refused as refused:
             if refused.key == "file_in_the_way":
                 there.append(path.name)
             else:
                 wrong.append(refusal(refused, language))
-    count = len(uploaded) - len(there) - len(wrong)
     lines = ["✓ " + tell(language, "recordings.uploaded", count=count, folder=folder)] if count else []
     if there:
-        lines.append("✗ " + tell(language, "recordings.there", names=", ".join(there)))
+        names = [*there[:SHOWN_THERE], *["…"] * (len(there) > SHOWN_THERE)]
+        lines.append("✗ " + tell(language, "recordings.there", names=", ".join(names)))
     return "\n\n".join([*lines, *dict.fromkeys(wrong)])
 
 
@@ -138,12 +153,24 @@ def create_filter(page: Page) -> None:
             return [f"✗ {tell(language, 'not_readable', path=REPORT)}", "", gr.skip()]
 
     page.watch("dataset", [box], [found, opens], look)
+    # A run that ends shows its report by itself.
+    ended = gr.Textbox(visible="hidden", elem_id="filter-ended")
+    page.watch("dataset", [], [ended], lambda jobs, language: [just_ended(newest(jobs, ["filter"]))])
+    ended.change(lambda name, *given: open_report(*given) if name else [gr.skip()] * 3, [ended, box, page.language],
+                 [notice, frame, closes], **QUIET)
     opens.click(open_report, [box, page.language], [notice, frame, closes], **QUIET)
     closes.click(lambda: ["", gr.update(visible=False)], None, [frame, closes], **QUIET)
 
 
+def just_ended(job: Job | None) -> str:
+    """The id of a job that has finished within the last minutes; "" for another."""
+    fresh = job and job.state == "finished" and is_newer(job.folder / "exit.json", time.time() - FRESH_SECONDS)
+    return job.id if job and fresh else ""
+
+
 def create_dataset_tab(page: Page) -> None:
     with page.tab("dataset"):
+        create_clip_editor(page)
         with page.accordion("dataset.filter", open=True):
             page.prose("dataset.filter_intro")
             create_filter(page)

@@ -73,6 +73,11 @@ def newest(jobs: Sequence[Job], kinds: Sequence[str], output_dir: Path | None = 
     return first_running(jobs_of(jobs, kinds, output_dir))
 
 
+def card(text: str, state: str = "") -> dict[str, Any]:
+    """The update of a status: its text, in the colour of a job's state."""
+    return gr.update(value=text, elem_classes=["status", *([f"state-{state}"] if state else [])])
+
+
 def does_not_stop(job: Job, now: float) -> bool:
     """Whether a job still runs although it was asked to stop a while ago. Pure."""
     return job.live and job.stop_asked is not None and now - job.stop_asked > SECONDS_TO_STOP
@@ -126,13 +131,14 @@ def create_job_panel(page: Page, tab: str, kinds: Sequence[str], output_dir: Any
                             **({} if still == picked else {"value": still}))
         job = next((job for job in running if job.id == still), first_running(own))
         if job is None:
-            return [offered, "", say("no_job_yet", language), "", gr.update(visible=False), gr.update(visible=False),
+            hidden = gr.update(visible=False)
+            return [offered, "", card(say("no_job_yet", language)), "", hidden, hidden,
                     gr.update(value="", visible=False)]
         key, values = job.message()
         values = in_words(job.kind, values, language)
         state = f"**{page.name(job, language)}**: {tell(language, key, **values)}"
         progress = progress_bar(progress_of(job.log), language) if job.live else ""
-        return [offered, job.id, state, progress, gr.update(visible=job.live),
+        return [offered, job.id, card(state, job.state), progress, gr.update(visible=job.live),
                 gr.update(visible=does_not_stop(job, time.time())), gr.update(value=read_tail(job.log), visible=True)]
 
     def end(how: Callable[[Job], None]) -> Callable[[str], None]:

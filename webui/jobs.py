@@ -396,6 +396,11 @@ def read_tail(path: Path, max_lines: int = 200, max_bytes: int = 65536) -> str:
         return ""
     if size > max_bytes and b"\n" in content:
         content = content.partition(b"\n")[2]  # the first line is not whole
+    return plain_text(content, max_lines)
+
+
+def plain_text(content: bytes, max_lines: int = 0) -> str:
+    """Lines of a log as plain text, the last `max_lines` (0: all); a progress line shows only its last state."""
     lines = content.decode(errors="replace").replace("\r\n", "\n").rstrip("\n").split("\n")
     return "\n".join(NOT_TEXT.sub("", line.rstrip("\r").rpartition("\r")[2]).rstrip() for line in lines[-max_lines:])
 

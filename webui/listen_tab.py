@@ -11,6 +11,7 @@ from webui.command_form import create_form
 from webui.job_panel import create_job_panel, newest
 from webui.jobs import Job
 from webui.page_base import Marked, Page
+from webui.voices import create_comparison_of_two, create_evaluation_table, create_takes, create_voice_picker
 
 
 def shown(file: Marked | None) -> Any:
@@ -27,12 +28,15 @@ def create_listen_tab(page: Page) -> None:
                             [["codec", "model_dir"], ["tokenizer"], ["temperature", "top_k", "top_p"],
                              ["takes", "seed"], ["language", "greedy"]],
                             start="listen.start").check_when_read("checkpoint")
+                create_voice_picker(page, "synthesize")
             with gr.Column(elem_classes=["live"]):
                 audio = page.add(gr.Audio, "listen.audio", visible=False, interactive=False, type="filepath",
                                  buttons=["download"], elem_id="listen-audio")
                 picture = page.add(gr.Image, "listen.picture", visible=False, interactive=False, type="filepath",
                                    format="png", buttons=["download", "fullscreen"], elem_id="listen-picture")
                 create_job_panel(page, "listen", ["synthesize"])
+        create_takes(page)
+        create_comparison_of_two(page)
         with page.accordion("listen.watch"), gr.Row():
             with gr.Column():
                 create_form(page, "watch", "listen", [["watch"]],
@@ -46,6 +50,7 @@ def create_listen_tab(page: Page) -> None:
                             ).check_when_read("checkpoint")
             with gr.Column(elem_classes=["live"]):
                 create_job_panel(page, "listen", ["evaluate"], name="evaluate")
+        create_evaluation_table(page)
 
     def look(jobs: Sequence[Job], language: str) -> list[Any]:
         job = newest([job for job in jobs if job.state == "finished"], ["synthesize"])

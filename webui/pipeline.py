@@ -91,6 +91,18 @@ NEW_FILES = {
     ("evaluate", "output_dir"): "evaluation/{number}",
     ("evaluate", "recogniser"): "evaluation/recogniser.pt",
 }
+# A whole voice, and two checkpoints.
+STEP_OF |= {"export_folder": "checkpoints", "compare": "listen"}
+HANDED_ON |= {
+    ("export_folder", "checkpoint"): ("checkpoint",),
+    ("compare", "checkpoint"): ("checkpoint",),
+    ("compare", "prompt"): ("recording",),
+    ("compare", "codec"): ("codec",),
+}
+NEW_FILES |= {
+    ("export_folder", "output_dir"): "exported/voice_{number}",
+    ("compare", "output_dir"): "listen/ab_{number}",
+}
 
 
 def candidates(jobs: Sequence[Job], demo: bool = False) -> dict[str, list[str]]:

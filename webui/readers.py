@@ -23,9 +23,10 @@ from tools.run_files import INSPECTED, all_checkpoints, newest_first, resume_cho
 from webui.jobs import last_error, read_tail
 from webui.workspace import ROOT, is_text_name
 
-Point = dict[str, Any]  # a metrics.jsonl line: kind ("train" | "val"), epoch, step, text_loss, mel_loss, ...; and "run"
+Point = dict[str, Any]  # a metrics.jsonl line: kind (of KINDS), epoch, step, text_loss, mel_loss, ...; and "run"
+KINDS = ("train", "val", "val_part")  # the last of one manifest or language of the validation
 READ_AT_ONCE = 16 << 20  # bytes of metrics in one call
-MAX_TRAIN_POINTS = 20_000  # kept in memory for one run
+MAX_TRAIN_POINTS = 5_000  # kept in memory for one run
 PROGRESS = re.compile(r"^\[Progress\] (.+?): (\d+)/(\d+)(?:, \d+ s)?(?:, about (\d+) s left)?", re.MULTILINE)
 STEP = re.compile(r"^\[Step\] (\d+/\d+ \w+)$", re.MULTILINE)
 TRAIN_STEP = re.compile(r"^\[Train\] epoch=\d+ step=(\d+) ", re.MULTILINE)
@@ -63,7 +64,13 @@ class MetricsFile:
         self.offset += len(whole)
         lines = whole.splitlines(keepends=True)
         self.last_line = lines[-1]
-        self.points += points_of(lines, self.path.parent.name)
+        self.take(lines)
+
+    def take(self, lines: Sequence[bytes]) -> None:
+        """Keeps what is new of the file; of a portion with very many training lines only some are looked at."""
+        every = max(1, len(lines) // MAX_TRAIN_POINTS)
+        wanted = [line for number, line in enumerate(lines) if number % every == 0 or b'"val' in line]
+        self.points += points_of(wanted, self.path.parent.name)
         if len(self.points) > 2 * MAX_TRAIN_POINTS:
             train = [point for point in self.points if point["kind"] == "train"]
             dropped = {id(point) for point in train[1::2]}
@@ -78,7 +85,7 @@ def points_of(lines: Iterable[bytes], run: str) -> list[Point]:
             point = json.loads(line)
         except ValueError:  # a crash of the machine left something else there
             continue
-        if isinstance(point, dict) and point.get("kind") in ("train", "val") and isinstance(point.get("step"), int):
+        if isinstance(point, dict) and point.get("kind") in KINDS and isinstance(point.get("step"), int):
             points.append({**point, "run": run})
     return points
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from webui.clip_texts import CLIP_TEXTS
+
 LANGUAGES = ("en", "am")
 
 
@@ -774,6 +776,83 @@ TEXTS: dict[str, tuple[str, str]] = {
                       "{path} መጠቀም አይቻልም፦ {reason}። ከታች ሌላ ቼክፖይንት ይምረጡ፣ ወይም ይህን ባዶ ይተዉት፦ አዲሱ ትክክለኛ ይወሰዳል።"),
     "resume.running": ("This run is in progress.", "ይህ ሥልጠና በሂደት ላይ ነው።"),
 
+    # 6 Training: curves, and the runs of the workspace
+    "curves.none": ("The curves begin with the first line that the training logs.",
+                    "መስመሮቹ የሚጀምሩት ሥልጠናው የመጀመሪያውን መዝገብ ሲጽፍ ነው።"),
+    "curves.smoothing": ("Smoothing", "ማለስለሻ"),
+    "curves.whole": ("Whole run", "ሙሉው ሥልጠና"),
+    "curves.parts": ("Speech loss of validation, by language or list", "የማረጋገጫ የንግግር ስህተት፣ በየቋንቋው ወይም በየዝርዝሩ"),
+    "curves.zoom": ("Drag over a curve to look closer; a double click shows the whole run again.",
+                    "ቀረብ ብሎ ለማየት በመስመሩ ላይ ይጎትቱ፤ ሁለት ጊዜ መጫን ሙሉውን ይመልሳል።"),
+    "runs.heading": ("## Runs", "## ሥልጠናዎች"),
+    "runs.none": ("No run in the workspace yet.", "በሥራ ቦታው እስካሁን ሥልጠና የለም።"),
+    "runs.run": ("Run", "ሥልጠና"),
+    "runs.state": ("State", "ሁኔታ"),
+    "runs.steps": ("Steps", "እርምጃዎች"),
+    "runs.best": ("Best validation loss", "ምርጥ የማረጋገጫ ስህተት"),
+    "runs.best_at": ("{loss} at step {step}", "{loss} በእርምጃ {step}"),
+    "runs.when": ("Last sign of life", "የመጨረሻ እንቅስቃሴ"),
+    "runs.show": ("Show", "አሳይ"),
+    "runs.compare": ("Compare", "አነጻጽር"),
+    "runs.clone": ("Clone", "ቅዳ"),
+    "runs.delete": ("Delete…", "ሰርዝ…"),
+    "runs.yes": ("Yes, delete it", "አዎ፣ ይሰረዝ"),
+    "runs.confirm": (
+        "Delete the run {path} for good? Checkpoints: {checkpoints}; logs of starts on this page: {jobs}; besides: "
+        "{others}. {megabytes} MB become free. This cannot be undone.",
+        "ሥልጠናው {path} ለዘለቄታው ይሰረዝ? ቼክፖይንቶች፦ {checkpoints}፤ በዚህ ገጽ የተጀመሩ መዝገቦች፦ {jobs}፤ በተጨማሪ፦ {others}። {megabytes} MB "
+        "ነፃ ይሆናል። መመለስ አይቻልም።"),
+    "runs.kept": ("Not the training's, and left there: {names}.", "የሥልጠናው ያልሆኑ፣ የማይነኩ፦ {names}።"),
+    "runs.used_by": ("These runs were started from it: {names}.", "እነዚህ ሥልጠናዎች ከእሱ የተጀመሩ ናቸው፦ {names}።"),
+    "runs.deleted": ("Deleted: {path} ({megabytes} MB).", "ተሰርዟል፦ {path} ({megabytes} MB)።"),
+    "runs.cloned": ("The form above has these settings now, with a folder of its own: {path}.",
+                    "ከላይ ያለው ቅጽ አሁን እነዚህን ቅንብሮች ይዟል፣ ከራሱ አቃፊ ጋር፦ {path}።"),
+    "runs.no_settings": ("Not started on this page: its settings are not known here.",
+                         "በዚህ ገጽ አልተጀመረም፦ ቅንብሮቹ እዚህ አይታወቁም።"),
+    "runs.no_log": ("Not started on this page: its log went to its terminal.", "በዚህ ገጽ አልተጀመረም፦ መዝገቡ በተርሚናሉ ላይ ነው።"),
+    "runs.no_curve": ("Nothing has been logged for this curve yet.", "ለዚህ መስመር እስካሁን የተመዘገበ የለም።"),
+    "runs.curves": ("Curves by step", "መስመሮች በየእርምጃው"),
+    "runs.log": ("Log of all starts", "የሁሉም ጅማሬዎች መዝገብ"),
+    "runs.part": ("Log, part {number} of {count}", "መዝገብ፣ ክፍል {number} ከ {count}"),
+    "runs.earlier": ("Earlier", "ቀደም ያለ"),
+    "runs.later": ("Later", "ቀጣይ"),
+    "run_in_use": ("“{title}” (process {pid}) still works with {path}. Stop it first.",
+                   "“{title}” (ሂደት {pid}) አሁንም በ {path} እየሠራ ነው። መጀመሪያ ያቁሙት።"),
+    "after.go_on": ("Go on with this run", "ይህን ሥልጠና ቀጥል"),
+    "after.again": ("Start again", "እንደገና ጀምር"),
+    "after.retry": ("Try again from the newest checkpoint", "ከአዲሱ ቼክፖይንት እንደገና ሞክር"),
+    "after.listen": ("Listen to it (tab 8)", "ድምፁን ይስሙ (ትር 8)"),
+    "warnings.more": ("and {count} more in the log", "እና ሌሎች {count} በመዝገቡ ውስጥ"),
+    "samples.heading": ("What it says at step {step}", "በእርምጃ {step} የሚለው"),
+    "samples.generated": ("generated", "የተፈጠረ"),
+    "samples.original": ("original", "ኦሪጅናሉ"),
+    "plan": ("Plan: hours, memory and disk before starting", "ዕቅድ፦ ከመጀመር በፊት ሰዓት፣ ማህደረ ትውስታና ዲስክ"),
+    "plan.card": ("Card", "ካርድ (GPU)"),
+    "plan.per_hour": ("Price per hour (optional)", "ዋጋ በሰዓት (አማራጭ)"),
+    "plan.make": ("Plan", "አቅድ"),
+    "plan.take": ("Take its batch into the form", "ባቹን ወደ ቅጹ ውሰድ"),
+    "plan.making": ("Reading the lengths of all rows…", "የሁሉም መስመሮች ርዝመት እየተነበበ ነው…"),
+    "plan.late": ("No plan within {seconds} s. The same from a terminal:", "በ {seconds} ሰከንድ ውስጥ ዕቅድ አልተገኘም። በተርሚናል፦"),
+    "plan.no_data": ("Choose training manifests first.", "መጀመሪያ የሥልጠና ዝርዝሮችን ይምረጡ።"),
+    "plan.hours": ("Hours of training", "የሥልጠና ሰዓታት"),
+    "plan.price": ("Price", "ዋጋ"),
+    "plan.steps": ("Steps (epochs × samples)", "እርምጃዎች (ዙሮች × ናሙናዎች)"),
+    "plan.batch": ("Batch × accumulation", "ባች × ክምችት"),
+    "plan.memory": ("Memory of the card", "የካርዱ ማህደረ ትውስታ"),
+    "plan.disk": ("Disk for checkpoints", "ለቼክፖይንቶች የሚያስፈልግ ዲስክ"),
+    "plan.model": ("Parameters", "ፓራሜትሮች"),
+    "plan.too_large": ("More than the card has: choose gradient checkpointing or a smaller batch.",
+                       "ካርዱ ካለው በላይ ነው፦ gradient checkpointing ወይም ያነሰ ባች ይምረጡ።"),
+    "plan.why": ("Hours of the steps alone, at 50 to 30 % of the card's peak; validation and saves come on top.",
+                 "የእርምጃዎቹ ሰዓት ብቻ፣ ከካርዱ ከፍተኛ አቅም 50 እስከ 30 %፤ ማረጋገጫና ማስቀመጥ ይጨመራሉ።"),
+    "run_state.starting": ("starting", "በመጀመር ላይ"),
+    "run_state.running": ("running", "በሥራ ላይ"),
+    "run_state.finished": ("finished", "ተጠናቋል"),
+    "run_state.stopped": ("stopped", "ቆሟል"),
+    "run_state.failed": ("failed", "አልተሳካም"),
+    "run_state.killed": ("killed", "በኃይል ተቋርጧል"),
+    "run_state.unknown": ("not known", "አይታወቅም"),
+
     # 7 Checkpoints
     "checkpoints.table": ("Runs and checkpoints", "ሥልጠናዎችና ቼክፖይንቶች"),
     "checkpoints.none": ("No run in the workspace yet. Tab 6 starts one.", "በሥራ ቦታው እስካሁን ሥልጠና የለም። በትር 6 ይጀምሩ።"),
@@ -982,6 +1061,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "upload_too_large": ("{path} is larger than {megabytes} MB. Save it as FLAC or MP3, or copy it into the workspace "
                          "by other means.",
                          "{path} ከ {megabytes} MB ይበልጣል። በ FLAC ወይም MP3 ያስቀምጡት፣ ወይም በሌላ መንገድ ወደ ሥራ ቦታው ይቅዱት።"),
+    **CLIP_TEXTS,
 }
 
 

@@ -15,18 +15,16 @@ from webui import pipeline
 from webui.belonging import resume_problems, training_choice
 from webui.command_form import FormSection
 from webui.command_lines import PRESETS, Form, Problem, command_for, lines_of, typed
-from webui.job_panel import StopButtons, create_job_panel, create_plot, drawn, legend, newest, reason_of
+from webui.job_panel import StopButtons, create_job_panel, newest, reason_of
 from webui.jobs import Job, holder_of, start_job, stop_job
 from webui.page_base import QUIET, Page, on_choice, plain, refusal, tell
-from webui.readers import Inspection, Point, curve, loss_of, overfit, tensorboard_url
+from webui.readers import Inspection, Point, loss_of, overfit, tensorboard_url
+from webui.run_bar import create_next_step, create_warnings
+from webui.run_curves import create_curves
+from webui.spoken_samples import create_samples
 from webui.texts import TEXTS, say
 from webui.workspace import Refused, load_settings, save_settings
 
-SERIES = ("train", "val")
-CURVES = {"mel_loss": ("train", "val"), "text_loss": ("train", "val"), "lr": ("train",),
-          "tokens_per_second": ("train",)}
-PLOTS = {"mel_loss": "training.mel_loss", "text_loss": "training.text_loss", "lr": "training.lr_curve",
-         "tokens_per_second": "training.speed_curve"}
 PRESET_FIELDS = sorted({name for preset in PRESETS.values() for name in preset})
 DEMO_DATA = {"train_manifests": pipeline.DEMO["train_manifest"], "val_manifests": pipeline.DEMO["val_manifest"],
              "tokenizer": pipeline.DEMO["tokenizer"]}
@@ -274,15 +272,13 @@ def create_settings_file(page: Page, form: TrainingForm) -> None:
 
 def create_live_section(page: Page, output_dir: Any) -> None:
     """Curves, memory and TensorBoard of the run in the output directory."""
-    plots, key = [], gr.HTML(elem_classes=["keys"], padding=False)
-    for names in (("mel_loss", "text_loss"), ("lr", "tokens_per_second")):
-        with gr.Row():
-            for name in names:
-                plots.append(create_plot(page, PLOTS[name], SERIES, height=220, min_width=220,
-                                         elem_id=f"training-{name}"))
+    create_next_step(page, output_dir)
+    create_curves(page, output_dir)
+    create_samples(page, output_dir)
     warning = gr.Markdown(elem_id="training-overfit")
     machine = gr.Markdown(elem_id="training-memory")
     create_tensorboard(page, output_dir)
+    create_warnings(page, output_dir)
 
     def look(jobs: Sequence[Job], language: str, typed_dir: str) -> list[Any]:
         try:
@@ -290,14 +286,10 @@ def create_live_section(page: Page, output_dir: Any) -> None:
         except Refused:
             folder = page.workspace.private  # where no run is
         points, job = page.reader(folder).points(), newest(jobs, ["training"], folder)
-        shown = [drawn([(step, value, kind) for kind in kinds for step, value in curve(points, kind, name)], SERIES)
-                 for name, kinds in CURVES.items()]
         memory = page.machine.memory(job.pid if job and job.live else None)
-        key = legend([say(f"series.{kind}", language) for kind in SERIES]) if points else ""
-        return [key, *shown, overfit_text(points, language),
-                memory_text(memory, language)]
+        return [overfit_text(points, language), memory_text(memory, language)]
 
-    page.watch("training", [output_dir], [key, *plots, warning, machine], look)
+    page.watch("training", [output_dir], [warning, machine], look)
 
 
 def overfit_text(points: Sequence[Point], language: str) -> str:

@@ -9,6 +9,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from webui.checkpoints_tab import connect_use, create_checkpoints_tab
+from webui.clip_css import CLIP_CSS
 from webui.data_tabs import (
     MAX_UPLOAD_MB,
     create_dataset_tab,
@@ -18,6 +19,8 @@ from webui.data_tabs import (
 from webui.home import create_home
 from webui.listen_tab import create_listen_tab
 from webui.page_base import Page
+from webui.runs_panel import CSS as RUNS_CSS
+from webui.runs_panel import create_runs
 from webui.training_tab import create_training_tab
 from webui.workspace import Workspace
 
@@ -97,6 +100,7 @@ CSS = """
 .bar { display: flex; gap: 10px; align-items: center; }
 .bar progress { flex: 1; height: 14px; }
 """
+CSS += CLIP_CSS
 
 
 def create_page(workspace: Workspace) -> tuple[gr.Blocks, Page]:
@@ -110,6 +114,7 @@ def create_page(workspace: Workspace) -> tuple[gr.Blocks, Page]:
             create_dataset_tab(page)
             create_prepare_tab(page)
             create_training_tab(page)
+            create_runs(page)
             chosen = create_checkpoints_tab(page)
             create_listen_tab(page)
         connect_use(page, *chosen)
@@ -128,7 +133,7 @@ def quiet(demo: gr.Blocks) -> None:
 
 def launch_options(workspace: Workspace) -> dict[str, Any]:
     """Everything off that would let a browser reach more than the page, or the page reach the internet."""
-    return {"theme": THEME, "css": CSS, "allowed_paths": [],
+    return {"theme": THEME, "css": CSS + RUNS_CSS, "allowed_paths": [],
             "blocked_paths": [str(workspace.private)], "max_file_size": f"{MAX_UPLOAD_MB}mb", "footer_links": [],
             "ssr_mode": False, "run_history": False, "mcp_server": False, "enable_monitoring": False, "pwa": False,
             "show_error": True, "inbrowser": False}

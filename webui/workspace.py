@@ -64,6 +64,7 @@ MESSAGES: dict[str, tuple[str, ...]] = {
     "directory_in_use": ("path", "title", "since", "pid"),
     "directory_locked": ("path", "holder"),  # by a trainer that was not started here
     "start_failed": ("reason",),
+    "run_in_use": ("path", "title", "pid"),  # a program reads from it
     "no_such_job": ("job",),
     "job_starting": (),
     "job_running": ("pid",),
@@ -89,6 +90,11 @@ MESSAGES: dict[str, tuple[str, ...]] = {
     "not_json_lines": ("path",),
     "upload_not_sound": ("path",),  # whatever its name says
     "upload_not_text": ("path",),
+    "zip_damaged": ("path",),
+    "zip_too_large": ("path",),
+    # The clips of a data set
+    "clips_mark_needed": ("mark",),
+    "record_nothing": (),
 }
 
 
