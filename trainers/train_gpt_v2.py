@@ -198,7 +198,8 @@ class TrainConfig:
     lora_dropout: float = setting(0.0, "before LoRA's first matrix (0)", 0, 0.99, type=float)
     lora_targets: list[str] = setting([], "layers of a block that get one (attn.c_attn attn.c_proj mlp.c_fc "
                                       "mlp.c_proj)", nargs="+", choices=LORA_TARGETS, metavar="LAYER")
-    compile: bool = setting(False, "torch.compile the model", action=argparse.BooleanOptionalAction)
+    compile: bool = setting(False, "torch.compile the model (with varlen attention only)",
+                            action=argparse.BooleanOptionalAction)
     profile: bool = setting(False, "write a torch.profiler trace of steps 4 to 6 of this process", action="store_true")
     world_size: int = 1  # processes; torchrun's, not a flag
 
