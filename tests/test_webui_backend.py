@@ -1283,6 +1283,13 @@ def page(built: Any) -> Any:
     return built[1]
 
 
+def test_nothing_but_tabs_lies_between_the_tabs(built: Any):
+    """Gradio counts a state there as a tab, and gives those after it each other's names."""
+    import gradio as gr
+    (tabs,) = (block for block in built[0].blocks.values() if isinstance(block, gr.Tabs))
+    assert len(tabs.children) > 5 and all(isinstance(child, gr.Tab) for child in tabs.children)
+
+
 def test_the_checkpoint_that_was_asked_about_is_deleted_whatever_the_box_says_by_then(
         workspace: Workspace, built: Any):
     (workspace.root / "run").mkdir()
