@@ -144,6 +144,18 @@ def refusal(tmp_path: Path, base: Path, texts: str = "\n".join(AMHARIC[:200]), s
     return str(raised.value)
 
 
+def test_without_a_size_a_few_texts_give_as_many_pieces_as_they_can(tmp_path: Path):
+    base, size = make_base(tmp_path / "bpe.model"), {}
+    for count in (30, 60):
+        (tmp_path / "t.txt").write_text("\n".join(AMHARIC[:count]))
+        train_tokenizer.main(["--texts", str(tmp_path / "t.txt"), "--extend", str(base), "--output",
+                              str(tmp_path / f"{count}.model")])
+        size[count] = len(train_tokenizer.pieces_in(tmp_path / f"{count}.model"))
+    assert 700 < size[30] < size[60] < 400 + train_tokenizer.NEW_PIECES
+    most = re.search(r"at most (\d+)", refusal(tmp_path, base, "\n".join(AMHARIC[:30]), 90000))
+    assert most and size[30] == int(most[1])
+
+
 def test_a_base_that_is_no_model_a_size_that_is_none_or_texts_without_new_letters_are_one_error(tmp_path: Path):
     base = make_base(tmp_path / "bpe.model")
     (tmp_path / "no.model").write_bytes(b"no model")
@@ -158,8 +170,7 @@ def test_a_base_that_is_no_model_a_size_that_is_none_or_texts_without_new_letter
     assert re.search("--target-size 450: with these texts give at least 7.., 400 of the base and 3.. letters among",
                      refusal(tmp_path, base, size=450))
     assert re.search(r"--target-size 90000: with these texts give at most \d+,", refusal(tmp_path, base, size=90000))
-    assert "go together" in refusal_of("--texts", "t.txt", "--output", "o.model", "--extend", str(base))
-    assert "go together" in refusal_of("--texts", "t.txt", "--output", "o.model", "--target-size", "1000")
+    assert "goes with --extend" in refusal_of("--texts", "t.txt", "--output", "o.model", "--target-size", "1000")
     assert "are for a tokenizer from scratch" in refusal(tmp_path, base, "ሰላም", 1000, "--model-type", "bpe")
     before = base.read_bytes()
     message = refusal_of("--texts", str(tmp_path / "t.txt"), "--extend", str(base), "--target-size", "1000",

@@ -28,7 +28,6 @@ from tools.model_folder import TIKTOKEN
 
 FIRST_COMMAND = "python -m tools.prepare --recordings my_recordings/filtered.jsonl --output-dir my_data"
 RECORD = "prepare.json"
-TARGET_SIZE = 15_000  # pieces of an extended tokenizer
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,7 @@ def plan(args: argparse.Namespace) -> list[Step]:
         steps.append(Step("texts", "collect_corpus", [str(args.recordings), "--output", str(texts)], texts))
         kind = typed(args, "model_type", "vocab_size")
         if args.features == INDEXTTS2:
-            kind = ["--extend", str(args.model_dir / "bpe.model"), "--target-size",
-                    str(args.target_size or TARGET_SIZE)]
+            kind = ["--extend", str(args.model_dir / "bpe.model"), *typed(args, "target_size")]
         steps.append(Step("tokenizer", "train_tokenizer", ["--texts", str(texts), "--output", str(tokenizer), *kind],
                           tokenizer))
     source = ["--features", args.features, "--model-dir", str(args.model_dir)]
@@ -134,7 +132,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokenizer", type=Path, help="one that is there (one is made of the texts)")
     parser.add_argument("--model-type", choices=["char", "bpe", "unigram"], help="of the new tokenizer (char)")
     parser.add_argument("--vocab-size", type=int, help="pieces of a new bpe or unigram tokenizer (2000)")
-    parser.add_argument("--target-size", type=int, help="pieces of the tokenizer that extends IndexTTS-2's (15000)")
+    parser.add_argument("--target-size", type=int, help="pieces of the tokenizer that extends IndexTTS-2's (its "
+                        "own and 3000, or as many as the texts give)")
     parser.add_argument("--codec", type=Path, help="one that is there (one is trained on the recordings)")
     parser.add_argument("--codec-steps", type=int, help="optimizer steps of the new codec (3000)")
     parser.add_argument("--num-codes", type=int, help="size of the new codec's codebook (1024)")

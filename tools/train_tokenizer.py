@@ -75,6 +75,14 @@ def train_tokenizer(texts: Sequence[str], model_type: str, vocab_size: int) -> b
 
 # A tokenizer that extends another
 
+NEW_PIECES = 3000  # or as many as the texts give, where no size is typed
+
+
+class TooManyPieces(ToolError):
+    """`most`: the greatest size that the texts give."""
+
+    most = 0
+
 
 def letters_to_add(base: sentencepiece.SentencePieceProcessor, texts: Sequence[str]) -> str:
     """Those of the texts that the base has no piece for, and with them all of the alphabet; "" when it has all of the
@@ -90,7 +98,7 @@ def learn_new_pieces(proto: ModelProto, texts: Sequence[str], letters: str, coun
     No text without these letters can be cut otherwise than before, whatever the scores, and one with them is cut as by
     the tokenizer that learned them. BPE merges by rank, and the parts of a piece are among the pieces before it; a
     unigram model adds log-probabilities, so pieces with a space are corrected by how much likelier the base finds it.
-    Raises: ToolError for a count that the texts cannot give.
+    Raises: TooManyPieces, or ToolError, for a count that the texts cannot give.
     """
     spec, size = proto.trainer_spec, len(proto.pieces)
     runs = [" ".join(re.sub(f"[^{re.escape(letters)}]", " ", text).split()) for text in texts]
@@ -101,8 +109,12 @@ def learn_new_pieces(proto: ModelProto, texts: Sequence[str], letters: str, coun
     except RuntimeError as error:
         highest = re.search(r"value <= (\d+)", str(error))
         bound = f"at most {size + int(highest[1]) - 4}" if highest else f"at least {size + len(letters)}"
-        raise ToolError(f"--target-size {size + count}: with these texts give {bound}, {size} of the base and "
-                        f"{len(letters)} letters among them") from error
+        refused = (TooManyPieces if highest else ToolError)(
+            f"--target-size {size + count}: with these texts give {bound}, {size} of the base and {len(letters)} "
+            "letters among them")
+        if isinstance(refused, TooManyPieces) and highest:
+            refused.most = size + int(highest[1]) - 4
+        raise refused from error
     base_scores = {piece.piece: piece.score for piece in proto.pieces}
     scores = {piece.piece: piece.score for piece in learned.pieces if piece.type == piece.NORMAL}
     space = scores.pop(SPACE)
@@ -112,8 +124,10 @@ def learn_new_pieces(proto: ModelProto, texts: Sequence[str], letters: str, coun
     return [(piece, score + (base_scores[SPACE] - space if SPACE in piece else 0)) for piece, score in scores.items()]
 
 
-def extend_tokenizer(content: bytes, texts: Sequence[str], target_size: int, name: str) -> bytes:
+def extend_tokenizer(content: bytes, texts: Sequence[str], target_size: int | None, name: str) -> bytes:
     """A SentencePiece model with pieces for letters that it lacks; `texts` are normalised, `name` is for messages.
+
+    target_size: None for NEW_PIECES more than it has, or fewer if the texts give no more.
 
     Raises: ToolError for a model that cannot be extended, texts that need no extension, or an unfit size.
     """
@@ -122,7 +136,7 @@ def extend_tokenizer(content: bytes, texts: Sequence[str], target_size: int, nam
     if proto.trainer_spec.model_type not in EXTENDABLE or base.piece_to_id(SPACE) == base.unk_id():
         raise ToolError(f"--extend {name}: not a unigram or BPE model with a piece for the space. Give IndexTTS2's "
                         "bpe.model")
-    if target_size <= size:
+    if target_size is not None and target_size <= size:
         raise ToolError(f"--target-size {target_size}: the base has {size} pieces already. Give more, such as "
                         f"{size + 3000}")
     normal = [base.normalize(text) for text in texts]
@@ -130,7 +144,13 @@ def extend_tokenizer(content: bytes, texts: Sequence[str], target_size: int, nam
     if not letters:
         raise ToolError(f"--extend {name}: has a piece for every letter of these texts, so that nothing would be "
                         "extended. Take it as it is, or give Amharic texts")
-    for piece, score in learn_new_pieces(proto, normal, letters, target_size - size):
+    try:
+        pieces = learn_new_pieces(proto, normal, letters, (target_size or size + NEW_PIECES) - size)
+    except TooManyPieces as error:
+        if target_size is not None:
+            raise
+        pieces = learn_new_pieces(proto, normal, letters, error.most - size)
+    for piece, score in pieces:
         proto.pieces.add(piece=piece, score=score)
     proto.trainer_spec.vocab_size = len(proto.pieces)
     return bytes(proto.SerializeToString())
@@ -244,10 +264,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--extend", type=Path, metavar="MODEL",
                         help="a released SentencePiece model to extend, such as checkpoints/bpe.model (none)")
     parser.add_argument("--target-size", type=int, metavar="N", help="pieces of the extended model, the base's among "
-                        "them; goes with --extend (no default)")
+                        f"them (the base's and {NEW_PIECES}, or as many as the texts give)")
     args: argparse.Namespace = parser.parse_args(argv)
-    if (args.extend is None) != (args.target_size is None):
-        raise ToolError("--extend and --target-size go together: what to extend, and how many pieces it is to have")
+    if args.extend is None and args.target_size is not None:
+        raise ToolError("--target-size goes with --extend, which names what to extend")
     if args.extend and (args.model_type or args.vocab_size):
         raise ToolError("--model-type and --vocab-size are for a tokenizer from scratch: one that extends another has "
                         "that one's type, and --target-size pieces")

@@ -474,9 +474,7 @@ def extension_problems(form: Form) -> dict[str, Problem]:
     """Of a tokenizer whose fields are well by themselves: what goes with --extend and what does not."""
     if not typed(form.get("extend")):
         return {"target_size": ("goes_with_extend", {})} if typed(form.get("target_size")) else {}
-    found: dict[str, Problem] = {name: ("not_with_extend", {}) for name in ("model_type", "vocab_size")
-                                 if typed(form.get(name))}
-    return found if typed(form.get("target_size")) else {**found, "target_size": ("size_needed", {})}
+    return {name: ("not_with_extend", {}) for name in ("model_type", "vocab_size") if typed(form.get(name))}
 
 
 def feature_problems(kind: str, form: Form, workspace: Workspace) -> dict[str, Problem]:

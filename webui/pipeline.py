@@ -67,7 +67,7 @@ OWN, SYNTHETIC = ("import", "filter"), ("speak",)  # write a dataset; the newest
 WEIGHTS = "checkpoints"  # where released weights are downloaded to
 # What goes with the model that was chosen at the first question.
 FOR_MODEL: dict[tuple[str, str], Form] = {
-    ("indextts2", "tokenizer"): {"extend": f"{WEIGHTS}/bpe.model", "target_size": "15000"},
+    ("indextts2", "tokenizer"): {"extend": f"{WEIGHTS}/bpe.model"},
     **{("indextts2", kind): {"features": "indextts2", "model_dir": WEIGHTS} for kind in ("prepare", "preprocess")},
     ("indextts2.5", "prepare"): {"features": "indextts2.5", "model_dir": WEIGHTS},
     ("indextts2", "training"): {"base_checkpoint": f"{WEIGHTS}/gpt.pth"},

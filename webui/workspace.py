@@ -41,7 +41,6 @@ MESSAGES: dict[str, tuple[str, ...]] = {
     "goes_with_extend": (),
     "goes_with_lora": (),
     "not_with_extend": (),
-    "size_needed": (),
     "not_with_features": ("features",),
     "folder_needed": ("download",),
     "other_model": ("path", "found", "features"),
