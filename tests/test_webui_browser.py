@@ -516,7 +516,7 @@ def test_new_checkpoints_speak_and_the_voice_is_judged_in_numbers(visitor: Visit
     visitor.fill("evaluate", checkpoint="voice/best.pth", data_dir="spoken", codec="codec.pt", texts="2", takes="2")
     visitor.command("evaluate", "tools.evaluate_voice", "evaluation/recogniser.pt", "--takes 2")
     visitor.click("evaluate-start")
-    visitor.sees("#evaluate-status", "Evaluation evaluation: finished")
+    visitor.sees("#evaluate-status", r"Evaluation evaluation/\d+: finished")
     assert "(c) synthesis" in visitor.box("evaluate-log").input_value()
 
 
@@ -844,7 +844,7 @@ def test_every_tab_is_readable_in_both_languages_and_themes_and_nothing_comes_fr
         if step == "training":
             assert visitor.box("training-epochs").input_value() == "5"
             until(lambda: visitor.lines("training-mel_loss") == 2 and visitor.lines("training-lr") == 1)
-            visitor.page.screenshot(path=PICTURES / "6_training_amharic.png", full_page=True)
+        visitor.page.screenshot(path=PICTURES / f"{step}_amharic.png", full_page=True)
     visitor.click("theme")
     dark = visitor.page.evaluate("document.body.classList.contains('dark')")
     visitor.page.reload()
@@ -890,9 +890,11 @@ def test_the_first_questions_show_the_way_and_the_demos_data_is_offered_only_the
     (workspace / ".webui" / "way.json").unlink()
     shutil.rmtree(workspace / "processed_data")
     visitor.page.reload()
+    visitor.box("prepare-output_dir").wait_for()  # the tab that was open
 
 
-def test_one_start_prepares_a_dataset_for_training(visitor: Visitor, workspace: Path, tidy: None):
+def test_one_start_prepares_a_dataset_for_training(newcomer: Visitor, workspace: Path, tidy: None):
+    visitor = newcomer  # whose forms are empty
     visitor.open("Prepare")
     visitor.more_settings()
     assert visitor.reads("prepare-recordings", "^recordings/recordings.jsonl$")

@@ -26,20 +26,14 @@ from webui.workspace import Refused, Workspace, load_or_make_secret
 
 QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 SECONDS = 2  # between two looks at what runs
-# A log box stays at its end, unless its reader has scrolled up. The frame of a choice in a plot is no picture that a
-# screen reader could read.
-KEEP_IN_ORDER = """() => {
-    document.querySelectorAll(".log textarea").forEach(box => {
-        if (box.atEnd === undefined) {
-            box.atEnd = true;
-            box.addEventListener("scroll", () => {
-                box.atEnd = box.scrollTop + box.clientHeight > box.scrollHeight - 30;
-            });
-        }
-        if (box.atEnd) box.scrollTop = box.scrollHeight;
-    });
-    document.querySelectorAll(".mark-rect.role-mark[role]").forEach(frame => frame.removeAttribute("role"));
-}"""
+# A log box stays at its end, unless its reader has scrolled up.
+FOLLOW_LOGS = """() => document.querySelectorAll(".log textarea").forEach(box => {
+    if (box.atEnd === undefined) {
+        box.atEnd = true;
+        box.addEventListener("scroll", () => { box.atEnd = box.scrollTop + box.clientHeight > box.scrollHeight - 30; });
+    }
+    if (box.atEnd) box.scrollTop = box.scrollHeight;
+})"""
 # gr.Tabs(selected=...) is lost on a page that is still being built: waits until the tab is open, clicks it if need be.
 SHOW_TAB = """async (view) => {
     const button = () => document.getElementById(`tab-${view.tab}-button`);
@@ -291,7 +285,7 @@ class Page:
         for event in (*refresh, *self.refresh_after):
             event.then(None, [self.clock], [self.clock], js="(clock) => clock && String(Date.now())", **QUIET)
         timer = gr.Timer(SECONDS)
-        timer.tick(None, js=KEEP_IN_ORDER, **QUIET)
+        timer.tick(None, js=FOLLOW_LOGS, **QUIET)
         # One event for all, never two at once: an older answer cannot overtake a newer one.
         looked_at = [self.seen, self.open_tab, self.language,
                      *(part for watcher in self.watchers for part in watcher.inputs)]

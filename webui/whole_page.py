@@ -67,6 +67,8 @@ CSS = """
 #checkpoints-table .table-wrap > .upload-container { min-width: 960px; }
 /* A curve of one point is a line without length: a dot. */
 .mark-line path:not([d*="L"]) { stroke-width: 7px; stroke-linecap: round; }
+/* The frame of a choice in a plot, where nothing is chosen, is a picture without a name. */
+.role-mark:has(> path[d="M0,0h0v0h0Z"]) { display: none; }
 #pipeline { padding: 0; }
 .live { position: sticky; top: 8px; align-self: flex-start; }
 /* Start, Stop and the state of the run stay in sight; nothing can stick in what hides its overflow by scrolling. */
