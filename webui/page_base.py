@@ -259,7 +259,7 @@ class Page:
     def name(self, job: Job, language: str) -> str:
         """The kind of a job in words, and what it writes."""
         where = self.workspace.show(job.output_dir) if job.output_dir else job.title.partition(" ")[2]
-        return f"{say(f'kind.{job.kind}', language)} {plain(where)}"
+        return f"{say(f'kind.{job.kind}', language)} {plain(where)}".strip()
 
     def brief(self, job: Job, language: str) -> str:
         progress = progress_of(job.log)
