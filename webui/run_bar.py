@@ -25,6 +25,7 @@ CSS = """
 .startbar { z-index: 60 !important; } /* above the labels of plots */
 .state-running, .state-starting, .state-finished, .state-stopped, .state-failed, .state-killed {
     border-left: 6px solid; border-radius: 6px; padding: 8px 12px !important; }
+[class*="state-"] [class*="state-"] { border-left: 0; padding: 0 !important; } /* Gradio gives a class to both */
 .state-running, .state-starting { background: #fef3c7; border-color: #d97706 !important; }
 .state-finished { background: #dcfce7; border-color: #16a34a !important; }
 .state-stopped { background: #dbeafe; border-color: #2563eb !important; }
