@@ -889,8 +889,6 @@ def test_the_first_questions_show_the_way_and_the_demos_data_is_offered_only_the
     until(lambda: "--step-demo" in visitor.page.locator("#pipeline").inner_html())
     (workspace / ".webui" / "way.json").unlink()
     shutil.rmtree(workspace / "processed_data")
-    visitor.page.reload()
-    visitor.box("prepare-output_dir").wait_for()  # the tab that was open
 
 
 def test_one_start_prepares_a_dataset_for_training(newcomer: Visitor, workspace: Path, tidy: None):

@@ -11,7 +11,7 @@ CLIP_CSS = """
 .sound { flex: 1 1 240px; min-width: 0; }
 .sound span { display: block; font-size: 0.85rem; overflow-wrap: anywhere; }
 .downloads { display: flex; flex-wrap: wrap; gap: 8px; }
-.download { color: var(--body-text-color); text-decoration: underline; }
+a.download { color: var(--body-text-color) !important; text-decoration: underline; }
 .downloads a { padding: 4px 10px; border: 1px solid var(--border-color-primary); border-radius: 8px; }
 #clips-table .lines { max-height: 360px; overflow: auto; border: 1px solid var(--border-color-primary); }
 #clips-table table { width: 100%; border-collapse: collapse; }
