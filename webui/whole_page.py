@@ -76,7 +76,9 @@ CSS = """
 .startbar { position: sticky; bottom: 0; z-index: 20; padding: 8px 0; align-items: center;
     background: var(--body-background-fill); border-top: 1px solid var(--border-color-primary); }
 .startbar .status { flex: 1 1 100%; }
-.dark .problem .info-text, .dark .problem [class*=info] { color: #fca5a5 !important; }
+/* Gradio puts its own selector into the first of a list of dark ones only. */
+.dark .problem .info-text { color: #fca5a5 !important; }
+.dark .problem [class*=info] { color: #fca5a5 !important; }
 #theme { min-width: 44px; flex: 0 0 auto; }
 #home .form { gap: 0; }
 #home .row { gap: 8px; }
