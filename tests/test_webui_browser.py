@@ -513,6 +513,7 @@ def test_new_checkpoints_speak_and_the_voice_is_judged_in_numbers(visitor: Visit
     visitor.click("watch-start")
     visitor.sees("#watch-status", "Spoken checkpoints.*finished")
     assert list((workspace / "voice").glob("logs/run_*/voice/events.*"))
+    visitor.more_settings()
     visitor.fill("evaluate", checkpoint="voice/best.pth", data_dir="spoken", codec="codec.pt", texts="2", takes="2")
     visitor.command("evaluate", "tools.evaluate_voice", "evaluation/recogniser.pt", "--takes 2")
     visitor.click("evaluate-start")
