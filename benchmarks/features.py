@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -21,11 +21,11 @@ from tools.model_folder import FOR_FEATURES, find_parts
 
 
 @torch.inference_mode()
-def seconds_of_parts(features: IndexTTS2Features, seconds: float, rounds: int) -> dict[str, float]:
+def seconds_of_parts(features: IndexTTS2Features, seconds: float, rounds: int) -> Iterator[tuple[str, float]]:
     """What each part takes for a recording of so many seconds; the mean of `rounds` after one to warm up."""
     audio = 0.1 * torch.randn(round(seconds * SAMPLE_RATE), generator=torch.Generator().manual_seed(0))
     clock = time.process_time if features.device.type == "cpu" else time.perf_counter
-    hidden, taken = features.features(audio)[0], {}
+    hidden = features.features(audio)[0]
     parts: dict[str, Callable[[], object]] = {
         "filter bank": lambda: rows_of(audio, 1.0),
         "filter bank and w2v-BERT": lambda: features.features(audio)[0].cpu(),
@@ -38,8 +38,7 @@ def seconds_of_parts(features: IndexTTS2Features, seconds: float, rounds: int) -
         start = clock()
         for _ in range(rounds):
             work()
-        taken[name] = (clock() - start) / rounds
-    return taken
+        yield name, (clock() - start) / rounds
 
 
 def main() -> None:
@@ -52,8 +51,9 @@ def main() -> None:
     torch.set_num_threads(1)
     device = choose_device(args.device)
     features = IndexTTS2Features(find_parts(args.model_dir, FOR_FEATURES), device)
-    for name, seconds in seconds_of_parts(features, args.seconds, args.rounds).items():
-        print(f"{name}: {seconds:.3f} s for {args.seconds:g} s, {seconds / args.seconds * 3600:.0f} s an hour")
+    for name, seconds in seconds_of_parts(features, args.seconds, args.rounds):
+        print(f"{name}: {seconds:.3f} s for {args.seconds:g} s, {seconds / args.seconds * 3600:.0f} s an hour",
+              flush=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"{device}, one process: {peak:.1f} GB at most, most of it mapped files that processes share")
 

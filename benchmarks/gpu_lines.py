@@ -732,7 +732,7 @@ def features(bench: Bench) -> Outcome:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with bench.folders("released"):
         made = IndexTTS2Features(make_parts(bench.scratch / "released", bench.sizes.released), device)
-        figures = {seconds: seconds_of_parts(made, seconds, rounds=8) for seconds in (3.0, 6.0, 12.0)}
+        figures = {seconds: dict(seconds_of_parts(made, seconds, rounds=8)) for seconds in (3.0, 6.0, 12.0)}
     texts = [f"recordings of {seconds:g} s {of['an utterance'] / seconds * 3600:.0f} s (w2v-BERT "
              f"{of['filter bank and w2v-BERT'] / seconds * 3600:.0f})" for seconds, of in figures.items()]
     return Outcome(f"codes and emotion vectors of an hour of speech, one process: {', '.join(texts)}; a prompt's "

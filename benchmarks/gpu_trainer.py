@@ -63,7 +63,8 @@ TINY = Sizes({"model_dim": 32, "layers": 2, "heads": 2, "max_text_tokens": 30, "
               "number_text_tokens": 400, "number_mel_codes": 66, "start_mel_token": 64, "stop_mel_token": 65},
              text=(3, 12), codes=(6, 40), rows=40, prompts=4, batch_sizes=(2, 4), steps=2, matrix=64,
              batch_flags=("--batch-size", "4", "--grad-accumulation", "1"),
-             released=ReleasedSizes(hidden=24, layers=17, heads=2, wide=32, width=16, blocks=1, codec=16))
+             released=ReleasedSizes(hidden=24, layers=17, heads=2, wide=32, width=16, blocks=1, codec=16,
+                                    model_dim=32))
 
 
 def make_tokenizer(path: Path, size: int) -> None:

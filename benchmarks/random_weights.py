@@ -28,6 +28,7 @@ class ReleasedSizes:
     width: int = 512  # of the conformers
     blocks: int = 6
     codec: int = 384
+    model_dim: int = 1280  # of the GPT
 
     @property
     def w2v_bert(self) -> dict[str, Any]:
@@ -41,7 +42,7 @@ class ReleasedSizes:
     def config(self) -> dict[str, Any]:
         module = {"output_size": self.width, "input_layer": "conv2d2", "perceiver_mult": 2}
         return {
-            "gpt": {"model_dim": 1280 if self.hidden == 1024 else 32, "condition_type": "conformer_perceiver",
+            "gpt": {"model_dim": self.model_dim, "condition_type": "conformer_perceiver",
                     "condition_module": {**module, "linear_units": 4 * self.width, "attention_heads": 8,
                                          "num_blocks": self.blocks},
                     "emo_condition_module": {**module, "linear_units": 2 * self.width, "attention_heads": 4,

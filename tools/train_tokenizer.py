@@ -79,9 +79,10 @@ NEW_PIECES = 3000  # or as many as the texts give, where no size is typed
 
 
 class TooManyPieces(ToolError):
-    """`most`: the greatest size that the texts give."""
-
-    most = 0
+    def __init__(self, message: str, most: int) -> None:
+        """`most`: the greatest size that the texts give."""
+        super().__init__(message)
+        self.most = most
 
 
 def letters_to_add(base: sentencepiece.SentencePieceProcessor, texts: Sequence[str]) -> str:
@@ -108,13 +109,11 @@ def learn_new_pieces(proto: ModelProto, texts: Sequence[str], letters: str, coun
             normalization_rule_name="identity", treat_whitespace_as_suffix=spec.treat_whitespace_as_suffix))
     except RuntimeError as error:
         highest = re.search(r"value <= (\d+)", str(error))
-        bound = f"at most {size + int(highest[1]) - 4}" if highest else f"at least {size + len(letters)}"
-        refused = (TooManyPieces if highest else ToolError)(
-            f"--target-size {size + count}: with these texts give {bound}, {size} of the base and {len(letters)} "
-            "letters among them")
-        if isinstance(refused, TooManyPieces) and highest:
-            refused.most = size + int(highest[1]) - 4
-        raise refused from error
+        most = size + int(highest[1]) - 4 if highest else 0
+        bound = f"at most {most}" if most else f"at least {size + len(letters)}"
+        message = (f"--target-size {size + count}: with these texts give {bound}, {size} of the base and "
+                   f"{len(letters)} letters among them")
+        raise (TooManyPieces(message, most) if most else ToolError(message)) from error
     base_scores = {piece.piece: piece.score for piece in proto.pieces}
     scores = {piece.piece: piece.score for piece in learned.pieces if piece.type == piece.NORMAL}
     space = scores.pop(SPACE)

@@ -421,7 +421,7 @@ class PackedBatch:
     bad_rows: dict[int, str]  # data set row -> what is wrong with its files
     error: str  # a row contradicts the manifest or the model; "" if none does
     lengths: list[int]  # rows of each sample, [B]
-    longest: int
+    longest: int  # of the lengths; what is compiled takes no list, for it would be compiled anew for each length of one
     text_counts: list[int]  # scored text rows of each sample, [B]
     mel_counts: list[int]
     condition: Tensor  # [B, 32, D] float32; [B, 1, 192] in IndexTTS-2.5
