@@ -88,7 +88,7 @@ def serve(args: argparse.Namespace, workspace: Workspace) -> None:
     os.chdir(workspace.root)  # Gradio lets handlers show files of the working directory
     options: dict[str, Any] = {"server_name": args.server_name, "server_port": args.server_port, "share": args.share,
                                "auth": credentials, "prevent_thread_lock": True, "quiet": True}
-    options["app_kwargs"] = {"routes": [route(workspace, page.secret)],
+    options["app_kwargs"] = {"routes": [route(workspace, page.secret), page.route()],
                              **(only_for_hosts(args.server_name) if credentials is None else {})}
     _, local_url, share_url = demo.launch(**options, **launch_options(workspace))
     print(f"[Info] Page: {local_url}", flush=True)

@@ -6,10 +6,11 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,20 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with four files an utterance, as the fork writes them. Read only."""
     return make_dataset(tmp_path_factory.mktemp("tiny_files") / "data", shards=False)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    import playwright.sync_api  # which only the tests of the page need
+
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        message = "no Chromium; as root: apt-get install chromium fontconfig fonts-sil-abyssinica"
+        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
+    with playwright.sync_api.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, args=["--headless", "--no-sandbox"])
+        yield browser
+        browser.close()
 
 
 def data_args(data: Path) -> list[str]:

@@ -390,9 +390,11 @@ def test_a_foreign_file_in_the_output_is_left_alone(source: Path) -> None:
 # Formats
 
 
-def encode(path: Path, codec: str, rate: int, kind: str, seconds: float = 1.0) -> None:
-    at = np.arange(round(rate * seconds)) / rate
-    frame = av.AudioFrame.from_ndarray((0.3 * np.sin(2 * np.pi * 440 * at)).astype(np.float32)[None], "fltp", "mono")
+def encode(path: Path, codec: str, rate: int, kind: str, seconds: float = 1.0, sound: np.ndarray | None = None) -> None:
+    """A tone, or the sound that is given."""
+    if sound is None:
+        sound = 0.3 * np.sin(2 * np.pi * 440 * np.arange(round(rate * seconds)) / rate)
+    frame = av.AudioFrame.from_ndarray(sound.astype(np.float32)[None], "fltp", "mono")
     frame.sample_rate = rate
     with av.open(str(path), "w", format=kind) as container:
         stream = container.add_stream(codec, rate=rate)

@@ -48,7 +48,7 @@ from tools._common import Progress as ToolProgress
 from tools._common import ToolError
 from tools.amharic_text import read_aloud
 from tools.recordings import read_recordings
-from webui import command_lines, job_panel, jobs, pipeline, readers
+from webui import command_lines, job_panel, jobs, page_base, pipeline, readers
 from webui.recordings_check import read_dataset
 from webui.texts import TEXTS
 from webui.uploads import AUDIO, SHEETS, TRANSCRIPTS, take_upload
@@ -1281,6 +1281,29 @@ def built(workspace: Workspace) -> Any:
 @pytest.fixture
 def page(built: Any) -> Any:
     return built[1]
+
+
+def test_a_window_is_asked_to_look_again_when_something_changed_and_only_then(workspace: Workspace, page: Any):
+    typed = [""] * sum(len(watcher.inputs) for watcher in page.watchers)
+    assert page.has_changed("one")  # nobody knows what it shows
+    page.tick("one", "recordings", "en", *typed)
+    assert not page.has_changed("one") and page.has_changed("other")
+    (workspace.root / pipeline.RECORDINGS).mkdir()
+    (workspace.root / pipeline.RECORDINGS / "r.wav").write_bytes(b"RIFF")
+    assert page.has_changed("one")
+    page.tick("one", "recordings", "en", *typed)
+    assert not page.has_changed("one")
+    page.tick("one", "listen", "en", *typed)
+    (workspace.root / pipeline.RECORDINGS / "s.wav").write_bytes(b"RIFF")  # listed in a tab that is closed now
+    assert not page.has_changed("one")
+
+
+def test_the_server_remembers_what_the_last_windows_show(page: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(page_base, "WINDOWS", 2)
+    typed = [""] * sum(len(watcher.inputs) for watcher in page.watchers)
+    for window in ("one", "two", "one", "three"):
+        page.tick(window, "dataset", "en", *typed)
+    assert page.has_changed("two") and not page.has_changed("one") and not page.has_changed("three")
 
 
 def test_nothing_but_tabs_lies_between_the_tabs(built: Any):

@@ -10,108 +10,32 @@ import os
 import re
 import shutil
 import signal
-import socket
 import stat
 import string
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import playwright.sync_api
 import pytest
 import soundfile
 from conftest import ROOT, TOKENIZER, call_trainer, data_args, make_dataset
+from visitor import PATIENCE, PICTURES, RATE, Server, Visitor, end_all_jobs, tone, until
 
 from tools import build_pairs, preprocess, speech_codec
 from webui import command_lines, jobs, pipeline
 from webui.texts import TEXTS
 from webui.workspace import MESSAGES, Workspace
 
-PICTURES = ROOT / "build" / "screenshots"
 TABS = ("1 Recordings", "2 Dataset", "3-5 Prepare", "6 Training", "7 Checkpoints", "8 Listen")
-SINGLE_STEPS = ("Corpus", "Tokenizer", "Preprocess")  # behind folds of Prepare
-RATE = 22050
-PATIENCE = 60_000  # milliseconds; starting a program imports PyTorch, slowly on a busy machine
 pytestmark = [pytest.mark.browser,
               pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="jobs are found through /proc")]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A workspace, servers, a browser
-
-
-class Server:
-    """webui_amharic.py as its users start it."""
-
-    def __init__(self, workspace: Path, *args: str, **environment: str) -> None:
-        self.workspace, self.args, self.environment = workspace, args, environment
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.start()
-
-    def start(self) -> None:
-        command = [sys.executable, str(ROOT / "webui_amharic.py"), "--workspace", str(self.workspace),
-                   "--server-port", str(self.port), *self.args]
-        self.process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                        env={**os.environ, **self.environment})
-        assert self.process.stdout is not None
-        self.printed = ""
-        for line in self.process.stdout:
-            self.printed += line
-            if line.startswith("[Info] Ready"):
-                return
-        raise AssertionError(f"the server ended:\n{self.printed}")
-
-    def end(self, signum: int = signal.SIGTERM) -> None:
-        self.process.send_signal(signum)
-        self.process.wait(timeout=30)
-        assert self.process.stdout is not None
-        self.process.stdout.close()
-
-    def get(self, path: str) -> tuple[int, bytes]:
-        try:
-            with urllib.request.urlopen(self.url + path, timeout=30) as answer:
-                return answer.status, answer.read()
-        except urllib.error.HTTPError as error:
-            return error.code, error.read()
-
-    def memory(self) -> int:
-        """Resident bytes."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) * 1024  # type: ignore[index]
-
-
-def end_all_jobs(workspace: Path) -> None:
-    for job in jobs.list_jobs(Workspace.open(workspace)):
-        jobs.kill_job(job)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        message = "no Chromium; as root: apt-get install chromium fontconfig fonts-sil-abyssinica"
-        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
-    with playwright.sync_api.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=chromium, args=["--headless", "--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-def tone(seed: int) -> np.ndarray:
-    """A made-up voice, two seconds, different for every seed."""
-    at = np.arange(2 * RATE) / RATE
-    rng = np.random.default_rng(seed)
-    pitch = 2 * np.pi * np.cumsum(120 * (1 + 0.3 * np.sin(2 * np.pi * rng.uniform(1, 4) * at))) / RATE
-    return (0.1 * sum(rng.uniform(0.1, 1) * np.sin(k * pitch) / k for k in range(1, 12))).astype(np.float32)
+# A workspace, servers, visitors
 
 
 @pytest.fixture(scope="module")
@@ -150,90 +74,6 @@ def no_jobs_left(request: pytest.FixtureRequest) -> Iterator[None]:
         end_all_jobs(request.getfixturevalue("workspace"))
 
 
-class Visitor:
-    """Somebody at the page, with a browser profile of their own."""
-
-    def __init__(self, browser: Any, server: Server) -> None:
-        self.context = browser.new_context(viewport={"width": 1400, "height": 1000})
-        self.context.set_default_timeout(PATIENCE)
-        self.server, self.page, self.elsewhere = server, self.context.new_page(), []
-        self.page.on("request", self.note)
-        self.page.goto(server.url)
-        self.sees("#pipeline", "Next|Every step")
-
-    def note(self, request: Any) -> None:
-        if not request.url.startswith((self.server.url, "data:", "blob:")):
-            self.elsewhere.append(request.url)
-
-    def open(self, tab: str) -> None:
-        step = "Prepare" if tab in SINGLE_STEPS else tab
-        self.page.get_by_role("tab", name=re.compile(rf"\d {step}")).first.click()
-        if tab in SINGLE_STEPS:
-            self.unfold(f"{SINGLE_STEPS.index(tab) + 3} {tab}: single step")
-
-    def unfold(self, name: str) -> None:
-        fold = self.page.get_by_role("button", name=name).first
-        fold.wait_for()
-        if "open" not in (fold.get_attribute("class") or "").split():
-            fold.click()
-
-    def box(self, element: str) -> Any:
-        return self.page.locator(f"#{element} textarea, #{element} input").first
-
-    def fill(self, kind: str, **values: object) -> None:
-        for name, value in values.items():
-            self.box(f"{kind}-{name}").fill(str(value))
-
-    def click(self, element: str) -> None:
-        self.page.locator(f"#{element}").click()
-
-    def sees(self, selector: str, text: str) -> str:
-        """Waits until the element says so; returns all that it says."""
-        place = self.page.locator(f"{selector}:visible").filter(has_text=re.compile(text, re.DOTALL))
-        try:
-            place.first.wait_for(timeout=PATIENCE)
-        except playwright.sync_api.TimeoutError as error:
-            self.page.screenshot(path=PICTURES / "failed.png")
-            said = self.page.locator(selector).all_inner_texts()
-            raise AssertionError(f"{self.page.url}: {selector} never said {text!r}, but {said}") from error
-        return place.first.inner_text()
-
-    def reads(self, element: str, pattern: str) -> str:
-        """Waits until the box holds it; returns its value."""
-        return until(lambda: re.search(pattern, value := self.box(element).input_value()) and value)
-
-    def command(self, kind: str, *parts: str) -> str:
-        """Waits until the command preview has all the parts."""
-        return until(lambda: all(part in (shown := self.box(f"{kind}-command").input_value()) for part in parts)
-                     and shown)
-
-    def problem(self, element: str) -> str:
-        """What is said beside a box that has a problem."""
-        return self.page.locator(f"#{element}.problem").first.inner_text()
-
-    def set_resume(self, wanted: bool) -> None:
-        self.page.get_by_role("checkbox", name="Resume from checkpoint").set_checked(wanted)
-
-    def more_settings(self) -> None:
-        folds = re.compile("More settings|Rarely needed|synthetic voice|Demo corpus|single step|Export|Hear a training|"
-                           "Does it say")
-        for _ in range(3):  # one may be folded up in another
-            for fold in self.page.get_by_role("button", name=folds).all():
-                if fold.is_visible() and "open" not in (fold.get_attribute("class") or "").split():
-                    fold.click()
-
-    def points(self, element: str) -> int:
-        """Points of a plot's curves."""
-        return self.page.locator(f"#{element} svg .mark-symbol path").count()
-
-    def lines(self, element: str) -> int:
-        """Curves of a plot that can be seen: of a colour, with points."""
-        return self.page.locator(f"#{element} svg .mark-line path[stroke^='#'][d*='L']").count()
-
-    def leave(self) -> None:
-        self.context.close()
-
-
 @pytest.fixture(scope="module")
 def visitor(browser: Any, server: Server) -> Iterator[Visitor]:
     """One for most tests: loading the page anew costs seconds."""
@@ -247,15 +87,6 @@ def newcomer(browser: Any, server: Server) -> Iterator[Visitor]:
     visitor = Visitor(browser, server)
     yield visitor
     visitor.leave()
-
-
-def until(condition: Callable[[], Any], seconds: float = PATIENCE / 1000) -> Any:
-    """Waits until the condition holds; returns its value."""
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.1)
-    return value
 
 
 def fill_training(visitor: Visitor, output_dir: str, resume: bool = False, **values: object) -> None:
@@ -493,10 +324,11 @@ def test_a_checkpoint_is_chosen_in_the_table_and_speaks(visitor: Visitor, worksp
     visitor.command("synthesize", "codec.pt", "--text=", "tokenizers/")
     visitor.click("synthesize-start")
     visitor.sees("#listen-status", "finished")
-    picture = visitor.page.locator("#listen-picture img")
+    picture = visitor.page.locator("#listen-result img")
     picture.wait_for()
     until(lambda: picture.evaluate("image => image.naturalWidth") > 10)
-    assert visitor.page.locator("#listen-audio").get_by_role("button", name="Play").count() > 0
+    sound = visitor.page.locator("#listen-result audio")
+    assert sound.evaluate("sound => sound.play().then(() => sound.duration)") > 0.1
     assert soundfile.info(workspace / "listen" / "hello.wav").frames > 1000
 
 
@@ -857,6 +689,34 @@ def test_every_tab_is_readable_in_both_languages_and_themes_and_nothing_comes_fr
     until(lambda: visitor.page.evaluate("document.body.classList.contains('dark')") == dark)
     assert visitor.page.evaluate("document.documentElement.lang") == "am"
     assert visitor.elsewhere == []
+
+
+def test_an_idle_page_lets_the_browser_sleep_and_still_shows_what_changes(newcomer: Visitor, workspace: Path,
+                                                                          tidy: None):
+    newcomer.open("Recordings")
+    newcomer.fill("recordings", folder="arriving")
+    newcomer.sees("#recordings-count", "No recordings")
+    newcomer.page.wait_for_timeout(8000)  # whoever has just done something is shown everything at once
+    asked: list[str] = []
+    newcomer.page.on("request", lambda request: asked.append(request.url))
+    newcomer.page.wait_for_timeout(5000)
+    assert asked and all(re.search(r"/changed/\w+$", url) for url in asked)
+    (workspace / "arriving").mkdir()
+    soundfile.write(workspace / "arriving" / "r.wav", tone(3), RATE)
+    newcomer.sees("#recordings-count", "Recordings and texts: 1")
+
+
+def test_a_tab_that_is_chosen_while_the_page_opens_stays_chosen(newcomer: Visitor):
+    newcomer.open("Training")
+    time.sleep(3)  # until the browser remembers it
+    newcomer.page.reload(wait_until="commit")
+    newcomer.open("Listen")
+    newcomer.sees("#pipeline", "Next|Every step")
+    time.sleep(6)
+    assert newcomer.page.locator("#tab-listen").is_visible()
+    newcomer.page.reload()
+    newcomer.sees("#pipeline", "Next|Every step")
+    until(lambda: not newcomer.page.locator("#tab-recordings").is_visible())  # one of the two is remembered
 
 
 def test_start_is_in_reach_on_a_phone_and_nothing_runs_off_its_edge(visitor: Visitor):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import soundfile
 from test_clip_editor import spoken
-from test_webui_browser import PICTURES, RATE, Server, Visitor, browser, tone, until  # noqa: F401
+from visitor import PICTURES, RATE, Server, Visitor, tone, until
 
 from webui.workspace import Workspace
 
@@ -35,7 +35,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def visitor(browser: Any, workspace: Path) -> Iterator[Visitor]:  # noqa: F811
+def visitor(browser: Any, workspace: Path) -> Iterator[Visitor]:
     server = Server(workspace)
     visitor = Visitor(browser, server)
     yield visitor

@@ -8,14 +8,15 @@ import shutil
 from pathlib import Path
 
 import test_webui_browser
-from test_webui_browser import PICTURES, Server, Visitor, fill_training, until
+from test_webui_browser import fill_training
+from visitor import PICTURES, Server, Visitor, until
 
 from webui import jobs
 from webui.texts import TEXTS
 from webui.workspace import Workspace
 
 pytestmark = test_webui_browser.pytestmark
-browser, workspace, server = test_webui_browser.browser, test_webui_browser.workspace, test_webui_browser.server
+workspace, server = test_webui_browser.workspace, test_webui_browser.server
 visitor, no_jobs_left = test_webui_browser.visitor, test_webui_browser.no_jobs_left
 
 

@@ -1,7 +1,7 @@
 """Looks of the clip editor, the takes and the evaluation's table."""
 
 CLIP_CSS = """
-#clips-player audio, .takes audio { width: 100%; height: 40px; }
+#clips-player audio, .sound audio { width: 100%; height: 40px; }
 #clips-player .hint { font-size: 0.85rem; margin: 4px 0; }
 .takes { display: flex; flex-direction: column; gap: 10px; }
 .take { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 8px 12px; }
@@ -14,7 +14,7 @@ CLIP_CSS = """
 a.download { color: var(--body-text-color) !important; text-decoration: underline; }
 .downloads a { padding: 4px 10px; border: 1px solid var(--border-color-primary); border-radius: 8px; }
 #clips-table .lines { max-height: 360px; overflow: auto; border: 1px solid var(--border-color-primary); }
-#clips-table table { width: 100%; border-collapse: collapse; }
+#clips-table table { width: 100%; border-collapse: collapse; border: 0 !important; }
 #clips-table th { position: sticky; top: 0; background: var(--background-fill-secondary); text-align: left; }
 #clips-table th, #clips-table td { padding: 6px 10px; border: 0 solid var(--border-color-primary) !important; }
 #clips-table td { border-bottom-width: 1px !important; }

@@ -106,12 +106,13 @@ class FormSection:
         given = [page.clock, self.filled, self.untouched, page.language, *inputs]
         offers = gr.Textbox(visible="hidden")  # changes when a program has made something to go on with
         page.watch(self.tab, [], [offers], lambda jobs, language: [json.dumps(self.offered(jobs))])
-        gr.on([page.tabs[self.tab].select, offers.change], self.fill_empty, given,
-              [self.filled, self.untouched, *self.checked_into], **QUIET)
         touched = gr.Textbox(visible="hidden")
         gr.on([*[part.change for part in inputs], page.language.change, *self.check_on], None, [touched], [touched],
               js=f"(last) => document.getElementById('tab-{self.tab}')?.offsetParent ? String(Date.now()) : last",
               **QUIET)
+        gr.on([page.tabs[self.tab].select, offers.change], self.fill_empty, given,
+              [self.filled, self.untouched, *inputs], **QUIET).then(
+            None, [touched], [touched], js="() => String(Date.now())", **QUIET)
         # One event for every reason to check, so that an older answer cannot overtake a newer one.
         touched.change(self.check, [page.clock, self.untouched, page.language, *inputs], self.checked_into,
                        trigger_mode="always_last", **QUIET)
@@ -172,15 +173,12 @@ class FormSection:
     def fill_empty(self, opened: str, filled: Form, untouched: Form, language: str, *given: Any) -> list[Any]:
         """Fills fields that hold what was filled in before, or nothing as before, with what was made meanwhile."""
         if not opened:  # the draft is still on its way
-            return [gr.skip()] * (2 + len(self.checked_into))
+            return [gr.skip()] * (2 + len(self.inputs))
         form, offered = self.values(given), self.offered(self.page.jobs())
         new = {name: value for name, value in offered.items() if form[name] == filled.get(name, "") != value}
         new |= {name: self.empty(name) for name, value in filled.items()  # of a model that is not chosen any more
                 if name not in offered and form.get(name) == value}
-        if form == untouched:
-            untouched = {**form, **new}
-        form = {**form, **new}
-        return [offered, untouched, self.draft(form, untouched), *self.shown_as(language, form, new)]
+        return [offered, {**form, **new} if form == untouched else untouched, *self.change(new)]
 
     def draft(self, form: Form, untouched: Form) -> Form:
         """None where nothing was typed, so that this browser shows what runs when it comes back."""

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import gradio as gr
 
 from webui.command_form import create_form
-from webui.job_panel import create_job_panel, newest
-from webui.jobs import Job
-from webui.page_base import Marked, Page
-from webui.voices import create_comparison_of_two, create_evaluation_table, create_takes, create_voice_picker
-
-
-def shown(file: Marked | None) -> Any:
-    """The update of what plays or shows a file; without one it is not there."""
-    return Marked(gr.update(value=file.value, visible=True), file.mark) if file else gr.update(visible=False)
+from webui.job_panel import create_job_panel
+from webui.page_base import Page
+from webui.voices import (
+    create_comparison_of_two,
+    create_evaluation_table,
+    create_result,
+    create_takes,
+    create_voice_picker,
+)
 
 
 def create_listen_tab(page: Page) -> None:
@@ -30,10 +27,7 @@ def create_listen_tab(page: Page) -> None:
                             start="listen.start").check_when_read("checkpoint")
                 create_voice_picker(page, "synthesize")
             with gr.Column(elem_classes=["live"]):
-                audio = page.add(gr.Audio, "listen.audio", visible=False, interactive=False, type="filepath",
-                                 buttons=["download"], elem_id="listen-audio")
-                picture = page.add(gr.Image, "listen.picture", visible=False, interactive=False, type="filepath",
-                                   format="png", buttons=["download", "fullscreen"], elem_id="listen-picture")
+                create_result(page)
                 create_job_panel(page, "listen", ["synthesize"])
         create_takes(page)
         create_comparison_of_two(page)
@@ -51,11 +45,3 @@ def create_listen_tab(page: Page) -> None:
             with gr.Column(elem_classes=["live"]):
                 create_job_panel(page, "listen", ["evaluate"], name="evaluate")
         create_evaluation_table(page)
-
-    def look(jobs: Sequence[Job], language: str) -> list[Any]:
-        job = newest([job for job in jobs if job.state == "finished"], ["synthesize"])
-        output = job.output_dir if job else None
-        return [shown(page.file_shown(path) if path else None)
-                for path in (output, output.with_suffix(".png") if output else None)]
-
-    page.watch("listen", [], [audio, picture], look)

@@ -1,4 +1,4 @@
-"""What every tab is built on: labels in two languages, and what follows the workspace by one timer.
+"""What every tab is built on: labels in two languages, and what follows the workspace by one event.
 
 The server keeps no state of its own but caches: what runs is read from the workspace, what a user typed is in that
 user's browser. Handlers answer at once (queue=False) and never wait for a program.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import html
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,29 +17,50 @@ from typing import Any
 
 import gradio as gr
 import pandas as pd
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
 
 from webui import pipeline
 from webui.belonging import DataRows
 from webui.jobs import Ended, Job, list_jobs
 from webui.readers import CheckpointTable, Machine, MetricsReader, Progress, progress_of
+from webui.served_files import logged_in
 from webui.texts import LANGUAGES, TEXTS, say
 from webui.workspace import Refused, Workspace, load_or_make_secret
 
 QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-SECONDS = 2  # between two looks at what runs
-# A log box stays at its end, unless its reader has scrolled up.
-FOLLOW_LOGS = """() => document.querySelectorAll(".log textarea").forEach(box => {
-    if (box.atEnd === undefined) {
-        box.atEnd = true;
-        box.addEventListener("scroll", () => { box.atEnd = box.scrollTop + box.clientHeight > box.scrollHeight - 30; });
-    }
-    if (box.atEnd) box.scrollTop = box.scrollHeight;
-})"""
-# gr.Tabs(selected=...) is lost on a page that is still being built: waits until the tab is open, clicks it if need be.
+CHANGED = "changed"  # the path that says whether a window shows what there is
+WINDOWS = 200  # of which the server remembers what they show
+# Every two seconds the page asks, at next to no cost, whether what it shows is still so; only if not, or if somebody
+# has just done something, does Gradio compare all components. A log box stays at its end, unless its reader has
+# scrolled up. A tab that is chosen before the page has opened stays chosen.
+FOLLOW = f"""() => {{
+    let busyUntil = 0;
+    for (const kind of ["pointerdown", "keydown", "input", "drop", "visibilitychange"])
+        addEventListener(kind, () => {{ busyUntil = Date.now() + 6000; }}, true);
+    addEventListener("pointerdown", event => {{ window.tabChosen ||= !!event.target.closest?.("[role=tab]"); }}, true);
+    const followLog = box => {{
+        if (box.atEnd === undefined) {{
+            box.atEnd = true;
+            box.addEventListener("scroll", () => {{
+                box.atEnd = box.scrollTop + box.clientHeight > box.scrollHeight - 30;
+            }});
+        }}
+        if (box.atEnd) box.scrollTop = box.scrollHeight;
+    }};
+    const same = async () => Date.now() > busyUntil
+        && await (await fetch(`{CHANGED}/${{window.pageId}}`)).text() === "no";
+    setInterval(async () => {{
+        document.querySelectorAll(".log textarea").forEach(followLog);
+        if (!document.hidden && !await same().catch(() => false)) document.getElementById("look").click();
+    }}, 2000);
+}}"""
+# gr.Tabs(selected=...) is lost on a page that is still being built: clicks the tab until it is open.
 SHOW_TAB = """async (view) => {
     const button = () => document.getElementById(`tab-${view.tab}-button`);
-    for (let i = 1; i <= 50 && view.tab && button()?.ariaSelected !== "true"; i++) {
-        if (i % 10 === 0) button()?.click();
+    for (let i = 0; i < 50 && view.tab && !window.tabChosen && button()?.ariaSelected !== "true"; i++) {
+        if (i % 5 === 0) button()?.click();
         await new Promise(resolve => setTimeout(resolve, 100));
     }
     return String(Date.now());
@@ -85,14 +107,6 @@ def megabytes(size: float) -> str:
     return f"{size / 1e6:.1f}" if size < 1e9 else f"{size / 1e6:.0f}"
 
 
-@dataclass(frozen=True)
-class Marked:
-    """A file for an output component; the mark changes with the file's content."""
-
-    value: Any
-    mark: Any
-
-
 def digest(value: Any) -> str:
     """Equal for values that look the same on the page."""
     if isinstance(value, dict):
@@ -109,6 +123,14 @@ class Watcher:
     inputs: list[Any]
     outputs: list[Any]
     look: Look  # (jobs, language, *inputs) -> a value for each output
+
+
+@dataclass
+class Window:
+    """What an open page was shown last, and for which tab, language and typed values."""
+
+    asked: tuple[str, str, list[Any]]
+    seen: dict[str, str]
 
 
 class Page:
@@ -132,11 +154,13 @@ class Page:
         # Outside the tabs: what lies in a closed tab is neither loaded nor saved.
         self.drafts = {kind: gr.BrowserState({}, storage_key=f"amharic-voice-{kind}", secret=self.secret)
                        for kind in pipeline.STEP_OF}
-        self.seen = gr.State({})
+        self.windows: OrderedDict[str, Window] = OrderedDict()
         self.home: Any = None  # the first questions, and what holds them
         self.way: list[Any] = []
         self.language: Any = None
-        self.open_tab: Any = None  # a place among an event's inputs for what with_open_tab() finds
+        self.window: Any = None  # places among an event's inputs for what with_open_tab() finds
+        self.open_tab: Any = None
+        self.follow: Any = None  # what FOLLOW clicks
         self.clock: Any = None  # changes when something was done; empty until the page has been opened
 
     # Labels
@@ -196,14 +220,6 @@ class Page:
         except Refused as refused:
             return None, beside(refused, language)
 
-    def file_shown(self, path: Path) -> Marked | None:
-        """For output components: they would serve any file of the working directory, so only these pass."""
-        try:
-            path = self.workspace.inside(str(path), must_exist=True)
-            return Marked(str(path), (str(path), path.stat().st_mtime_ns))
-        except (Refused, OSError):
-            return None
-
     # What follows the workspace
 
     def watch(self, tab: str | None, inputs: Sequence[Any], outputs: Sequence[Any], look: Look) -> None:
@@ -215,20 +231,42 @@ class Page:
             return MetricsReader(output_dir)
         return self.metrics.setdefault(output_dir, MetricsReader(output_dir))
 
-    def tick(self, seen: dict[str, str], open_tab: str, language: str, *values: Any) -> list[Any]:
-        """One value for each watcher's outputs; gr.skip() for what its browser shows already."""
-        jobs, given, results, seen = self.jobs(), list(values), [], dict(seen)
+    def look(self, open_tab: str, language: str, given: list[Any]) -> dict[str, Any]:
+        """What each output should show, by the watcher's and the output's number; nothing for those of closed tabs."""
+        jobs, found = self.jobs(), dict[str, Any]()
         for number, watcher in enumerate(self.watchers):
             own, given = given[:len(watcher.inputs)], given[len(watcher.inputs):]
-            if watcher.tab not in (None, open_tab):
-                results += [gr.skip()] * len(watcher.outputs)
-                continue
-            for place, value in enumerate(watcher.look(jobs, language, *own)):
-                mark = digest(value)
-                value = value.value if isinstance(value, Marked) else value
-                results.append(gr.skip() if seen.get(f"{number}.{place}") == mark else value)
-                seen[f"{number}.{place}"] = mark
-        return [*results, seen]
+            if watcher.tab in (None, open_tab):
+                found |= {f"{number}.{place}": value for place, value in enumerate(watcher.look(jobs, language, *own))}
+        return found
+
+    def tick(self, window: str, open_tab: str, language: str, *given: Any) -> list[Any]:
+        """One value for each watcher's outputs; gr.skip() for what its browser shows already."""
+        asked = (open_tab, language, list(given))
+        found, last = self.look(*asked), self.windows.pop(window, None)
+        seen, marks = last.seen if last else {}, {place: digest(value) for place, value in found.items()}
+        self.windows[window] = Window(asked, {**seen, **marks})
+        while len(self.windows) > WINDOWS:
+            self.windows.popitem(last=False)
+        places = [f"{number}.{place}" for number, watcher in enumerate(self.watchers)
+                  for place in range(len(watcher.outputs))]
+        return [found[place] if place in found and seen.get(place) != marks[place] else gr.skip() for place in places]
+
+    def has_changed(self, window: str) -> bool:
+        """Whether a tick would show that window anything new."""
+        last = self.windows.get(window)
+        return last is None or any(last.seen.get(place) != digest(value)
+                                   for place, value in self.look(*last.asked).items())
+
+    def route(self) -> Route:
+        """What FOLLOW asks. It tells nothing about the workspace but to who knows a window's name."""
+        def answer(request: Request) -> Response:
+            if not logged_in(request):
+                return PlainTextResponse("log in first", 401)
+            return PlainTextResponse("yes" if self.has_changed(request.path_params["window"]) else "no",
+                                     headers={"Cache-Control": "no-store"})
+
+        return Route(f"/{CHANGED}/{{window}}", answer)
 
     # The page as a whole
 
@@ -239,7 +277,8 @@ class Page:
                                      container=False, elem_id="language", min_width=220, scale=0)
             theme = self.button("theme", elem_id="theme", size="sm", scale=0)
             theme.click(None, None, None, js=SWITCH_THEME, **QUIET)
-        self.open_tab = gr.Textbox(visible="hidden")
+        self.window, self.open_tab = gr.Textbox(visible="hidden"), gr.Textbox(visible="hidden")
+        self.follow = gr.Button(visible="hidden", elem_id="look")
         self.clock = gr.Textbox(visible="hidden", elem_id="clock")
         with gr.Row(elem_id="standing"):
             way, running = gr.HTML(elem_id="pipeline", padding=False), gr.Markdown(elem_id="running")
@@ -265,7 +304,7 @@ class Page:
         progress = progress_of(job.log)
         return progress_text(progress, language) if progress else ""
 
-    def connect(self, demo: gr.Blocks, tabs: Any) -> None:
+    def connect(self, demo: gr.Blocks) -> None:
         """The events of the whole page, once all tabs are there."""
         forms = list(self.forms.values())
         for form in forms:
@@ -273,37 +312,34 @@ class Page:
         labels = [component for component, _ in self.labels]
         # One event opens everything, and the clock starts only then: no draft is overwritten by a half-open page.
         demo.load(self.open, [self.view, *(self.drafts[form.kind] for form in forms)],
-                  [self.language, tabs, *self.way, self.home, *(part for form in forms for part in form.opened_into)],
+                  [self.language, *self.way, self.home, *(part for form in forms for part in form.opened_into)],
                   **QUIET).then(None, [self.view], [self.clock], js=SHOW_TAB, **QUIET)
         self.language.change(None, [self.language], None, js=SET_LANGUAGE, **QUIET)
         demo.load(None, None, None, js=KEEP_THEME, **QUIET)
+        demo.load(None, None, None, js=FOLLOW, **QUIET)
         refresh = [self.language.change(self.switch_language, [self.view, self.language],
                                         [*labels, *self.notices, self.view], **QUIET)]
         for tab in self.tabs.values():
-            refresh.append(tab.select(self.note_tab, [self.clock, self.open_tab, self.view], [self.view],
-                                      js=with_open_tab(3), **QUIET))
+            refresh.append(tab.select(self.note_tab, [self.window, self.open_tab, self.clock, self.view], [self.view],
+                                      js=with_open_tab(4), **QUIET))
         for event in (*refresh, *self.refresh_after):
             event.then(None, [self.clock], [self.clock], js="(clock) => clock && String(Date.now())", **QUIET)
-        timer = gr.Timer(SECONDS)
-        timer.tick(None, js=FOLLOW_LOGS, **QUIET)
         # One event for all, never two at once: an older answer cannot overtake a newer one.
-        looked_at = [self.seen, self.open_tab, self.language,
+        looked_at = [self.window, self.open_tab, self.language,
                      *(part for watcher in self.watchers for part in watcher.inputs)]
-        gr.on([timer.tick, self.clock.change, *self.refresh_on], self.tick, looked_at,
-              [*(part for watcher in self.watchers for part in watcher.outputs), self.seen],
+        gr.on([self.follow.click, self.clock.change, *self.refresh_on], self.tick, looked_at,
+              [part for watcher in self.watchers for part in watcher.outputs],
               js=with_open_tab(len(looked_at)), trigger_mode="always_last", **QUIET)
 
-    def note_tab(self, opened: str, open_tab: str, view: dict[str, Any]) -> Any:
+    def note_tab(self, window: str, open_tab: str, opened: str, view: dict[str, Any]) -> Any:
         """The view with the open tab, for the next visit; not before this visit's is open."""
         return {**view, "tab": open_tab} if opened and open_tab in pipeline.STEPS else gr.skip()
 
     def open(self, view: dict[str, Any], *drafts: dict[str, Any]) -> list[Any]:
         """Language, tab and forms as this browser left them."""
         language = view.get("language") if view.get("language") in LANGUAGES else LANGUAGES[0]
-        tab = view.get("tab")
-        tabs = gr.Tabs(selected=tab) if tab in pipeline.STEPS else gr.skip()
         filled = [form.open(draft, language) for form, draft in zip(self.forms.values(), drafts, strict=True)]
-        return [language, tabs, *self.first_answers(), *(value for values in filled for value in values)]
+        return [language, *self.first_answers(), *(value for values in filled for value in values)]
 
     def first_answers(self) -> list[Any]:
         """The answers to the first questions, and whether these are open: until there is an answer, or a run."""
@@ -342,10 +378,11 @@ def marks_of_steps(steps: dict[str, str], following: str) -> str:
 
 
 def with_open_tab(inputs: int) -> str:
-    """JavaScript that puts the open tab's name second among an event's inputs. Asked of the page itself: selections
-    that follow each other closely reach the server in any order."""
+    """JavaScript that puts this window's name first among an event's inputs and the open tab's second. Asked of the
+    page itself: selections that follow each other closely reach the server in any order."""
     return f"""(...given) => {{
         const panel = [...document.querySelectorAll("[role=tabpanel]")].find(panel => panel.offsetParent);
+        given[0] = window.pageId ??= Math.random().toString(36).slice(2);
         given[1] = panel ? panel.id.replace("tab-", "") : "";
         return given.slice(0, {inputs});
     }}"""

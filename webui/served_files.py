@@ -20,8 +20,8 @@ from starlette.routing import Route
 from webui.workspace import Refused, Workspace
 
 PREFIX = "made"  # relative links work below any prefix of a proxy
-SOUNDS = {".wav": "audio/wav", ".flac": "audio/flac", ".ogg": "audio/ogg", ".oga": "audio/ogg", ".opus": "audio/ogg",
-          ".mp3": "audio/mpeg"}
+SHOWN = {".wav": "audio/wav", ".flac": "audio/flac", ".ogg": "audio/ogg", ".oga": "audio/ogg", ".opus": "audio/ogg",
+         ".mp3": "audio/mpeg", ".png": "image/png"}
 
 
 def signature(secret: str, name: str) -> str:
@@ -48,7 +48,7 @@ def logged_in(request: Request) -> bool:
 
 
 def route(workspace: Workspace, secret: str) -> Route:
-    """What answers to link_to(): sounds are played, all else is downloaded and never shown as a page."""
+    """What answers to link_to(): sounds and pictures are shown, all else is downloaded and never shown as a page."""
 
     def serve(request: Request) -> Response:
         if not logged_in(request):
@@ -62,7 +62,7 @@ def route(workspace: Workspace, secret: str) -> Route:
             return PlainTextResponse("no such file", 404)
         if not path.is_file():
             return PlainTextResponse("no such file", 404)
-        kind = SOUNDS.get(path.suffix.lower())
+        kind = SHOWN.get(path.suffix.lower())
         return FileResponse(path, media_type=kind or "application/octet-stream", filename=path.name,
                             content_disposition_type="inline" if kind else "attachment",
                             headers={"X-Content-Type-Options": "nosniff", "Cache-Control": "private"})

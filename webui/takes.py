@@ -67,6 +67,13 @@ def player(name: str, path: Path, link: Link, download: bool = False) -> str:
             f'<audio controls preload="none" src="{html.escape(address)}"></audio></div>')
 
 
+def result_html(path: Path, link: Link, language: str) -> str:
+    """A sound, and its spectrogram where tools.synthesize left one; "" for a file that is gone."""
+    sound, picture = player(say("listen.audio", language), path, link, download=True), link(path.with_suffix(".png"))
+    shown = f'<img alt="{html.escape(say("listen.picture", language))}" src="{html.escape(picture)}">'
+    return sound + shown if picture else sound
+
+
 def takes_html(takes: Sequence[Take], link: Link, workspace: Workspace, language: str) -> str:
     parts = []
     for take in takes:

@@ -20,7 +20,7 @@ from webui.jobs import Job
 from webui.page_base import QUIET, Page, refusal, tell
 from webui.recorder import sound_at
 from webui.served_files import link_to
-from webui.takes import evaluation_html, player, takes_html, takes_of
+from webui.takes import evaluation_html, player, result_html, takes_html, takes_of
 from webui.texts import say
 from webui.workspace import Refused, Workspace, as_text
 
@@ -44,7 +44,7 @@ def keep_prompt(workspace: Workspace, uploaded: Path) -> Path:
 def create_voice_picker(page: Page, kind: str) -> None:
     """Below a form: what its prompt sounds like, and another one from a file or the microphone."""
     prompt = page.forms[kind].inputs["prompt"]
-    heard = gr.HTML(elem_id=f"{kind}-prompt-player", elem_classes=["takes"], padding=False)
+    heard = gr.HTML(elem_id=f"{kind}-prompt-player", padding=False)
     with page.accordion("voices.other"):
         audio = page.add(gr.Audio, "voices.audio", sources=["upload", "microphone"], type="filepath", editable=False,
                          buttons=[], elem_id=f"{kind}-voice")
@@ -85,6 +85,17 @@ def create_comparison_of_two(page: Page) -> None:
             create_voice_picker(page, "compare")
         with gr.Column(elem_classes=["live"]):
             create_job_panel(page, "listen", ["compare"], name="compare")
+
+
+def create_result(page: Page) -> None:
+    """What was spoken last."""
+    result = gr.HTML(elem_id="listen-result", padding=False)
+
+    def look(jobs: Sequence[Job], language: str) -> list[str]:
+        job = newest([job for job in jobs if job.state == "finished"], ["synthesize"])
+        return [result_html(job.output_dir, linker(page), language) if job and job.output_dir else ""]
+
+    page.watch("listen", [], [result], look)
 
 
 def create_takes(page: Page) -> None:

@@ -62,7 +62,10 @@ CSS = """
 .problem textarea, .problem input { border-color: #b91c1c !important; }
 .command textarea, .log textarea { font-family: var(--font-mono); font-size: 0.8rem; }
 .log textarea { white-space: pre-wrap; }
-#recordings-upload [data-testid=block-label], #listen-picture [data-testid=block-label] { position: static; }
+#recordings-upload [data-testid=block-label] { position: static; }
+#listen-result img { max-width: 100%; max-height: 300px; }
+/* Gradio's own player: 2.5 to 1 as it comes. */
+.block time, .block .playback { color: var(--body-text-color-subdued) !important; }
 #checkpoints-table .table-wrap { overflow-x: auto; }
 #checkpoints-table .table-wrap > .upload-container { min-width: 960px; }
 /* A curve of one point is a line without length: a dot. */
@@ -113,7 +116,7 @@ def create_page(workspace: Workspace) -> tuple[gr.Blocks, Page]:
         page = Page(workspace)
         page.create_header()
         create_home(page)
-        with gr.Tabs(overflow_behavior="wrap", elem_id="steps") as tabs:
+        with gr.Tabs(overflow_behavior="wrap", elem_id="steps"):
             create_recordings_tab(page)
             create_dataset_tab(page)
             create_prepare_tab(page)
@@ -122,7 +125,7 @@ def create_page(workspace: Workspace) -> tuple[gr.Blocks, Page]:
             chosen = create_checkpoints_tab(page)
             create_listen_tab(page)
         connect_use(page, *chosen)
-        page.connect(demo, tabs)
+        page.connect(demo)
     quiet(demo)
     return demo, page
 
