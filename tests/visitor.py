@@ -24,6 +24,7 @@ from webui.workspace import Workspace
 
 PICTURES = ROOT / "build" / "screenshots"
 SINGLE_STEPS = ("Corpus", "Tokenizer", "Preprocess")  # behind folds of Prepare
+FOLDS = "More settings|Rarely needed|synthetic voice|Demo corpus|single step|Export|Hear a training|Does it say"
 RATE = 22050
 PATIENCE = 60_000  # milliseconds; starting a program imports PyTorch, slowly on a busy machine
 
@@ -158,12 +159,14 @@ class Visitor:
         self.page.get_by_role("checkbox", name="Resume from checkpoint").set_checked(wanted)
 
     def more_settings(self) -> None:
-        folds = re.compile("More settings|Rarely needed|synthetic voice|Demo corpus|single step|Export|Hear a training|"
-                           "Does it say")
-        for _ in range(3):  # one may be folded up in another
-            for fold in self.page.get_by_role("button", name=folds).all():
-                if fold.is_visible() and "open" not in (fold.get_attribute("class") or "").split():
-                    fold.click()
+        """Opens the folds that can be seen, and those within."""
+        while self.page.evaluate(f"""() => {{
+            const shut = [...document.querySelectorAll("button.label-wrap:not(.open)")].filter(
+                fold => fold.offsetParent && /{FOLDS}/.test(fold.innerText));
+            shut.forEach(fold => fold.click());
+            return new Promise(done => setTimeout(() => done(shut.length), 100));
+        }}"""):
+            pass
 
     def points(self, element: str) -> int:
         """Points of a plot's curves."""

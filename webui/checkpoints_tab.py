@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -20,6 +21,11 @@ from webui.texts import say
 from webui.workspace import Refused
 
 COMPARED = [str(number) for number in range(1, 9)]  # runs in one plot, by number
+COLUMNS = ("run", "file", "step", "epoch", "loss", "best", "size", "state")
+CLICKS = """element.addEventListener("click", event => {
+    const button = event.target.closest("tr")?.querySelector("[data-path]");
+    if (button) trigger("click", {path: button.dataset.path});
+})"""
 METRICS = {"val_mel": ("val", "mel_loss"), "val_text": ("val", "text_loss"), "train_mel": ("train", "mel_loss"),
            "train_text": ("train", "text_loss")}
 
@@ -38,9 +44,7 @@ def create_checkpoints_tab(page: Page) -> tuple[Any, Any, Any]:
     """Returns the chosen checkpoint, the button that hands it to tab 8, and the notice."""
     with page.tab("checkpoints"):
         state = gr.Markdown(elem_id="checkpoints-state")
-        table = page.add(gr.Dataframe, "checkpoints.table", interactive=False, max_height=420, wrap=True,
-                         column_widths=["12%", "24%", "7%", "7%", "10%", "10%", "8%", "22%"],
-                         elem_id="checkpoints-table")
+        table = gr.HTML(elem_id="checkpoints-table", elem_classes=["cards"], js_on_load=CLICKS, padding=False)
         with gr.Row(elem_classes=["line"]):
             chosen = page.add(gr.Textbox, "checkpoints.chosen", max_lines=1, scale=4, elem_id="checkpoints-chosen")
             use = page.button("checkpoints.use", scale=1, elem_id="checkpoints-use")
@@ -72,17 +76,29 @@ def create_checkpoints_tab(page: Page) -> tuple[Any, Any, Any]:
             rows += [checkpoint_row(name, entry, language) for entry in found.checkpoints]
         text = say("checkpoints.counted", language, count=len(rows), runs=len(runs)) if runs else say(
             "checkpoints.none", language)
-        headers = [say(f"column.{name}", language)
-                   for name in ("run", "file", "step", "epoch", "loss", "best", "size", "state")]
-        return [text, {"headers": headers, "data": rows}]
+        return [text, table_of(rows, language)]
 
-    def choose(event: gr.SelectData) -> list[str]:
-        run, names, *_ = event.row_value
-        return [f"{run}/{names.split(' = ')[0]}"] * 3
+    def choose(clicked: gr.EventData) -> list[str]:
+        return [str((clicked._data or {}).get("path", ""))] * 3
 
-    table.select(choose, None, [chosen, form.inputs["checkpoint"], of_folder], **QUIET)
+    table.click(choose, None, [chosen, form.inputs["checkpoint"], of_folder], **QUIET)
     page.watch("checkpoints", [], [state, table], look)
     return chosen, use, notice
+
+
+def table_of(rows: Sequence[Sequence[str]], language: str) -> str:
+    """HTML of our own texts, numbers and escaped names; a click anywhere in a line chooses its checkpoint. Pure."""
+    labels = [html.escape(say(f"column.{name}", language)) for name in COLUMNS]
+    lines = []
+    for run, names, *others in rows:
+        path = html.escape(f"{run}/{names.split(' = ')[0]}")
+        cells = [html.escape(run), f'<button type="button" data-path="{path}">{html.escape(names)}</button>',
+                 *map(html.escape, others)]
+        lines.append("<tr>" + "".join(f'<td data-label="{label}"><span>{cell}</span></td>'
+                                      for label, cell in zip(labels, cells, strict=True)) + "</tr>")
+    head = "".join(f"<th>{label}</th>" for label in labels)
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+    return f'<div class="lines">{table}</div>' if rows else ""
 
 
 def checkpoint_row(run: str, entry: dict[str, Any], language: str) -> list[str]:

@@ -40,29 +40,29 @@ CSS = BAR_CSS + SAMPLES_CSS + """
 .chip.finished { background: #dcfce7; color: #14532d; }
 .chip.stopped { background: #dbeafe; color: #1e3a8a; }
 .chip.failed, .chip.killed { background: #fee2e2; color: #7f1d1d; }
-#runs-table table { width: 100%; border-collapse: collapse; }
-#runs-table th, #runs-table td { text-align: left; padding: 6px 10px; vertical-align: middle;
+.cards table { width: 100%; border-collapse: collapse; }
+.cards th, .cards td { text-align: left; padding: 6px 10px; vertical-align: middle;
     border: 0; border-bottom: 1px solid var(--border-color-primary); }
-#runs-table table, #runs-table thead, #runs-table tbody, #runs-table tr { border: 0; }
-#runs-table td.name { overflow-wrap: anywhere; font-weight: 600; }
-#runs-table td.acts { white-space: nowrap; text-align: right; }
-#runs-table tr.shown td { background: var(--background-fill-secondary); }
-#runs-table button { padding: 3px 10px; margin: 1px; border-radius: 6px; font-size: 0.85rem;
+.cards table, .cards thead, .cards tbody, .cards tr { border: 0; }
+.cards td.name { overflow-wrap: anywhere; font-weight: 600; }
+.cards td.acts { white-space: nowrap; text-align: right; }
+.cards tr.shown td { background: var(--background-fill-secondary); }
+.cards button { padding: 3px 10px; margin: 1px; border-radius: 6px; font-size: 0.85rem;
     border: 1px solid var(--border-color-primary); background: var(--button-secondary-background-fill);
     color: var(--button-secondary-text-color); }
-#runs-table button[aria-pressed=true] { outline: 2px solid var(--button-primary-background-fill); font-weight: 700; }
-#runs-table button:disabled { opacity: 0.45; }
+.cards button[aria-pressed=true] { outline: 2px solid var(--button-primary-background-fill); font-weight: 700; }
+.cards button:disabled { opacity: 0.45; }
 .settings { display: grid; grid-template-columns: max-content 1fr; gap: 2px 16px; margin: 0; }
 .settings dt { font-weight: 600; }
 .settings dd { margin: 0; overflow-wrap: anywhere; white-space: pre-wrap; }
 @media (max-width: 700px) {
-    #runs-table thead { display: none; }
-    #runs-table tr { display: block; border: 1px solid var(--border-color-primary); border-radius: 8px;
+    .cards thead { display: none; }
+    .cards tr { display: block; border: 1px solid var(--border-color-primary); border-radius: 8px;
         margin-bottom: 8px; padding: 6px; }
-    #runs-table td { display: flex; justify-content: space-between; gap: 12px; border: 0; padding: 3px 6px; }
-    #runs-table td[data-label]::before { content: attr(data-label); }
-    #runs-table td.acts { display: block; text-align: left; white-space: normal; }
-    #runs-table button { padding: 8px 12px; }
+    .cards td { display: flex; justify-content: space-between; gap: 12px; border: 0; padding: 3px 6px; }
+    .cards td[data-label]::before { content: attr(data-label); }
+    .cards td.acts { display: block; text-align: left; white-space: normal; }
+    .cards button { padding: 8px 12px; }
     .settings { grid-template-columns: 1fr; }
     .settings dd { margin-bottom: 6px; }
 }
@@ -117,7 +117,7 @@ class RunsPanel:
         self.page, self.form = page, form
         self.history, self.lock = RunHistory(page.workspace), threading.Lock()  # several browsers ask at once
         page.prose("runs.heading", elem_id="runs-heading")
-        self.table = gr.HTML(elem_id="runs-table", js_on_load=CLICKS, padding=False)
+        self.table = gr.HTML(elem_id="runs-table", elem_classes=["cards"], js_on_load=CLICKS, padding=False)
         self.shown, self.compared, self.asked = gr.State(""), gr.State([]), gr.State("")
         self.create_question()
         self.notice = page.notice()

@@ -855,7 +855,6 @@ TEXTS: dict[str, tuple[str, str]] = {
     "run_state.unknown": ("not known", "አይታወቅም"),
 
     # 7 Checkpoints
-    "checkpoints.table": ("Runs and checkpoints", "ሥልጠናዎችና ቼክፖይንቶች"),
     "checkpoints.none": ("No run in the workspace yet. Tab 6 starts one.", "በሥራ ቦታው እስካሁን ሥልጠና የለም። በትር 6 ይጀምሩ።"),
     "checkpoints.counted": ("Checkpoint files: {count}, runs: {runs}.", "የቼክፖይንት ፋይሎች፦ {count}፣ ሥልጠናዎች፦ {runs}።"),
     "column.run": ("run", "ሥልጠና"),

@@ -66,8 +66,9 @@ CSS = """
 #listen-result img { max-width: 100%; max-height: 300px; }
 /* Gradio's own player: 2.5 to 1 as it comes. */
 .block time, .block .playback { color: var(--body-text-color-subdued) !important; }
-#checkpoints-table .table-wrap { overflow-x: auto; }
-#checkpoints-table .table-wrap > .upload-container { min-width: 960px; }
+#checkpoints-table .lines { max-height: 420px; overflow: auto; }
+#checkpoints-table tr { cursor: pointer; }
+#checkpoints-table button { text-align: left; overflow-wrap: anywhere; }
 /* A curve of one point is a line without length: a dot. */
 .mark-line path:not([d*="L"]) { stroke-width: 7px; stroke-linecap: round; }
 /* The frame of a choice in a plot, where nothing is chosen, is a picture without a name. */
@@ -82,6 +83,10 @@ CSS = """
 /* Gradio puts its own selector into the first of a list of dark ones only. */
 .dark .problem .info-text { color: #fca5a5 !important; }
 .dark .problem [class*=info] { color: #fca5a5 !important; }
+input[type=checkbox]:not(:checked), input[type=radio]:not(:checked) { border-color: #71717a !important; }
+.dark input[type=checkbox]:not(:checked) { border-color: #a1a1aa !important; }
+.dark input[type=radio]:not(:checked) { border-color: #a1a1aa !important; }
+.dark audio { color-scheme: dark; }
 #theme { min-width: 44px; flex: 0 0 auto; }
 #home .form { gap: 0; }
 #home .row { gap: 8px; }
