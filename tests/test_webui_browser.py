@@ -29,7 +29,7 @@ import soundfile
 from conftest import ROOT, TOKENIZER, call_trainer, data_args, make_dataset
 
 from tools import build_pairs, preprocess, speech_codec
-from webui import command_lines, jobs, pipeline
+from webui import command_lines, jobs, pipeline, run_queue
 from webui.texts import TEXTS
 from webui.workspace import MESSAGES, Workspace
 
@@ -91,6 +91,8 @@ class Server:
 
 def end_all_jobs(workspace: Path) -> None:
     for job in jobs.list_jobs(Workspace.open(workspace)):
+        if job.in_queue:
+            run_queue.take_out(Workspace.open(workspace), job.id)
         jobs.kill_job(job)
 
 
@@ -392,6 +394,32 @@ def test_start_goes_back_once_and_from_then_on_goes_on_with_the_run(visitor: Vis
     visitor.sees("#training-status", "finished at step 6")
     assert visitor.box("training-resume_path").input_value() == ""
     visitor.command("training", "--output-dir", "--resume auto")
+
+
+def test_the_next_run_waits_in_a_list_and_starts_when_the_first_has_ended(visitor: Visitor, workspace: Path):
+    add, listed = (visitor.page.locator(selector) for selector in ("#training-queue-add", "#training-queue li"))
+    fill_training(visitor, "first")
+    assert not add.is_visible()
+    visitor.click("training-start")
+    add.click()
+    visitor.sees(".notice", "first is in use by “training first”")
+    visitor.fill("training", output_dir="second", max_steps="many")
+    add.click()
+    visitor.sees("#training-max_steps.problem", "many is not a number")
+    visitor.fill("training", max_steps=3)
+    for name in ("second", "third"):
+        visitor.fill("training", output_dir=name)
+        visitor.command("training", f"{name} ", "--max-steps 3")
+        add.click()
+        visitor.sees("#training-status.state-waiting", f"{name}: waits in the queue")
+    visitor.sees("#training-queue", "second – starts when first ends.*third – starts when second ends")
+    listed.filter(has_text="third").locator("[data-act=take_out]").click()
+    until(lambda: listed.count() == 1)
+    visitor.fill("training", output_dir="second")
+    first = next(job for job in jobs.list_jobs(Workspace.open(workspace)) if job.title == "training first")
+    jobs.kill_job(first)  # as the machine would: nobody has stopped it by hand
+    visitor.sees("#training-status", "second: finished at step 3")
+    until(lambda: listed.count() == 0 and not add.is_visible())
 
 
 def test_mistakes_are_said_beside_their_field_before_anything_starts(visitor: Visitor, workspace: Path):
