@@ -225,6 +225,32 @@ def test_start_goes_back_once_and_from_then_on_goes_on_with_the_run(visitor: Vis
     visitor.command("training", "--output-dir", "--resume auto")
 
 
+def test_the_next_run_waits_in_a_list_and_starts_when_the_first_has_ended(visitor: Visitor, workspace: Path):
+    add, listed = (visitor.page.locator(selector) for selector in ("#training-queue-add", "#training-queue li"))
+    fill_training(visitor, "first")
+    assert not add.is_visible()
+    visitor.click("training-start")
+    add.click()
+    visitor.sees(".notice", "first is in use by “training first”")
+    visitor.fill("training", output_dir="second", max_steps="many")
+    add.click()
+    visitor.sees("#training-max_steps.problem", "many is not a number")
+    visitor.fill("training", max_steps=3)
+    for name in ("second", "third"):
+        visitor.fill("training", output_dir=name)
+        visitor.command("training", f"{name} ", "--max-steps 3")
+        add.click()
+        visitor.sees("#training-status.state-waiting", f"{name}: waits in the queue")
+    visitor.sees("#training-queue", "second – starts when first ends.*third – starts when second ends")
+    listed.filter(has_text="third").locator("[data-act=take_out]").click()
+    until(lambda: listed.count() == 1)
+    visitor.fill("training", output_dir="second")
+    first = next(job for job in jobs.list_jobs(Workspace.open(workspace)) if job.title == "training first")
+    jobs.kill_job(first)  # as the machine would: nobody has stopped it by hand
+    visitor.sees("#training-status", "second: finished at step 3")
+    until(lambda: listed.count() == 0 and not add.is_visible())
+
+
 def test_mistakes_are_said_beside_their_field_before_anything_starts(visitor: Visitor, workspace: Path):
     fill_training(visitor, "fresh")
     before = len(jobs.list_jobs(Workspace.open(workspace)))
@@ -676,7 +702,7 @@ def test_every_tab_is_readable_in_both_languages_and_themes_and_nothing_comes_fr
     assert visitor.page.evaluate("document.documentElement.lang") == "am"
     for step in pipeline.STEPS:
         visitor.page.get_by_role("tab", name=TEXTS[f"tab.{step}"][1]).first.click()
-        until(lambda: not visible_texts(visitor) & english, seconds=10) if visible_texts(visitor) & english else None
+        until(lambda: not visible_texts(visitor) & english)
         assert serious_findings(visitor) == []
         if step == "training":
             assert visitor.box("training-epochs").input_value() == "5"

@@ -19,7 +19,7 @@ import numpy as np
 import playwright.sync_api
 from conftest import ROOT
 
-from webui import jobs
+from webui import jobs, run_queue
 from webui.workspace import Workspace
 
 PICTURES = ROOT / "build" / "screenshots"
@@ -83,6 +83,8 @@ class Server:
 
 def end_all_jobs(workspace: Path) -> None:
     for job in jobs.list_jobs(Workspace.open(workspace)):
+        if job.in_queue:
+            run_queue.take_out(Workspace.open(workspace), job.id)
         jobs.kill_job(job)
 
 

@@ -240,6 +240,10 @@ class FormSection:
         return {"replace": False} if "replace" in self.inputs else {}
 
     def start(self, untouched: Form, language: str, *given: Any) -> list[Any]:
+        return self.submit(start_job, "started", untouched, language, *given)
+
+    def submit(self, begin: Callable[..., Job], said: str, untouched: Form, language: str, *given: Any) -> list[Any]:
+        """Checks the form and has begin(), which is called like start_job(), take its command line."""
         form, workspace = self.values(given), self.page.workspace
         draft, new = self.draft(form, untouched), {}
         if self.problems(form):
@@ -247,8 +251,8 @@ class FormSection:
         try:
             output = output_of(self.kind, form, workspace)
             title = f"{self.kind} {workspace.show(output) if output else ''}"
-            start_job(workspace, self.kind, title, command_for(self.kind, form, workspace), output)
-            notice, new = f"✓ {say('started', language, time=time.strftime('%H:%M:%S'))}", self.after_start()
+            begin(workspace, self.kind, title, command_for(self.kind, form, workspace), output)
+            notice, new = f"✓ {say(said, language, time=time.strftime('%H:%M:%S'))}", self.after_start()
         except Refused as refused:
             notice = refusal(refused, language)
         form = {**form, **new}

@@ -84,15 +84,16 @@ def does_not_stop(job: Job, now: float) -> bool:
 
 
 class StopButtons:
-    """Stop and Kill of a panel, which may stand in the bar of Start."""
+    """Stop and Kill of a panel, which may stand in the bar of Start, after other buttons that belong there."""
 
-    def __init__(self, page: Page, name: str) -> None:
+    def __init__(self, page: Page, name: str, *others: Any) -> None:
+        self.others = others
         self.stop = page.button("stop", variant="stop", visible=False, elem_id=f"{name}-stop", render=False)
         self.kill = page.button("kill", variant="secondary", visible=False, elem_id=f"{name}-kill", render=False)
 
     def render(self) -> None:
-        self.stop.render()
-        self.kill.render()
+        for button in (*self.others, self.stop, self.kill):
+            button.render()
 
 
 def create_job_panel(page: Page, tab: str, kinds: Sequence[str], output_dir: Any = None,

@@ -3,8 +3,10 @@
 A small supervisor process (`python -m webui.jobs FOLDER`, the standard library only) starts the program in a session
 of its own, waits for it, and writes down what happened. Nobody reads a pipe: the program writes its own log file.
 
-    job.json      what was asked for: kind, title, argv, cwd, created, output_dir
-    process.json  the program's and the supervisor's process ids, start times and the machine's boot id
+    job.json      what was asked for: kind, title, argv, cwd, created, output_dir; of one that is or was in the queue
+                  (webui.run_queue) also when it was asked for last
+    process.json  the program's and the supervisor's process ids, start times and the machine's boot id; in the queue
+                  there is no program yet
     stop          empty; its time is when a stop was asked for
     exit.json     exit status (null: nobody was there to see it), end time, the trainer's last_exit.json
     log.txt       standard output and standard error
@@ -34,6 +36,7 @@ from tools.run_files import all_checkpoints, is_checkpoint_name, lock_holder, re
 from webui.workspace import ROOT, Refused, Workspace, read_json, write_json
 
 LIVE = ("starting", "running")
+QUEUED = ("waiting", "not_started")
 STARTING_SECONDS = 30  # a job without a process after this time never had one
 STOP_STATUSES = {sign for signum in (signal.SIGINT, signal.SIGTERM) for sign in (-signum, 128 + signum)}
 MOST_OF_A_KIND = 200  # jobs in a list, besides those that run
@@ -52,12 +55,14 @@ class Job:
     title: str
     argv: list[str]
     output_dir: Path | None
-    created: float  # seconds since 1970
-    state: str  # starting | running | finished | failed | stopped | killed
+    created: float  # seconds since 1970; of one that was in the queue, its start
+    state: str  # starting | running | finished | failed | stopped | killed; in the queue: waiting | not_started
     pid: int | None  # of the program
     status: int | None  # exit status; negative: the signal that killed it; None: running, or nobody was there to see it
     step: int | None  # of a training run's last_exit.json
     stop_asked: float | None
+    queued: float | None = None  # when it was put into the queue, or asked for again by a click
+    ended: float = 0.0  # seconds since 1970, of one that is over
 
     @property
     def log(self) -> Path:
@@ -67,10 +72,18 @@ class Job:
     def live(self) -> bool:
         return self.state in LIVE
 
+    @property
+    def in_queue(self) -> bool:
+        return self.state in QUEUED
+
+    @property
+    def over(self) -> bool:
+        return not self.live and not self.in_queue
+
     def message(self) -> tuple[str, dict[str, Any]]:
         """Key of MESSAGES ("job_...") and its values: the state in words, such as "stopped at step N"."""
-        if self.state == "starting":
-            return "job_starting", {}
+        if self.state in ("starting", *QUEUED):
+            return f"job_{self.state}", {}
         if self.state == "running":
             return "job_stopping" if self.stop_asked else "job_running", {"pid": self.pid}
         if self.state == "finished":
@@ -130,6 +143,11 @@ def own_last_exit(job: dict[str, Any], started: float) -> dict[str, Any]:
     return read_last_exit(Path(job["output_dir"]), started) if job["output_dir"] else {}
 
 
+def this_process() -> dict[str, Any]:
+    """What process.json says of this process, which looks after a job."""
+    return {"supervisor_pid": os.getpid(), "supervisor_start": start_time_of(os.getpid()), "boot_id": boot_id()}
+
+
 def supervise(folder: Path, report_start: Callable[[], None]) -> None:
     """Runs the folder's program to its end, through hangups and other people's signals; SIGTERM is passed on."""
     job = read_json(folder / "job.json")
@@ -150,8 +168,8 @@ def supervise(folder: Path, report_start: Callable[[], None]) -> None:
                                    stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     try:
         write_json(folder / "process.json", {
-            "program_pid": program.pid, "program_start": start_time_of(program.pid), "supervisor_pid": os.getpid(),
-            "supervisor_start": start_time_of(os.getpid()), "boot_id": boot_id(), "started": started})
+            "program_pid": program.pid, "program_start": start_time_of(program.pid), **this_process(),
+            "started": started})
     except OSError:  # nobody would ever find it again
         program.kill()
         raise
@@ -165,8 +183,8 @@ def supervise(folder: Path, report_start: Callable[[], None]) -> None:
             time.sleep(5)
 
 
-def main(folder: Path) -> int:
-    """Leaves a supervisor behind in a session of its own. Returns once it has started its program, or failed to."""
+def main(folder: Path, work: Callable[[Path, Callable[[], None]], None] = supervise) -> int:
+    """Leaves a supervisor behind in a session of its own. Returns once it has reported its start, or failed to."""
     read_end, write_end = os.pipe()
     if os.fork():
         os.close(write_end)
@@ -178,7 +196,7 @@ def main(folder: Path) -> int:
         os.write(write_end, b"1")
         os.close(write_end)
 
-    supervise(folder, report_start)
+    work(folder, report_start)
     return 0
 
 
@@ -202,10 +220,11 @@ def new_job_id(now: float) -> str:
     return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime(now))}-{int(now % 1 * 1e6):06d}-{secrets.token_hex(2)}"
 
 
-def start_job(workspace: Workspace, kind: str, title: str, argv: Sequence[str], output_dir: Path | None = None) -> Job:
-    """Starts argv detached; it runs when this returns (about a tenth of a second).
+def start_job(workspace: Workspace, kind: str, title: str, argv: Sequence[str], output_dir: Path | None = None,
+              queued: bool = False) -> Job:
+    """Starts argv detached; it runs when this returns (about a tenth of a second), or, queued, waits for its turn.
 
-    Raises: Refused when a live job, or a trainer started elsewhere, works in the same output directory.
+    Raises: Refused when a job that is not over, or a trainer started elsewhere, works in the same output directory.
     """
     with one_at_a_time(workspace) as jobs:
         holder = holder_of(workspace, output_dir) if output_dir else None
@@ -218,16 +237,20 @@ def start_job(workspace: Workspace, kind: str, title: str, argv: Sequence[str], 
             folder.mkdir(mode=0o700)
             write_json(folder / "job.json", {
                 "kind": kind, "title": title, "argv": list(argv), "cwd": str(ROOT), "created": now,
-                "output_dir": str(output_dir) if output_dir else None})
-            done = subprocess.run([sys.executable, "-m", "webui.jobs", str(folder)], cwd=ROOT,
-                                  stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            reason = last_error(read_tail(folder / "log.txt")) if done.returncode else ""
-        except OSError as error:  # a full disk, or the workspace is gone
-            reason = str(error)
-        if reason:
+                "output_dir": str(output_dir) if output_dir else None, "queued": now if queued else None})
+            launch(folder, "webui.run_queue" if queued else "webui.jobs")
+        except OSError as error:  # no such program, a full disk, or the workspace is gone
             shutil.rmtree(folder, ignore_errors=True)
-            raise Refused("start_failed", reason=reason)
+            raise Refused("start_failed", reason=str(error)) from error
         return load_job(workspace, job_id)
+
+
+def launch(folder: Path, module: str) -> None:
+    """Leaves the supervisor of a job behind, the main() of a module. Raises: OSError with the reason."""
+    done = subprocess.run([sys.executable, "-m", module, str(folder)], cwd=ROOT,
+                          stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    if done.returncode:
+        raise OSError(last_error(read_tail(folder / "log.txt")))
 
 
 def job_from(folder: Path) -> Job | None:
@@ -236,17 +259,24 @@ def job_from(folder: Path) -> Job | None:
     if not {"kind", "title", "argv", "cwd", "created", "output_dir"} <= asked.keys():
         return None
     ending = ending_of(folder, process)
-    if not ending and not may_be_alive(asked, process):
+    in_queue = bool(asked.get("queued")) and "program_pid" not in process and not ending
+    if not ending and not in_queue and not may_be_alive(asked, process):
         # The supervisor may have written it just before it left.
         ending = ending_of(folder, process) or settle(folder, asked, process)
     last_exit, status = ending.get("last_exit") or {}, ending.get("status")
     stop_asked = stop_asked_at(folder)
+    state = queued_state(process) if in_queue else state_of(process, ending, last_exit, bool(stop_asked))
     return Job(
         id=folder.name, folder=folder, kind=asked["kind"], title=asked["title"], argv=asked["argv"],
-        output_dir=Path(asked["output_dir"]) if asked["output_dir"] else None, created=asked["created"],
-        state=state_of(process, ending, last_exit, bool(stop_asked)), pid=process.get("program_pid"),
-        status=last_exit.get("status") if status is None else status, step=last_exit.get("step"),
-        stop_asked=stop_asked)
+        output_dir=Path(asked["output_dir"]) if asked["output_dir"] else None,
+        created=process.get("started", asked["created"]) if asked.get("queued") else asked["created"],
+        state=state, pid=process.get("program_pid"), status=last_exit.get("status") if status is None else status,
+        step=last_exit.get("step"), stop_asked=stop_asked, queued=asked.get("queued"), ended=ending.get("ended", 0.0))
+
+
+def queued_state(process: dict[str, Any]) -> str:
+    """Whether a process waits for the turn of a run in the queue; none does after the machine was started anew."""
+    return "waiting" if is_running(process, "supervisor") else "not_started"
 
 
 def may_be_alive(asked: dict[str, Any], process: dict[str, Any]) -> bool:
@@ -304,7 +334,7 @@ def job_in(folder: Path, ended: Ended) -> Job | None:
     if known and known[0] == changed:
         return known[1]
     job = job_from(folder)
-    if job and not job.live and time.time_ns() - changed > 1e9:  # the time of a second change may be the same
+    if job and job.over and time.time_ns() - changed > 1e9:  # the time of a second change may be the same
         ended[folder] = changed, job
     return job
 
@@ -323,8 +353,8 @@ def list_jobs(workspace: Workspace, limit: int = 50, ended: Ended | None = None)
 
 
 def worth_showing(jobs: Sequence[Job], limit: int) -> list[Job]:
-    """All live jobs; of each kind the newest `limit`, and, however old, what made the output directories that the
-    page knows: of each directory the newest job and the newest that finished. Pure."""
+    """All jobs that are not over; of each kind the newest `limit`, and, however old, what made the output directories
+    that the page knows: of each directory the newest job and the newest that finished. Pure."""
     shown: list[Job] = []
     places: set[tuple[Any, ...]] = set()
     counts = dict.fromkeys((job.kind for job in jobs), 0)
@@ -332,8 +362,8 @@ def worth_showing(jobs: Sequence[Job], limit: int) -> list[Job]:
         marks = {(job.kind, job.output_dir), (job.kind, job.output_dir, job.state == "finished")}
         known = marks <= places
         places |= marks
-        if job.live or counts[job.kind] < (limit if known else MOST_OF_A_KIND):
-            counts[job.kind] += not job.live
+        if not job.over or counts[job.kind] < (limit if known else MOST_OF_A_KIND):
+            counts[job.kind] += job.over
             shown.append(job)
     return shown
 
@@ -347,8 +377,10 @@ def load_job(workspace: Workspace, job_id: str) -> Job:
 
 
 def holder_of(workspace: Workspace, output_dir: Path) -> tuple[str, dict[str, Any]] | None:
-    """Who works in this directory: a key of MESSAGES and its values; None: nobody."""
+    """Who works in this directory, or will: a key of MESSAGES and its values; None: nobody."""
     for job in all_jobs(workspace):
+        if job.in_queue and job.output_dir == output_dir:
+            return "directory_queued", {"path": workspace.show(output_dir), "title": job.title}
         if job.live and job.output_dir == output_dir:
             since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(job.created))
             return "directory_in_use", {"path": workspace.show(output_dir), "title": job.title, "since": since,

@@ -69,7 +69,7 @@ class Run:
 
     folder: Path
     jobs: tuple[Job, ...] = ()  # newest first
-    state: str = "unknown"  # starting | running | finished | stopped | failed | killed | unknown (a fork's files)
+    state: str = "unknown"  # a job's, or unknown (a fork's files)
     step: int | None = None
     best: float | None = None
     best_step: int | None = None
@@ -128,8 +128,9 @@ def modified(path: Path) -> float:
 
 def state_of_run(folder: Path, jobs: Sequence[Job], metrics: Path | None) -> str:
     """That of the newest job, unless somebody went on with the run elsewhere since."""
-    if any(job.live for job in jobs):
-        return next(job.state for job in jobs if job.live)
+    now = next((job.state for job in jobs if not job.over), "")
+    if now:
+        return now
     if lock_holder(folder):
         return "running"
     ended = modified(jobs[0].folder / "exit.json") if jobs else 0.0
@@ -275,7 +276,9 @@ def deletion_of(workspace: Workspace, folder: Path, ended: Ended) -> Deletion:
     if holder:
         raise Refused(holder[0], **holder[1])
     jobs = all_jobs(workspace, ended)
-    user = next((job for job in jobs if job.live and names_folder(job, folder)), None)
+    user = next((job for job in jobs if not job.over and names_folder(job, folder)), None)
+    if user and user.in_queue:
+        raise Refused("directory_queued", path=workspace.show(folder), title=user.title)
     if user:
         raise Refused("run_in_use", path=workspace.show(folder), title=user.title, pid=user.pid)
     checkpoints = all_checkpoints(folder)

@@ -19,8 +19,9 @@ from webui.job_panel import StopButtons, create_job_panel, newest, reason_of
 from webui.jobs import Job, holder_of, start_job, stop_job
 from webui.page_base import QUIET, Page, on_choice, plain, refusal, tell
 from webui.readers import Inspection, Point, loss_of, overfit, tensorboard_url
-from webui.run_bar import create_next_step, create_warnings
+from webui.run_bar import create_next_step, create_queue, create_warnings
 from webui.run_curves import create_curves
+from webui.run_queue import queue_job
 from webui.spoken_samples import create_samples
 from webui.texts import TEXTS, say
 from webui.workspace import Refused, load_settings, save_settings
@@ -48,6 +49,10 @@ class TrainingForm(FormSection):
 
     def after_start(self) -> Form:
         return RESUME_AUTO
+
+    def queue(self, untouched: Form, language: str, *given: Any) -> list[Any]:
+        """What start() does, for a run that waits until those before it have ended."""
+        return self.submit(queue_job, "queued", untouched, language, *given)
 
     def problems(self, form: Form) -> dict[str, Problem]:
         found, workspace = super().problems(form), self.page.workspace
@@ -123,8 +128,10 @@ def create_training_tab(page: Page) -> None:
                 form.row("lora_targets")
             pick, told = create_resume_section(page, form)
             create_choice(page, form)
-            buttons = StopButtons(page, "training")
+            add = page.button("queue.add", visible=False, render=False, elem_id="training-queue-add")
+            buttons = StopButtons(page, "training", add)
             form.command_and_start("training.start", buttons.render)
+            create_queue(page, form, add)
             form.check_when_read("base_checkpoint")
             connect_resume(page, form, pick, told)
             create_settings_file(page, form)

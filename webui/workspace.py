@@ -62,9 +62,13 @@ MESSAGES: dict[str, tuple[str, ...]] = {
     # Jobs
     "directory_in_use": ("path", "title", "since", "pid"),
     "directory_locked": ("path", "holder"),  # by a trainer that was not started here
+    "directory_queued": ("path", "title"),  # a run in the queue will write there or read from it
+    "queue_started": ("title",),
     "start_failed": ("reason",),
     "run_in_use": ("path", "title", "pid"),  # a program reads from it
     "no_such_job": ("job",),
+    "job_waiting": (),
+    "job_not_started": (),
     "job_starting": (),
     "job_running": ("pid",),
     "job_stopping": ("pid",),
