@@ -105,13 +105,16 @@ class FormSection:
         page, inputs = self.page, list(self.inputs.values())
         given = [page.clock, self.filled, self.untouched, page.language, *inputs]
         offers = gr.Textbox(visible="hidden")  # changes when a program has made something to go on with
-        page.watch(self.tab, [], [offers], lambda jobs, language: [json.dumps(self.offered(jobs))])
+        page.watch(self.tab, [self.filled], [offers], self.look_for_offers)
         touched = gr.Textbox(visible="hidden")
-        gr.on([*[part.change for part in inputs], page.language.change, *self.check_on], None, [touched], [touched],
-              js=f"(last) => document.getElementById('tab-{self.tab}')?.offsetParent ? String(Date.now()) : last",
+        gr.on([*[part.change for part in inputs], page.tabs[self.tab].select, page.language.change, *self.check_on],
+              None, [touched], [touched],
+              js=f"""async (last) => {{
+                  await new Promise(done => setTimeout(done, 20));  // a tab that was just chosen is shown by then
+                  return document.getElementById('tab-{self.tab}')?.offsetParent ? String(Date.now()) : last;
+              }}""",
               **QUIET)
-        gr.on([page.tabs[self.tab].select, offers.change], self.fill_empty, given,
-              [self.filled, self.untouched, *inputs], **QUIET).then(
+        offers.change(self.fill_empty, given, [self.filled, self.untouched, *inputs], **QUIET).then(
             None, [touched], [touched], js="() => String(Date.now())", **QUIET)
         # One event for every reason to check, so that an older answer cannot overtake a newer one.
         touched.change(self.check, [page.clock, self.untouched, page.language, *inputs], self.checked_into,
@@ -160,6 +163,10 @@ class FormSection:
         """What an empty field is filled with: files that other steps have made, and names for new ones."""
         workspace = self.page.workspace
         return pipeline.suggestions(self.kind, workspace, pipeline.files_made(workspace, jobs))
+
+    def look_for_offers(self, jobs: Sequence[Job], language: str, filled: Form) -> list[Any]:
+        offered = self.offered(jobs)
+        return [gr.skip() if offered == filled else json.dumps(offered)]
 
     def open(self, draft: Form, language: str) -> list[Any]:
         """What was typed in this browser; where nothing was, the form of what runs or ran last."""

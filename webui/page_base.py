@@ -38,7 +38,7 @@ WINDOWS = 200  # of which the server remembers what they show
 FOLLOW = f"""() => {{
     let busyUntil = 0;
     for (const kind of ["pointerdown", "keydown", "input", "drop", "visibilitychange"])
-        addEventListener(kind, () => {{ busyUntil = Date.now() + 6000; }}, true);
+        addEventListener(kind, () => {{ busyUntil = Date.now() + 4000; }}, true);
     addEventListener("pointerdown", event => {{ window.tabChosen ||= !!event.target.closest?.("[role=tab]"); }}, true);
     const followLog = box => {{
         if (box.atEnd === undefined) {{
