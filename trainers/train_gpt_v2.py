@@ -769,23 +769,19 @@ def compare_made_with(records: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple
     return {key: value for key, (_, value) in known.items()}, problems
 
 
-def emo_vecs(record: Mapping[str, Any], emo_source: str) -> tuple[str, ...]:
-    """Whose emo_vec a row takes, and with --emo-source mixed whose where the target's is drawn: names in the manifest.
-
-    A row that has only one of the two takes that, but for --emo-source target, which wants the target's in every row.
-    """
-    usual = "prompt_emo_vec" if emo_source != "target" and record.get("prompt_emo_vec_path") else "target_emo_vec"
-    other = "target_emo_vec" if record.get("target_emo_vec_path") else usual
-    return (usual, other) if emo_source == "mixed" else (usual,)
-
-
 @functools.cache
-def row_keys(emo: tuple[str, ...]) -> tuple[Any, ...]:
-    """Keys of a row's texts and of its numbers, what takes the values of both from it, and the types they have."""
+def row_keys(emo_source: str, no_prompt: bool, no_target: bool) -> tuple[Any, ...]:
+    """Keys of a row's texts and of its numbers, what takes the values of both from it, and the types they have.
+
+    A row that lacks one of the two emo_vecs takes the other, but for --emo-source target, which wants the target's in
+    every row; with --emo-source mixed there are keys of both: the usual one's, and the target's where that is drawn.
+    """
+    usual = "target_emo_vec" if emo_source == "target" or no_prompt else "prompt_emo_vec"
+    emo = (usual, usual if no_target else "target_emo_vec") if emo_source == "mixed" else (usual,)
     names = ("target_text_ids", "target_codes", "prompt_condition", *emo)
     texts = ("id", *(f"{name}_path" for name in names))
     numbers = ("target_text_len", "target_code_len", *(f"{name}_start" for name in names))
-    return texts, numbers, itemgetter(*texts, *numbers), (*[str for _ in texts], *[int for _ in numbers])
+    return texts, numbers, itemgetter(*texts, *numbers), [*[str for _ in texts], *[int for _ in numbers]]
 
 
 def parse_row(record: Any, emo_source: str) -> tuple[Any, ...]:
@@ -795,10 +791,11 @@ def parse_row(record: Any, emo_source: str) -> tuple[Any, ...]:
     """
     if not isinstance(record, dict):
         raise UserError("not a JSON object. Each line is one pair, as tools.build_pairs writes it")
-    texts, numbers, take, types = row_keys(emo_vecs(record, emo_source))
+    texts, numbers, take, types = row_keys(emo_source, not record.get("prompt_emo_vec_path"),
+                                           not record.get("target_emo_vec_path"))
     try:
         row, lengths = take(record), len(texts)
-        if (*map(type, row),) == types and all(row[: lengths + 2]) and min(row[lengths:]) >= 0:
+        if [*map(type, row)] == types and all(row[: lengths + 2]) and min(row[lengths:]) >= 0:
             return row  # as nearly every one
     except KeyError:
         pass
@@ -828,7 +825,7 @@ class Rows:
     def append(self, row: tuple[Any, ...], line: int, *place: Any) -> None:
         """A row as parse_row returns it; place: manifest, language, folder."""
         lengths = len(row) // 2
-        self.numbers.extend((self.places.setdefault(place + row[1:lengths], len(self.places)), line, *row[lengths:]))
+        self.numbers.fromlist([self.places.setdefault(place + row[1:lengths], len(self.places)), line, *row[lengths:]])
         self.ids += row[0].encode(errors="surrogatepass")
         self.ends.append(len(self.ids))
         self.digest.update(f"[{encode_basestring_ascii(row[0])}, {row[lengths]}, {row[lengths + 1]}]".encode())
