@@ -821,6 +821,7 @@ class Rows:
         self.numbers, self.ids, self.ends = array("q"), bytearray(), array("q", [0])
         self.places = dict[Any, int]()  # what many rows share, numbered: manifest, language, folder, file of each kind
         self.digest = hashlib.sha256()  # of ids, lengths and order
+        self.mix: list[tuple[int, float]] = []  # (rows, weight) of each manifest
 
     def append(self, row: tuple[Any, ...], line: int, *place: Any) -> None:
         """A row as parse_row returns it; place: manifest, language, folder."""
@@ -843,15 +844,16 @@ class Rows:
             for file, start in zip(files, starts, strict=True)))
 
 
-def read_manifest(path: Path, number: int, rows: Rows, emo_source: str, language: str | None,
-                  progress: Callable[[str], None]) -> tuple[int, list[float]]:
-    """Adds a manifest's rows. Returns how many, and codes a second, over prompts that are targets too: what a fifth of
-    them is below, the median, what a fifth is above (a length in whole seconds may have been cut to that); [] where
-    lengths tell nothing.
+def read_manifest(manifest: str, rows: Rows, emo_source: str, progress: Callable[[str], None]) -> list[float]:
+    """Adds a manifest's rows. Returns codes a second, over prompts that are targets too: what a fifth of them is below,
+    the median, what a fifth is above (a length in whole seconds may have been cut to that); [] where lengths tell
+    nothing.
 
     Raises: UserError for a missing or empty file, and for a bad line with its number.
     """
-    seconds, codes, line, has_target_emo, before, folder = {}, {}, 0, False, len(rows.ends), os.path.dirname(path)
+    name, language, weight = split_manifest(manifest)
+    path, folder, before, number = Path(name), os.path.dirname(Path(name)), len(rows.ends), len(rows.mix)
+    seconds, codes, line, has_target_emo = {}, {}, 0, False
     try:
         with path.open("rb") as handle:
             for line, text in enumerate(handle, 1):
@@ -890,8 +892,8 @@ def read_manifest(path: Path, number: int, rows: Rows, emo_source: str, language
     rates = sorted(count / duration for count, duration in both)
     least = sorted(count / (duration + (duration % 1 == 0)) for count, duration in both)
     fifth = len(both) // 5
-    spread = [rates[fifth], float(np.median(rates)), least[-1 - fifth] if fifth else rates[0]] if both else []
-    return len(rows.ends) - before, spread
+    rows.mix.append((len(rows.ends) - before, weight))
+    return [rates[fifth], float(np.median(rates)), least[-1 - fifth] if fifth else rates[0]] if both else []
 
 
 class ArrayFile:
@@ -950,20 +952,18 @@ class ManifestDataset:
         self.model, self.rows, show_from = model, Rows(), time.monotonic() + 2
         self.progress = lambda text: progress(text) if time.monotonic() > show_from else None
         self.manifests: list[dict[str, Any]] = []
-        self.mix: list[tuple[int, float]] = []  # (rows, weight) of each manifest
         self.rates: list[list[float]] = []  # codes a second
         self.shards: dict[str, ArrayFile] = {}
         self.highest_code, self.codes_seen = 0, 0  # of what is read at the start
         self.bad_rows: dict[int, str] = {}  # skipped, and why
         self.unreported: dict[int, str] = {}  # met by this process, not yet known to the others
-        for number, manifest in enumerate(manifests):
-            path, language, weight = split_manifest(manifest)
-            count, rates = read_manifest(Path(path), number, self.rows, emo_source, language, self.progress)
-            self.rates.append(rates)
-            self.mix.append((count, weight))
-            self.manifests.append({"path": path, "language": language, "rows": count,
+        for manifest in manifests:
+            self.rates.append(read_manifest(manifest, self.rows, emo_source, self.progress))
+            path, language, _ = split_manifest(manifest)
+            self.manifests.append({"path": path, "language": language, "rows": self.rows.mix[-1][0],
                                    "made_with": recorded_beside(Path(path))})
         self.rows.finish()
+        self.mix = self.rows.mix
         self.languages = sorted({language for _, language, *_ in self.rows.files} - {""})
         # What validation tells apart, where there are several.
         self.parts = [part for group in (dict.fromkeys(manifest["path"] for manifest in self.manifests), self.languages)
