@@ -176,6 +176,46 @@ def test_prints_of_different_sentences_differ_and_of_copies_agree() -> None:
     assert pairs == [(n, n + len(VOICES)) for n in range(len(VOICES))]
 
 
+def copies_one_by_one(prints: list[str], seconds: list[float]) -> list[tuple[int, int]]:
+    """What alike is to find: every pair of clips is looked at, the shorter one first."""
+    rows = [np.frombuffer(bytes.fromhex(text), np.uint8).reshape(-1, 2) for text in prints]
+    starts = [np.concatenate([print_, np.zeros((30, 2), np.uint8)])[:30] for print_ in rows]
+    order, pairs = sorted(range(len(rows)), key=seconds.__getitem__), []
+    for place, i in enumerate(order):
+        for k in order[place + 1:]:
+            differing = min(int(np.bitwise_count(starts[i][3:27] ^ starts[k][3 + shift: 27 + shift]).sum())
+                            for shift in clip_measures.SHIFTS)
+            if seconds[k] <= seconds[i] + clip_measures.SAME_LENGTH and differing <= 0.27 * 24 * 16:
+                whole, worst = clip_measures.distance(rows[min(i, k)], rows[max(i, k)])
+                pairs += [(min(i, k), max(i, k))] * (whole <= clip_measures.ALIKE
+                                                     and worst <= clip_measures.ALIKE_THIRD)
+    return sorted(pairs)
+
+
+def planted_prints(rng: np.random.Generator) -> tuple[list[str], list[float]]:
+    """Of random sounds, short ones too: four copies that begin elsewhere and differ in up to a third of their bits."""
+    prints, seconds = [], []
+    for _ in range(25):
+        length = int(rng.integers(5, 60))
+        sound = rng.integers(0, 2, (length + 8, 16))
+        for _ in range(4):
+            start, differing = rng.integers(0, 5), rng.uniform(0, 0.34)
+            copy = sound[start: start + length] ^ (rng.random((length, 16)) < differing)
+            prints.append(np.packbits(copy.astype(np.uint8), axis=1).tobytes().hex())
+            seconds.append(0.064 * length + float(rng.uniform(0, 0.4)))
+    return prints, seconds
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_copies_are_those_that_a_comparison_of_every_pair_finds(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    prints, seconds = planted_prints(np.random.default_rng(seed))
+    expected = copies_one_by_one(prints, seconds)
+    assert 20 < len(expected) < 25 * 6  # some copies are too unlike
+    for block in (1, 7, 1024):
+        monkeypatch.setattr(clip_measures, "BLOCK", block)
+        assert clip_measures.alike(prints, seconds) == expected
+
+
 @pytest.mark.parametrize(("flags", "message"), [
     (["--shortest", "5", "--longest", "4"], "--shortest 5 --longest 4"), (["--most-repeats", "0"], "--most-repeats 0"),
     (["--most-clipped", "-1"], "--most-clipped -1"), (["--most-offset", "nan"], "--most-offset nan"),

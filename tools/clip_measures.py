@@ -24,7 +24,7 @@ ALIKE_THIRD = 0.3  # the same for the worst third of them
 SHIFTS = range(-3, 4)  # rows by which the start of a copy may differ
 COMPARED = 24  # rows at the start of all prints that are compared at first
 SAME_LENGTH = 0.3  # seconds that copies of a sound may differ by
-BLOCK = 1024  # clips that are compared at a time
+BLOCK = 256  # clips that are compared at a time
 
 
 @dataclass(frozen=True)
@@ -148,21 +148,17 @@ def alike(prints: Sequence[str], seconds: Sequence[float], progress: Progress | 
     for i, rows in enumerate(bits):
         starts[i, : len(rows)] = rows[: starts.shape[1]]
     order = np.argsort(seconds, kind="stable")
-    lengths, starts = np.asarray(seconds)[order], starts[order]
+    lengths, packed = np.asarray(seconds)[order], starts[order].reshape(len(bits), -1)
     ends = np.searchsorted(lengths, lengths + SAME_LENGTH, side="right")
-
-    def signs(first: int, end: int, shift: int) -> np.ndarray:
-        """The compared bits of clips as 1 and -1: two clips' product is the bits that agree less those that differ."""
-        moved = starts[first: end, reach + shift: reach + shift + COMPARED].reshape(end - first, -1)
-        return np.unpackbits(moved, axis=1).astype(np.float32) * 2 - 1
-
     pairs = []
     for first in range(0, len(bits), BLOCK):
         last = min(first + BLOCK, len(bits))
-        end, inner = int(ends[last - 1]), signs(first, last, 0)
-        close = np.zeros((last - first, end - first), bool)
-        for shift in SHIFTS:
-            close |= inner @ signs(first, end, shift).T >= (1 - 2 * ALIKE) * COMPARED * (BANDS - 1)
+        # Bits as 1 and -1: two clips' product is the bits that agree less those that differ.
+        signs = np.unpackbits(packed[first: ends[last - 1]], axis=1).astype(np.float32) * 2 - 1
+        moved = [signs[:, (reach + shift) * (BANDS - 1):][:, : COMPARED * (BANDS - 1)] for shift in SHIFTS]
+        close = np.zeros((last - first, len(signs)), bool)
+        for shifted in moved:
+            close |= moved[reach][: last - first] @ shifted.T >= (1 - 2 * ALIKE) * COMPARED * (BANDS - 1)
         for i, k in zip(*np.nonzero(np.triu(close, 1)), strict=True):
             if first + k < ends[first + i]:
                 one, other = sorted((int(order[first + i]), int(order[first + k])))

@@ -213,7 +213,7 @@ def plan_of(model: ModelConfig, lengths: np.ndarray, mix: Sequence[tuple[int, fl
 
 def read_lengths(manifests: Sequence[str]) -> tuple[np.ndarray, list[tuple[int, float]]]:
     """[rows, 2] text tokens and codes of all manifests, and the rows and weight of each. Raises: UserError."""
-    rows, mix, due = Rows(), [], time.monotonic() + 2
+    rows, due = Rows(), time.monotonic() + 2
 
     def tell(text: str) -> None:
         nonlocal due
@@ -221,12 +221,10 @@ def read_lengths(manifests: Sequence[str]) -> tuple[np.ndarray, list[tuple[int, 
             due = time.monotonic() + 10
             print(f"[Progress] {text}", file=sys.stderr, flush=True)
 
-    for number, manifest in enumerate(manifests):
-        path, language, weight = split_manifest(manifest)
-        count, _ = read_manifest(Path(path), number, rows, "prompt", language, tell)
-        mix.append((count, weight))
+    for manifest in manifests:
+        read_manifest(manifest, rows, "prompt", tell)
     rows.finish()
-    return rows.table[:, 2:4], mix
+    return rows.table[:, 2:4], rows.mix
 
 
 def settings_of(args: argparse.Namespace, card: Card) -> TrainConfig:

@@ -769,23 +769,19 @@ def compare_made_with(records: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple
     return {key: value for key, (_, value) in known.items()}, problems
 
 
-def emo_vecs(record: Mapping[str, Any], emo_source: str) -> tuple[str, ...]:
-    """Whose emo_vec a row takes, and with --emo-source mixed whose where the target's is drawn: names in the manifest.
-
-    A row that has only one of the two takes that, but for --emo-source target, which wants the target's in every row.
-    """
-    usual = "prompt_emo_vec" if emo_source != "target" and record.get("prompt_emo_vec_path") else "target_emo_vec"
-    other = "target_emo_vec" if record.get("target_emo_vec_path") else usual
-    return (usual, other) if emo_source == "mixed" else (usual,)
-
-
 @functools.cache
-def row_keys(emo: tuple[str, ...]) -> tuple[Any, ...]:
-    """Keys of a row's texts and of its numbers, what takes the values of both from it, and the types they have."""
+def row_keys(emo_source: str, no_prompt: bool, no_target: bool) -> tuple[Any, ...]:
+    """Keys of a row's texts and of its numbers, what takes the values of both from it, and the types they have.
+
+    A row that lacks one of the two emo_vecs takes the other, but for --emo-source target, which wants the target's in
+    every row; with --emo-source mixed there are keys of both: the usual one's, and the target's where that is drawn.
+    """
+    usual = "target_emo_vec" if emo_source == "target" or no_prompt else "prompt_emo_vec"
+    emo = (usual, usual if no_target else "target_emo_vec") if emo_source == "mixed" else (usual,)
     names = ("target_text_ids", "target_codes", "prompt_condition", *emo)
     texts = ("id", *(f"{name}_path" for name in names))
     numbers = ("target_text_len", "target_code_len", *(f"{name}_start" for name in names))
-    return texts, numbers, itemgetter(*texts, *numbers), (*[str for _ in texts], *[int for _ in numbers])
+    return texts, numbers, itemgetter(*texts, *numbers), [*[str for _ in texts], *[int for _ in numbers]]
 
 
 def parse_row(record: Any, emo_source: str) -> tuple[Any, ...]:
@@ -795,10 +791,11 @@ def parse_row(record: Any, emo_source: str) -> tuple[Any, ...]:
     """
     if not isinstance(record, dict):
         raise UserError("not a JSON object. Each line is one pair, as tools.build_pairs writes it")
-    texts, numbers, take, types = row_keys(emo_vecs(record, emo_source))
+    texts, numbers, take, types = row_keys(emo_source, not record.get("prompt_emo_vec_path"),
+                                           not record.get("target_emo_vec_path"))
     try:
         row, lengths = take(record), len(texts)
-        if (*map(type, row),) == types and all(row[: lengths + 2]) and min(row[lengths:]) >= 0:
+        if [*map(type, row)] == types and all(row[: lengths + 2]) and min(row[lengths:]) >= 0:
             return row  # as nearly every one
     except KeyError:
         pass
@@ -824,11 +821,12 @@ class Rows:
         self.numbers, self.ids, self.ends = array("q"), bytearray(), array("q", [0])
         self.places = dict[Any, int]()  # what many rows share, numbered: manifest, language, folder, file of each kind
         self.digest = hashlib.sha256()  # of ids, lengths and order
+        self.mix: list[tuple[int, float]] = []  # (rows, weight) of each manifest
 
     def append(self, row: tuple[Any, ...], line: int, *place: Any) -> None:
         """A row as parse_row returns it; place: manifest, language, folder."""
         lengths = len(row) // 2
-        self.numbers.extend((self.places.setdefault(place + row[1:lengths], len(self.places)), line, *row[lengths:]))
+        self.numbers.fromlist([self.places.setdefault(place + row[1:lengths], len(self.places)), line, *row[lengths:]])
         self.ids += row[0].encode(errors="surrogatepass")
         self.ends.append(len(self.ids))
         self.digest.update(f"[{encode_basestring_ascii(row[0])}, {row[lengths]}, {row[lengths + 1]}]".encode())
@@ -846,15 +844,16 @@ class Rows:
             for file, start in zip(files, starts, strict=True)))
 
 
-def read_manifest(path: Path, number: int, rows: Rows, emo_source: str, language: str | None,
-                  progress: Callable[[str], None]) -> tuple[int, list[float]]:
-    """Adds a manifest's rows. Returns how many, and codes a second, over prompts that are targets too: what a fifth of
-    them is below, the median, what a fifth is above (a length in whole seconds may have been cut to that); [] where
-    lengths tell nothing.
+def read_manifest(manifest: str, rows: Rows, emo_source: str, progress: Callable[[str], None]) -> list[float]:
+    """Adds a manifest's rows. Returns codes a second, over prompts that are targets too: what a fifth of them is below,
+    the median, what a fifth is above (a length in whole seconds may have been cut to that); [] where lengths tell
+    nothing.
 
     Raises: UserError for a missing or empty file, and for a bad line with its number.
     """
-    seconds, codes, line, has_target_emo, before, folder = {}, {}, 0, False, len(rows.ends), os.path.dirname(path)
+    name, language, weight = split_manifest(manifest)
+    path, folder, before, number = Path(name), os.path.dirname(Path(name)), len(rows.ends), len(rows.mix)
+    seconds, codes, line, has_target_emo = {}, {}, 0, False
     try:
         with path.open("rb") as handle:
             for line, text in enumerate(handle, 1):
@@ -893,8 +892,8 @@ def read_manifest(path: Path, number: int, rows: Rows, emo_source: str, language
     rates = sorted(count / duration for count, duration in both)
     least = sorted(count / (duration + (duration % 1 == 0)) for count, duration in both)
     fifth = len(both) // 5
-    spread = [rates[fifth], float(np.median(rates)), least[-1 - fifth] if fifth else rates[0]] if both else []
-    return len(rows.ends) - before, spread
+    rows.mix.append((len(rows.ends) - before, weight))
+    return [rates[fifth], float(np.median(rates)), least[-1 - fifth] if fifth else rates[0]] if both else []
 
 
 class ArrayFile:
@@ -953,20 +952,18 @@ class ManifestDataset:
         self.model, self.rows, show_from = model, Rows(), time.monotonic() + 2
         self.progress = lambda text: progress(text) if time.monotonic() > show_from else None
         self.manifests: list[dict[str, Any]] = []
-        self.mix: list[tuple[int, float]] = []  # (rows, weight) of each manifest
         self.rates: list[list[float]] = []  # codes a second
         self.shards: dict[str, ArrayFile] = {}
         self.highest_code, self.codes_seen = 0, 0  # of what is read at the start
         self.bad_rows: dict[int, str] = {}  # skipped, and why
         self.unreported: dict[int, str] = {}  # met by this process, not yet known to the others
-        for number, manifest in enumerate(manifests):
-            path, language, weight = split_manifest(manifest)
-            count, rates = read_manifest(Path(path), number, self.rows, emo_source, language, self.progress)
-            self.rates.append(rates)
-            self.mix.append((count, weight))
-            self.manifests.append({"path": path, "language": language, "rows": count,
+        for manifest in manifests:
+            self.rates.append(read_manifest(manifest, self.rows, emo_source, self.progress))
+            path, language, _ = split_manifest(manifest)
+            self.manifests.append({"path": path, "language": language, "rows": self.rows.mix[-1][0],
                                    "made_with": recorded_beside(Path(path))})
         self.rows.finish()
+        self.mix = self.rows.mix
         self.languages = sorted({language for _, language, *_ in self.rows.files} - {""})
         # What validation tells apart, where there are several.
         self.parts = [part for group in (dict.fromkeys(manifest["path"] for manifest in self.manifests), self.languages)
