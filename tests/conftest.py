@@ -20,6 +20,8 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+# As `make test` has it: tests run side by side, and some fork, which threads of OpenMP do not live through.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from trainers import train_gpt_v2 as trainer  # noqa: E402
 
