@@ -337,9 +337,9 @@ def test_a_checkpoint_is_chosen_in_the_table_and_speaks(visitor: Visitor, worksp
         os.utime(path)  # the newest run is the first of the table
     visitor.open("Checkpoints")
     row = visitor.page.locator("#checkpoints-table tr").filter(has_text=re.compile(r"voice.*model_step4\.pth"))
+    visitor.sees("#checkpoints-table tr", "voice.*model_step4.pth.*verified")
     row.locator("td").first.click()
     visitor.reads("checkpoints-chosen", "voice/model_step4.pth")
-    visitor.sees("#checkpoints-table tr", "voice.*model_step4.pth.*verified")
     visitor.click("checkpoints-use")
     visitor.sees(".notice", "Tab 8 now speaks with voice/model_step4.pth")
     visitor.open("Listen")
