@@ -1298,6 +1298,17 @@ def test_a_window_is_asked_to_look_again_when_something_changed_and_only_then(wo
     assert not page.has_changed("one")
 
 
+def test_whether_something_changed_is_told_only_to_who_has_logged_in(page: Any):
+    from starlette.applications import Starlette
+    from starlette.testclient import TestClient
+
+    app: Any = Starlette(routes=[page.route()])
+    assert TestClient(app).get("/changed/nobody").text == "yes"
+    app.auth, app.cookie_id, app.tokens = {"almaz": "secret"}, "x", {"good": "almaz"}
+    assert TestClient(app).get("/changed/nobody").status_code == 401
+    assert TestClient(app, cookies={"access-token-x": "good"}).get("/changed/nobody").text == "yes"
+
+
 def test_the_server_remembers_what_the_last_windows_show(page: Any, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(page_base, "WINDOWS", 2)
     typed = [""] * sum(len(watcher.inputs) for watcher in page.watchers)

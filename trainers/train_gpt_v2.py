@@ -902,14 +902,18 @@ class ArrayFile:
     Raises: BadFeatureFile; UserError when this process may not open more files.
     """
 
+    one_by_one = threading.Lock()  # Python 3.11 confuses syntax trees that threads build side by side, as a header's
+
     def __init__(self, path: str):
         self.path, formats = path, np.lib.format
         try:
-            self.handle = open(path, "rb", buffering=0)
-            read_header = formats.read_array_header_1_0 if formats.read_magic(self.handle)[0] == 1 else (
+            self.handle = open(path, "rb")
+            start = io.BytesIO(self.handle.read(1 << 14))
+            read_header = formats.read_array_header_1_0 if formats.read_magic(start)[0] == 1 else (
                 formats.read_array_header_2_0)
-            self.shape, self.by_columns, self.dtype = read_header(self.handle)
-            self.offset, size = self.handle.tell(), os.fstat(self.handle.fileno()).st_size
+            with self.one_by_one:
+                self.shape, self.by_columns, self.dtype = read_header(start)
+            self.offset, size = start.tell(), os.fstat(self.handle.fileno()).st_size
             needed = self.offset + math.prod(self.shape) * self.dtype.itemsize
             if self.dtype.hasobject or not self.shape or size < needed:
                 raise ValueError(f"cut off: {size} bytes of {needed}" if self.shape else "no array of numbers in rows")
