@@ -23,9 +23,9 @@ from webui.workspace import Refused
 COMPARED = [str(number) for number in range(1, 9)]  # runs in one plot, by number
 COLUMNS = ("run", "file", "step", "epoch", "loss", "best", "size", "state")
 CLICKS = """element.addEventListener("click", event => {
-    const button = event.target.closest("tr")?.querySelector("[data-path]");
-    if (button) trigger("click", {path: button.dataset.path});
-})"""
+    const button = event.target.closest("tr")?.querySelector("[data-checkpoint]");
+    if (button) trigger("click", {checkpoint: button.dataset.checkpoint});
+})"""  # "path" would make it an uploaded file for Gradio
 METRICS = {"val_mel": ("val", "mel_loss"), "val_text": ("val", "text_loss"), "train_mel": ("train", "mel_loss"),
            "train_text": ("train", "text_loss")}
 
@@ -79,7 +79,7 @@ def create_checkpoints_tab(page: Page) -> tuple[Any, Any, Any]:
         return [text, table_of(rows, language)]
 
     def choose(clicked: gr.EventData) -> list[str]:
-        return [str((clicked._data or {}).get("path", ""))] * 3
+        return [str((clicked._data or {}).get("checkpoint", ""))] * 3
 
     table.click(choose, None, [chosen, form.inputs["checkpoint"], of_folder], **QUIET)
     page.watch("checkpoints", [], [state, table], look)
@@ -92,7 +92,7 @@ def table_of(rows: Sequence[Sequence[str]], language: str) -> str:
     lines = []
     for run, names, *others in rows:
         path = html.escape(f"{run}/{names.split(' = ')[0]}")
-        cells = [html.escape(run), f'<button type="button" data-path="{path}">{html.escape(names)}</button>',
+        cells = [html.escape(run), f'<button type="button" data-checkpoint="{path}">{html.escape(names)}</button>',
                  *map(html.escape, others)]
         lines.append("<tr>" + "".join(f'<td data-label="{label}"><span>{cell}</span></td>'
                                       for label, cell in zip(labels, cells, strict=True)) + "</tr>")
