@@ -47,6 +47,7 @@ gpu:  ## what the trainer does on this machine's GPU, with PYTHON's own torch; w
 soak: $(VENV)/.installed  ## hundreds of kills, damaged files and signals, then every combination of stops and settings
 	OMP_NUM_THREADS=1 $(RUN) tests/soak.py
 	SOAK=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 tests/test_resume_exactly.py
+	SOAK=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -q tests/test_webui_walk.py
 
 demo-data: $(VENV)/.installed  ## rebuild processed_data/ and tokenizers/; needs espeak-ng
 	$(RUN) -m tools.demo_data
