@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT
+from visitor import until
 
 from webui import jobs, run_bar, run_history, run_queue
 from webui.texts import say
@@ -48,14 +49,6 @@ time.sleep(600)
 """
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 60) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
-    return value
-
-
 class Runs:
     """A workspace with stand-ins for trainings, by name."""
 
@@ -70,14 +63,14 @@ class Runs:
     def start(self, *names: str) -> None:
         self.begin(jobs.start_job, *names)
         for name in names:
-            wait_for(lambda name=name: "started" in jobs.read_tail(self.job(name).log))
+            until(lambda name=name: "started" in jobs.read_tail(self.job(name).log))
 
     def queue(self, *names: str) -> None:
         self.begin(run_queue.queue_job, *names)
 
     def end(self, name: str, status: int = 0) -> None:
         (self.workspace.root / f"{name}.end").write_text(str(status))
-        wait_for(lambda: self.job(name).over)
+        until(lambda: self.job(name).over)
 
     def job(self, name: str) -> jobs.Job:
         return next(job for job in jobs.all_jobs(self.workspace) if job.title == f"training {name}")
@@ -91,14 +84,14 @@ class Runs:
 
     def runs(self, name: str) -> jobs.Job:
         """The job once its program has begun."""
-        return wait_for(lambda: "started" in jobs.read_tail((job := self.job(name)).log) and job)
+        return until(lambda: "started" in jobs.read_tail((job := self.job(name)).log) and job)
 
     def waiter(self, name: str) -> int:
         return jobs.read_json(self.job(name).folder / "process.json")["supervisor_pid"]
 
     def kill_waiter(self, name: str) -> None:
         os.kill(pid := self.waiter(name), signal.SIGKILL)
-        wait_for(lambda: jobs.start_time_of(pid) is None)
+        until(lambda: jobs.start_time_of(pid) is None)
 
     def starts(self) -> list[str]:
         return (self.workspace.root / "starts").read_text().split()
@@ -143,14 +136,14 @@ def test_queued_runs_start_in_order_one_at_a_time_without_their_server_and_after
     runs.runs("c")
     runs.end("c")
     assert runs.states() == {"a": "finished", "b": "failed", "c": "finished"} and runs.starts() == ["a", "b", "c"]
-    wait_for(lambda: jobs.start_time_of(runs.waiter("c")) is None)
+    until(lambda: jobs.start_time_of(runs.waiter("c")) is None)
 
 
 def test_after_a_stop_by_hand_nothing_starts_until_somebody_says_so_or_another_run_has_ended(runs: Runs):
     runs.start("a")
     runs.queue("b", "c")
     jobs.stop_job(runs.job("a"))
-    wait_for(lambda: runs.job("a").over)
+    until(lambda: runs.job("a").over)
     patience()
     assert runs.states() == {"a": "stopped", "b": "waiting", "c": "waiting"}
     assert runs.becomes() == {"b": "held", "c": "held"}
@@ -161,7 +154,7 @@ def test_after_a_stop_by_hand_nothing_starts_until_somebody_says_so_or_another_r
     runs.end("c")
     runs.runs("b")
     jobs.stop_job(runs.job("b"))  # one that was queued stops like any other
-    wait_for(lambda: runs.job("b").state == "stopped")
+    until(lambda: runs.job("b").state == "stopped")
 
 
 def test_what_was_taken_out_never_starts_and_leaves_nothing(runs: Runs):
@@ -175,7 +168,7 @@ def test_what_was_taken_out_never_starts_and_leaves_nothing(runs: Runs):
     runs.end("a")
     job = runs.runs("c")
     assert refused(run_queue.take_out, runs.workspace, job.id) == "queue_started" and job.folder.exists()
-    wait_for(lambda: jobs.start_time_of(waiter) is None)
+    until(lambda: jobs.start_time_of(waiter) is None)
     assert runs.starts() == ["a", "c"]
 
 
