@@ -34,6 +34,7 @@ from webui.workspace import Refused
 
 # Boxes that are no flags: "resume" is resume_path's, "replace" lets a form replace what an earlier Start has made.
 BOXES = {name: Field(name, "", "switch") for name in ("resume", "replace")}
+WIDTHS = {1: "whole", 2: "half", 3: "third"}  # of a field, by how many there are in its row
 UNTYPED = ("required", "data_needed")  # said only once Start was clicked
 
 
@@ -52,6 +53,7 @@ class FormSection:
         self.page, self.kind, self.tab = page, kind, tab
         self.fields = {field.name: field for field in PROGRAMS[kind].fields}
         self.inputs: dict[str, Any] = {}
+        self.widths: dict[str, str] = {}  # style classes
         self.memory = gr.State(Memory({}, {}))
         self.preview: Any = None
         self.check_on: list[Any] = []  # what a check depends on besides the inputs
@@ -60,13 +62,15 @@ class FormSection:
     # Layout
 
     def row(self, *names: str) -> None:
-        with gr.Row():
-            for name in names:
-                self.input(name)
+        """Fields beside each other, by style: a gr.Row for each would double the number of components."""
+        for name in names:
+            self.input(name, WIDTHS[len(names)])
 
-    def input(self, name: str) -> None:
+    def input(self, name: str, width: str = "whole") -> None:
         key, field = f"{self.kind}.{name}", self.field(name)
-        options: dict[str, Any] = {"elem_id": f"{self.kind}-{name}", "interactive": True, "info": False}
+        self.widths[name] = width
+        options: dict[str, Any] = {"elem_id": f"{self.kind}-{name}", "elem_classes": [width], "interactive": True,
+                                   "info": False}
         if field.type == "switch":
             self.inputs[name] = self.page.add(gr.Checkbox, key, value=False, **options)
         elif field.choices and field.type != "words":
@@ -84,6 +88,7 @@ class FormSection:
                                                    elem_id=f"{self.kind}-replace")
         self.preview = self.page.add(gr.Textbox, "command", lines=2, max_lines=8, interactive=False, buttons=["copy"],
                                      elem_id=f"{self.kind}-command", elem_classes=["command"])
+        self.touched = gr.Textbox(visible="hidden")  # what was checked last
         with gr.Row(elem_classes=["startbar"]):
             start = self.page.button(start_key, variant="primary", elem_id=f"{self.kind}-start")
             beside_start()
@@ -116,12 +121,12 @@ class FormSection:
         """A change of several inputs at once is one check, and what changes where it cannot be seen is checked when
         it can: each event costs the browser a look at all components of the page."""
         page = self.page
-        touched = gr.Textbox(visible="hidden")  # what was checked last
         gr.on([self.asks.click, *[part.change for part in self.check_on]], None,
-              [page.language, page.made, *self.inputs.values(), *self.check_on], [touched],
+              [page.language, page.made, *self.inputs.values(), *self.check_on], [self.touched],
               js="(...given) => JSON.stringify(given)", **QUIET)
         # One event for every reason to check, so that an older answer cannot overtake a newer one.
-        touched.change(self.check, [page.clock, *self.given], self.checked_into, trigger_mode="always_last", **QUIET)
+        self.touched.change(self.check, [page.clock, *self.given], self.checked_into, trigger_mode="always_last",
+                            **QUIET)
 
     # Values
 
@@ -162,15 +167,13 @@ class FormSection:
         return {name: value for name, value in form.items() if not self.field(name).fresh
                 or not (self.page.workspace.root / value).exists()}
 
-    def offered(self, jobs: Sequence[Job]) -> Form:
+    def offered(self, made: dict[str, str]) -> Form:
         """What an empty field is filled with: files that other steps have made, and names for new ones."""
-        workspace = self.page.workspace
-        return pipeline.suggestions(self.kind, workspace, pipeline.files_made(workspace, jobs))
+        return pipeline.suggestions(self.kind, self.page.workspace, made)
 
-    def open(self, draft: Form, language: str) -> list[Any]:
+    def open(self, draft: Form, language: str, jobs: Sequence[Job], made: dict[str, str]) -> list[Any]:
         """What was typed in this browser; where nothing was, the form of what runs or ran last."""
-        jobs = self.page.jobs()
-        job, offered = newest(jobs, [self.kind]), self.offered(jobs)
+        job, offered = newest(jobs, [self.kind]), self.offered(made)
         form = self.cleaned(draft or self.without_made(self.form_of_last(job) if job else {}))
         form = {name: form[name] or offered.get(name, self.empty(name)) for name in self.inputs}
         filled = {name: value for name, value in form.items() if value != self.empty(name)}
@@ -222,7 +225,8 @@ class FormSection:
                 asked = bool(form.get(name)) or any(key.startswith("would_replace") for key, _ in found.values())
                 updates.append(gr.update(visible=asked, **value))
             else:
-                updates.append(gr.update(info=info, elem_classes=["problem"] if name in said else [], **value))
+                classes = [self.widths[name], *(["problem"] if name in said else [])]
+                updates.append(gr.update(info=info, elem_classes=classes, **value))
         command = say("command_blocked", language) if said else preview(
             command_for(self.kind, form, self.page.workspace))
         return [*updates, command]
@@ -237,7 +241,7 @@ class FormSection:
         form = self.values(given)
         if not opened:  # the draft is still on its way
             return [gr.skip(), gr.skip(), *self.shown_as(language, form, {})]
-        offered = self.offered(self.page.jobs())
+        offered = self.offered(pipeline.files_made(self.page.workspace, self.page.jobs()))
         new = self.made_meanwhile(form, memory.filled, offered)
         remembered = Memory(offered, {**form, **new} if form == memory.untouched else memory.untouched)
         form = {**form, **new}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import html
-import json
 import re
 import time
 from collections import OrderedDict
@@ -315,7 +314,7 @@ class Page:
 
     def look_for_offers(self, jobs: Sequence[Job], language: str) -> list[str]:
         made = pipeline.files_made(self.workspace, jobs)
-        return [digest(json.dumps([pipeline.suggestions(kind, self.workspace, made) for kind in self.forms]))]
+        return [digest([form.offered(made) for form in self.forms.values()])]
 
     def look_at_header(self, jobs: Sequence[Job], language: str) -> list[str]:
         steps = pipeline.states(pipeline.files_made(self.workspace, jobs), jobs)
@@ -371,13 +370,16 @@ class Page:
     def open(self, view: dict[str, Any], *drafts: dict[str, Any]) -> list[Any]:
         """Language, tab and forms as this browser left them."""
         language = view.get("language") if view.get("language") in LANGUAGES else LANGUAGES[0]
-        filled = [form.open(draft, language) for form, draft in zip(self.forms.values(), drafts, strict=True)]
-        return [language, *self.first_answers(), *(value for values in filled for value in values)]
+        jobs = self.jobs()
+        made = pipeline.files_made(self.workspace, jobs)
+        filled = [form.open(draft, language, jobs, made)
+                  for form, draft in zip(self.forms.values(), drafts, strict=True)]
+        return [language, *self.first_answers(jobs), *(value for values in filled for value in values)]
 
-    def first_answers(self) -> list[Any]:
+    def first_answers(self, jobs: Sequence[Job]) -> list[Any]:
         """The answers to the first questions, and whether these are open: until there is an answer, or a run."""
         way = pipeline.load_way(self.workspace)
-        opened = not way and not pipeline.find_runs(self.workspace, self.jobs())
+        opened = not way and not pipeline.find_runs(self.workspace, jobs)
         return [way.get("have"), way.get("model", "scratch"), gr.update(open=opened)]
 
 
