@@ -114,8 +114,8 @@ class FormSection:
 
     @property
     def checked_into(self) -> list[Any]:
-        """What check() gives values for."""
-        return [self.memory, self.page.drafts[self.kind], *self.shown]
+        """What check() gives values for, but for the memory: one that Start was given may be an older one."""
+        return [self.page.drafts[self.kind], *self.shown]
 
     def connect(self) -> None:
         """A change of several inputs at once is one check, and what changes where it cannot be seen is checked when
@@ -125,8 +125,8 @@ class FormSection:
               [page.language, page.made, *self.inputs.values(), *self.check_on], [self.touched],
               js="(...given) => JSON.stringify(given)", **QUIET)
         # One event for every reason to check, so that an older answer cannot overtake a newer one.
-        self.touched.change(self.check, [page.clock, *self.given], self.checked_into, trigger_mode="always_last",
-                            **QUIET)
+        self.touched.change(self.check, [page.clock, *self.given], [self.memory, *self.checked_into],
+                            trigger_mode="always_last", **QUIET)
 
     # Values
 
@@ -259,7 +259,7 @@ class FormSection:
         form, workspace = self.values(given), self.page.workspace
         draft, new = self.draft(form, memory), {}
         if self.problems(form):
-            return [memory, draft, *self.shown_as(language, form, {}, strict=True), f"✗ {say('not_started', language)}"]
+            return [draft, *self.shown_as(language, form, {}, strict=True), f"✗ {say('not_started', language)}"]
         try:
             output = output_of(self.kind, form, workspace)
             title = f"{self.kind} {workspace.show(output) if output else ''}"
@@ -268,7 +268,7 @@ class FormSection:
         except Refused as refused:
             notice = refusal(refused, language)
         form = {**form, **new}
-        return [memory, draft and form, *self.shown_as(language, form, new), notice]
+        return [draft and form, *self.shown_as(language, form, new), notice]
 
 
 def create_form(page: Page, kind: str, tab: str, rows: Sequence[Sequence[str]], more: Sequence[Sequence[str]] = (),

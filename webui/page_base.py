@@ -39,12 +39,13 @@ WINDOWS = 200  # of which the server remembers what they show
 # Gradio's page takes to open grows with the number of components times that of events. A log box stays at its end,
 # unless its reader has scrolled up. A tab that is chosen before the page has opened stays chosen.
 FOLLOW = f"""() => {{
-    let busyUntil = 0, soon;
+    let soon;
+    window.lastAct = 0;
     const look = () => window.pageOpen && document.getElementById("look").click();
     for (const kind of ["click", "keyup", "input", "drop", "visibilitychange"])
         addEventListener(kind, event => {{
             if (kind === "click" && !event.isTrusted) return;  // one of the page's own
-            busyUntil = Date.now() + 4000;
+            window.lastAct = Date.now();
             clearTimeout(soon);
             soon = setTimeout(look, 200);
         }}, true);
@@ -58,7 +59,7 @@ FOLLOW = f"""() => {{
         }}
         if (box.atEnd) box.scrollTop = box.scrollHeight;
     }};
-    const same = async () => Date.now() > busyUntil
+    const same = async () => Date.now() > window.lastAct + 4000
         && await (await fetch(`{CHANGED}/${{window.pageId}}`)).text() === "no";
     setInterval(async () => {{
         document.querySelectorAll(".log textarea").forEach(followLog);
@@ -76,7 +77,8 @@ SHOW_TAB = """async (view) => {
     return String(Date.now());
 }"""
 OPEN_PANEL = '[...document.querySelectorAll("[role=tabpanel]")].find(panel => panel.offsetParent)'
-# A form that can be seen compares its fields with those that were checked last.
+# A form that can be seen compares its fields with those that were checked last, after somebody has done something (an
+# answer to it may take its time) or a program has.
 ASK = f"""() => {OPEN_PANEL}?.querySelectorAll("[id$=-asks]").forEach(button => button.click())"""
 SET_LANGUAGE = "(language) => { document.documentElement.lang = language; }"
 SWITCH_THEME = """() => {
@@ -357,9 +359,10 @@ class Page:
         # One event for all, never two at once: an older answer cannot overtake a newer one.
         looked_at = [self.window, self.open_tab, self.language,
                      *(part for watcher in self.watchers for part in watcher.inputs)]
+        ask = f"if (Date.now() < window.lastAct + 20000) setTimeout({ASK}, 20)"
         gr.on([self.follow.click, self.clock.change, self.acted.change], self.tick, looked_at,
               [part for watcher in self.watchers for part in watcher.outputs],
-              js=with_open_tab(len(looked_at), f"setTimeout({ASK}, 20)"), trigger_mode="always_last", **QUIET)
+              js=with_open_tab(len(looked_at), ask), trigger_mode="always_last", **QUIET)
 
     def note_tab(self, window: str, open_tab: str, opened: str, view: dict[str, Any]) -> list[Any]:
         """The view with the open tab, for the next visit, and a look at it; not before this visit's is open."""

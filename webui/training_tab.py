@@ -305,8 +305,8 @@ def overfit_text(points: Sequence[Point], language: str) -> str:
 
 
 def memory_text(memory: dict[str, Any], language: str) -> str:
-    used = memory["total"] - memory["available"]
-    parts = [say("training.memory", language, used=gigabytes(used), total=gigabytes(memory["total"]))]
+    used = (memory["total"] - memory["available"]) / 1e9  # whole: it changes all the time, and each change is a tick
+    parts = [say("training.memory", language, used=f"{used:.0f}", total=f"{memory['total'] / 1e9:.0f}")]
     if memory["process"]:
         parts.append(say("training.memory_process", language, used=gigabytes(memory["process"])))
     parts += [say("training.memory_gpu", language, name=plain(gpu["name"]), used=gigabytes(gpu["used"]),
