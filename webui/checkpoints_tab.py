@@ -81,7 +81,7 @@ def create_checkpoints_tab(page: Page) -> tuple[Any, Any, Any]:
     def choose(clicked: gr.EventData) -> list[str]:
         return [str((clicked._data or {}).get("checkpoint", ""))] * 3
 
-    table.click(choose, None, [chosen, form.inputs["checkpoint"], of_folder], **QUIET)
+    page.act(table.click, choose, [], [chosen, form.inputs["checkpoint"], of_folder])
     page.watch("checkpoints", [], [state, table], look)
     return chosen, use, notice
 
@@ -133,7 +133,7 @@ def connect_deletion(page: Page, chosen: Any, buttons: Sequence[Any], answers: S
         return [gr.update(visible=False), text]
 
     delete.click(ask, [chosen, page.language], [chosen, confirmation, question, notice, asked], **QUIET)
-    page.refresh_after.append(yes.click(remove, [asked, page.language], [confirmation, notice], **QUIET))
+    page.act(yes.click, remove, [asked, page.language], [confirmation, notice])
     gr.on([cancel.click, chosen.change], lambda: gr.update(visible=False), None, [confirmation], **QUIET)
 
 
@@ -147,7 +147,7 @@ def connect_use(page: Page, chosen: Any, use: Any, notice: Any) -> None:
             return [problem, gr.skip(), ""]
         return [problem, typed, "✓ " + tell(language, "checkpoints.used", path=typed)]
 
-    use.click(hand_over, [chosen, page.language], [chosen, checkpoint, notice], **QUIET)
+    page.act(use.click, hand_over, [chosen, page.language], [chosen, checkpoint, notice])
 
 
 def create_comparison(page: Page) -> None:

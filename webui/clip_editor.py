@@ -355,11 +355,9 @@ def create_clip_editor(page: Page) -> None:
 
     table.click(choose, [path, query, autoplay, page.language], [chosen, player, text, cut, number, notice], **QUIET)
     for button, by in ((back, -1), (forth, 1)):
-        page.refresh_after.append(button.click(lambda shown, by=by: str(max(1, (int(shown) if str(shown).isdecimal()
-                                                                                else 1) + by)), [number], [number],
-                                               **QUIET))
-    page.refresh_after.append(query.change(lambda: "1", None, [number], **QUIET))
-    page.refresh_on.append(path.change)
+        page.act(button.click, lambda shown, by=by: str(max(1, (int(shown) if str(shown).isdecimal() else 1) + by)),
+                 [number], [number])
+    page.act(query.change, lambda: "1", [], [number])
 
 
 def connect(page: Page, editor: ClipEditor, chosen: Any, given: Sequence[Any], shown: Sequence[Any],
@@ -380,8 +378,5 @@ def connect(page: Page, editor: ClipEditor, chosen: Any, given: Sequence[Any], s
         (buttons["leave"], editor.leave_out, [chosen, query]),
         (buttons["undo"], editor.undo, [chosen, path, query]), (again, editor.again, [chosen, path, query]))
     for button, act, inputs in actions:
-        # What is pressed while an answer is on the way comes after it. What only turns over changes no line.
-        done = button.click(act, [*inputs, autoplay, page.language], outputs, trigger_mode="always_last", **QUIET)
-        if button not in (buttons["previous"], buttons["next"]):
-            page.refresh_after.append(done)
-    page.refresh_on.append(number.change)
+        # What is pressed while an answer is on the way comes after it.
+        page.act(button.click, act, [*inputs, autoplay, page.language], outputs, trigger_mode="always_last")

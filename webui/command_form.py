@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
@@ -33,7 +34,16 @@ from webui.workspace import Refused
 
 # Boxes that are no flags: "resume" is resume_path's, "replace" lets a form replace what an earlier Start has made.
 BOXES = {name: Field(name, "", "switch") for name in ("resume", "replace")}
+WIDTHS = {1: "whole", 2: "half", 3: "third"}  # of a field, by how many there are in its row
 UNTYPED = ("required", "data_needed")  # said only once Start was clicked
+
+
+@dataclass
+class Memory:
+    """What a browser's form was filled with by itself, and all its values before anything was typed."""
+
+    filled: Form
+    untouched: Form
 
 
 class FormSection:
@@ -43,21 +53,24 @@ class FormSection:
         self.page, self.kind, self.tab = page, kind, tab
         self.fields = {field.name: field for field in PROGRAMS[kind].fields}
         self.inputs: dict[str, Any] = {}
-        self.filled, self.untouched = gr.State({}), gr.State({})  # what was filled in; the form before any typing
+        self.widths: dict[str, str] = {}  # style classes
+        self.memory = gr.State(Memory({}, {}))
         self.preview: Any = None
-        self.check_on: list[Any] = []  # more triggers of a new check
+        self.check_on: list[Any] = []  # what a check depends on besides the inputs
         page.forms[kind] = self
 
     # Layout
 
     def row(self, *names: str) -> None:
-        with gr.Row():
-            for name in names:
-                self.input(name)
+        """Fields beside each other, by style: a gr.Row for each would double the number of components."""
+        for name in names:
+            self.input(name, WIDTHS[len(names)])
 
-    def input(self, name: str) -> None:
+    def input(self, name: str, width: str = "whole") -> None:
         key, field = f"{self.kind}.{name}", self.field(name)
-        options: dict[str, Any] = {"elem_id": f"{self.kind}-{name}", "interactive": True, "info": False}
+        self.widths[name] = width
+        options: dict[str, Any] = {"elem_id": f"{self.kind}-{name}", "elem_classes": [width], "interactive": True,
+                                   "info": False}
         if field.type == "switch":
             self.inputs[name] = self.page.add(gr.Checkbox, key, value=False, **options)
         elif field.choices and field.type != "words":
@@ -75,14 +88,19 @@ class FormSection:
                                                    elem_id=f"{self.kind}-replace")
         self.preview = self.page.add(gr.Textbox, "command", lines=2, max_lines=8, interactive=False, buttons=["copy"],
                                      elem_id=f"{self.kind}-command", elem_classes=["command"])
+        self.touched = gr.Textbox(visible="hidden")  # what was checked last
         with gr.Row(elem_classes=["startbar"]):
             start = self.page.button(start_key, variant="primary", elem_id=f"{self.kind}-start")
             beside_start()
         notice = self.notice = self.page.notice()
-        self.page.refresh_after.append(start.click(
-            self.start, [self.untouched, self.page.language, *self.inputs.values()], [*self.checked_into, notice],
-            **QUIET))
+        self.page.act(start.click, self.start, self.given, [*self.checked_into, notice])
+        self.asks = gr.Button(visible="hidden", elem_id=f"{self.kind}-asks")  # there while the form can be seen
         return start
+
+    @property
+    def given(self) -> list[Any]:
+        """What Start and a check are called with."""
+        return [self.memory, self.page.language, *self.inputs.values()]
 
     @property
     def shown(self) -> list[Any]:
@@ -92,33 +110,23 @@ class FormSection:
     @property
     def opened_into(self) -> list[Any]:
         """What open() gives values for."""
-        return [self.filled, self.untouched, *self.shown]
+        return [self.memory, *self.shown]
 
     @property
     def checked_into(self) -> list[Any]:
-        """What check() gives values for."""
+        """What check() gives values for, but for the memory: one that Start was given may be an older one."""
         return [self.page.drafts[self.kind], *self.shown]
 
     def connect(self) -> None:
-        """A change of several inputs at once is one check, and what changes in a closed tab is checked when that is
-        opened: each event costs the browser a look at all components of the page."""
-        page, inputs = self.page, list(self.inputs.values())
-        given = [page.clock, self.filled, self.untouched, page.language, *inputs]
-        offers = gr.Textbox(visible="hidden")  # changes when a program has made something to go on with
-        page.watch(self.tab, [self.filled], [offers], self.look_for_offers)
-        touched = gr.Textbox(visible="hidden")
-        gr.on([*[part.change for part in inputs], page.tabs[self.tab].select, page.language.change, *self.check_on],
-              None, [touched], [touched],
-              js=f"""async (last) => {{
-                  await new Promise(done => setTimeout(done, 20));  // a tab that was just chosen is shown by then
-                  return document.getElementById('tab-{self.tab}')?.offsetParent ? String(Date.now()) : last;
-              }}""",
-              **QUIET)
-        offers.change(self.fill_empty, given, [self.filled, self.untouched, *inputs], **QUIET).then(
-            None, [touched], [touched], js="() => String(Date.now())", **QUIET)
+        """A change of several inputs at once is one check, and what changes where it cannot be seen is checked when
+        it can: each event costs the browser a look at all components of the page."""
+        page = self.page
+        gr.on([self.asks.click, *[part.change for part in self.check_on]], None,
+              [page.language, page.made, *self.inputs.values(), *self.check_on], [self.touched],
+              js="(...given) => JSON.stringify(given)", **QUIET)
         # One event for every reason to check, so that an older answer cannot overtake a newer one.
-        touched.change(self.check, [page.clock, self.untouched, page.language, *inputs], self.checked_into,
-                       trigger_mode="always_last", **QUIET)
+        self.touched.change(self.check, [page.clock, *self.given], [self.memory, *self.checked_into],
+                            trigger_mode="always_last", **QUIET)
 
     # Values
 
@@ -159,37 +167,27 @@ class FormSection:
         return {name: value for name, value in form.items() if not self.field(name).fresh
                 or not (self.page.workspace.root / value).exists()}
 
-    def offered(self, jobs: Sequence[Job]) -> Form:
+    def offered(self, made: dict[str, str]) -> Form:
         """What an empty field is filled with: files that other steps have made, and names for new ones."""
-        workspace = self.page.workspace
-        return pipeline.suggestions(self.kind, workspace, pipeline.files_made(workspace, jobs))
+        return pipeline.suggestions(self.kind, self.page.workspace, made)
 
-    def look_for_offers(self, jobs: Sequence[Job], language: str, filled: Form) -> list[Any]:
-        offered = self.offered(jobs)
-        return [gr.skip() if offered == filled else json.dumps(offered)]
-
-    def open(self, draft: Form, language: str) -> list[Any]:
+    def open(self, draft: Form, language: str, jobs: Sequence[Job], made: dict[str, str]) -> list[Any]:
         """What was typed in this browser; where nothing was, the form of what runs or ran last."""
-        jobs = self.page.jobs()
-        job, offered = newest(jobs, [self.kind]), self.offered(jobs)
+        job, offered = newest(jobs, [self.kind]), self.offered(made)
         form = self.cleaned(draft or self.without_made(self.form_of_last(job) if job else {}))
         form = {name: form[name] or offered.get(name, self.empty(name)) for name in self.inputs}
         filled = {name: value for name, value in form.items() if value != self.empty(name)}
-        return [offered, {} if draft else form, *self.shown_as(language, form, filled)]
+        return [Memory(offered, {} if draft else form), *self.shown_as(language, form, filled)]
 
-    def fill_empty(self, opened: str, filled: Form, untouched: Form, language: str, *given: Any) -> list[Any]:
-        """Fills fields that hold what was filled in before, or nothing as before, with what was made meanwhile."""
-        if not opened:  # the draft is still on its way
-            return [gr.skip()] * (2 + len(self.inputs))
-        form, offered = self.values(given), self.offered(self.page.jobs())
+    def made_meanwhile(self, form: Form, filled: Form, offered: Form) -> Form:
+        """New values of fields that hold what was filled in before, or nothing as before. Pure."""
         new = {name: value for name, value in offered.items() if form[name] == filled.get(name, "") != value}
-        new |= {name: self.empty(name) for name, value in filled.items()  # of a model that is not chosen any more
-                if name not in offered and form.get(name) == value}
-        return [offered, {**form, **new} if form == untouched else untouched, *self.change(new)]
+        return new | {name: self.empty(name) for name, value in filled.items()  # of a model that is not chosen any more
+                      if name not in offered and form.get(name) == value}
 
-    def draft(self, form: Form, untouched: Form) -> Form:
+    def draft(self, form: Form, memory: Memory) -> Form:
         """None where nothing was typed, so that this browser shows what runs when it comes back."""
-        return {} if form == untouched else form
+        return {} if form == memory.untouched else form
 
     # What is wrong, and Start
 
@@ -212,7 +210,7 @@ class FormSection:
                 return [""]
 
         self.page.watch(self.tab, [self.inputs[name]], [known], look)
-        self.check_on.append(known.change)
+        self.check_on.append(known)
 
     def shown_as(self, language: str, form: Form, values: Form, strict: bool = False) -> list[Any]:
         """Updates of the inputs (new values for some; their help, or what is wrong; that a field is empty only when
@@ -227,7 +225,8 @@ class FormSection:
                 asked = bool(form.get(name)) or any(key.startswith("would_replace") for key, _ in found.values())
                 updates.append(gr.update(visible=asked, **value))
             else:
-                updates.append(gr.update(info=info, elem_classes=["problem"] if name in said else [], **value))
+                classes = [self.widths[name], *(["problem"] if name in said else [])]
+                updates.append(gr.update(info=info, elem_classes=classes, **value))
         command = say("command_blocked", language) if said else preview(
             command_for(self.kind, form, self.page.workspace))
         return [*updates, command]
@@ -237,22 +236,28 @@ class FormSection:
         key, values = problem
         return say(key, language, **in_words(self.kind, values, language))
 
-    def check(self, opened: str, untouched: Form, language: str, *given: Any) -> list[Any]:
-        """The draft, an update of each input, and the command."""
+    def check(self, opened: str, memory: Memory, language: str, *given: Any) -> list[Any]:
+        """What to remember, the draft, an update of each input, and the command."""
         form = self.values(given)
-        return [self.draft(form, untouched) if opened else gr.skip(), *self.shown_as(language, form, {})]
+        if not opened:  # the draft is still on its way
+            return [gr.skip(), gr.skip(), *self.shown_as(language, form, {})]
+        offered = self.offered(pipeline.files_made(self.page.workspace, self.page.jobs()))
+        new = self.made_meanwhile(form, memory.filled, offered)
+        remembered = Memory(offered, {**form, **new} if form == memory.untouched else memory.untouched)
+        form = {**form, **new}
+        return [remembered, self.draft(form, remembered), *self.shown_as(language, form, new)]
 
     def after_start(self) -> Form:
         """Values that the form gets once its program has been started."""
         return {"replace": False} if "replace" in self.inputs else {}
 
-    def start(self, untouched: Form, language: str, *given: Any) -> list[Any]:
-        return self.submit(start_job, "started", untouched, language, *given)
+    def start(self, memory: Memory, language: str, *given: Any) -> list[Any]:
+        return self.submit(start_job, "started", memory, language, *given)
 
-    def submit(self, begin: Callable[..., Job], said: str, untouched: Form, language: str, *given: Any) -> list[Any]:
+    def submit(self, begin: Callable[..., Job], said: str, memory: Memory, language: str, *given: Any) -> list[Any]:
         """Checks the form and has begin(), which is called like start_job(), take its command line."""
         form, workspace = self.values(given), self.page.workspace
-        draft, new = self.draft(form, untouched), {}
+        draft, new = self.draft(form, memory), {}
         if self.problems(form):
             return [draft, *self.shown_as(language, form, {}, strict=True), f"✗ {say('not_started', language)}"]
         try:

@@ -85,7 +85,7 @@ def create_recordings_tab(page: Page) -> None:
 
     page.watch("recordings", [folder], [folder, count, table], look)
     page.watch("recordings", [], [found], summarise)
-    page.refresh_after.append(upload.upload(take, [upload, folder, page.language], [upload, notice], **QUIET))
+    page.act(upload.upload, take, [upload, folder, page.language], [upload, notice])
 
 
 def take_uploads(page: Page, uploaded: Sequence[Path], folder: str, language: str) -> str:

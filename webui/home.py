@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ from tools.model_folder import (
 from tools.model_folder import recognised as model_in
 from webui import pipeline
 from webui.jobs import Job
-from webui.page_base import QUIET, Page, tell
+from webui.page_base import Page, tell
 from webui.texts import say
 from webui.workspace import Refused, Workspace
 
@@ -95,5 +96,4 @@ def create_home(page: Page) -> None:
             return [""]
 
     page.watch(None, [], [told], look)
-    page.refresh_after += [radio.input(answer, [have, model, page.language], [notice], **QUIET)
-                           for radio in (have, model)]
+    page.act(functools.partial(gr.on, [have.input, model.input]), answer, [have, model, page.language], [notice])

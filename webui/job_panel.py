@@ -12,7 +12,7 @@ import gradio as gr
 import pandas as pd
 
 from webui.jobs import Job, kill_job, load_job, read_tail, stop_job
-from webui.page_base import QUIET, Page, progress_text, tell
+from webui.page_base import Page, progress_text, tell
 from webui.readers import Progress, progress_of
 from webui.texts import say
 from webui.words import in_words
@@ -153,9 +153,8 @@ def create_job_panel(page: Page, tab: str, kinds: Sequence[str], output_dir: Any
         return end_shown
 
     page.watch(tab, [pick, *([output_dir] if output_dir else [])], [pick, shown, status, bar, stop, kill, log], look)
-    page.refresh_on.append(pick.input)
     for button, how in ((stop, stop_job), (kill, kill_job)):
-        page.refresh_after.append(button.click(end(how), [shown], None, **QUIET))
+        page.act(button.click, end(how), [shown])
 
 
 def reason_of(entry: dict[str, Any]) -> str:

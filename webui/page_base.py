@@ -6,9 +6,11 @@ user's browser. Handlers answer at once (queue=False) and never wait for a progr
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import html
 import re
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,12 +35,20 @@ QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibil
 CHANGED = "changed"  # the path that says whether a window shows what there is
 WINDOWS = 200  # of which the server remembers what they show
 # Every two seconds the page asks, at next to no cost, whether what it shows is still so; only if not, or if somebody
-# has just done something, does Gradio compare all components. A log box stays at its end, unless its reader has
-# scrolled up. A tab that is chosen before the page has opened stays chosen.
+# has just done something, does Gradio compare all components. These listeners stand for an event of each field: what
+# Gradio's page takes to open grows with the number of components times that of events. A log box stays at its end,
+# unless its reader has scrolled up. A tab that is chosen before the page has opened stays chosen.
 FOLLOW = f"""() => {{
-    let busyUntil = 0;
-    for (const kind of ["pointerdown", "keydown", "input", "drop", "visibilitychange"])
-        addEventListener(kind, () => {{ busyUntil = Date.now() + 4000; }}, true);
+    let soon;
+    window.lastAct = 0;
+    const look = () => window.pageOpen && document.getElementById("look").click();
+    for (const kind of ["click", "keyup", "input", "drop", "visibilitychange"])
+        addEventListener(kind, event => {{
+            if (kind === "click" && !event.isTrusted) return;  // one of the page's own
+            window.lastAct = Date.now();
+            clearTimeout(soon);
+            soon = setTimeout(look, 200);
+        }}, true);
     addEventListener("pointerdown", event => {{ window.tabChosen ||= !!event.target.closest?.("[role=tab]"); }}, true);
     const followLog = box => {{
         if (box.atEnd === undefined) {{
@@ -49,11 +59,11 @@ FOLLOW = f"""() => {{
         }}
         if (box.atEnd) box.scrollTop = box.scrollHeight;
     }};
-    const same = async () => Date.now() > busyUntil
+    const same = async () => Date.now() > window.lastAct + 4000
         && await (await fetch(`{CHANGED}/${{window.pageId}}`)).text() === "no";
     setInterval(async () => {{
         document.querySelectorAll(".log textarea").forEach(followLog);
-        if (!document.hidden && !await same().catch(() => false)) document.getElementById("look").click();
+        if (!document.hidden && !await same().catch(() => false)) look();
     }}, 2000);
 }}"""
 # gr.Tabs(selected=...) is lost on a page that is still being built: clicks the tab until it is open.
@@ -63,8 +73,13 @@ SHOW_TAB = """async (view) => {
         if (i % 5 === 0) button()?.click();
         await new Promise(resolve => setTimeout(resolve, 100));
     }
+    window.pageOpen = true;
     return String(Date.now());
 }"""
+OPEN_PANEL = '[...document.querySelectorAll("[role=tabpanel]")].find(panel => panel.offsetParent)'
+# A form that can be seen compares its fields with those that were checked last, after somebody has done something (an
+# answer to it may take its time) or a program has.
+ASK = f"""() => {OPEN_PANEL}?.querySelectorAll("[id$=-asks]").forEach(button => button.click())"""
 SET_LANGUAGE = "(language) => { document.documentElement.lang = language; }"
 SWITCH_THEME = """() => {
     const dark = document.body.classList.toggle("dark");
@@ -148,8 +163,6 @@ class Page:
         self.watchers: list[Watcher] = []
         self.forms: dict[str, Any] = {}
         self.tabs: dict[str, gr.Tab] = {}
-        self.refresh_after: list[Any] = []  # events with a handler of their own
-        self.refresh_on: list[Any] = []  # triggers without one
         self.view = gr.BrowserState({}, storage_key="amharic-voice-view", secret=self.secret)
         # Outside the tabs: what lies in a closed tab is neither loaded nor saved.
         self.drafts = {kind: gr.BrowserState({}, storage_key=f"amharic-voice-{kind}", secret=self.secret)
@@ -161,7 +174,9 @@ class Page:
         self.window: Any = None  # places among an event's inputs for what with_open_tab() finds
         self.open_tab: Any = None
         self.follow: Any = None  # what FOLLOW clicks
-        self.clock: Any = None  # changes when something was done; empty until the page has been opened
+        self.clock: Any = None  # empty until the page has been opened
+        self.acted: Any = None  # changes when something was done
+        self.made: Any = None  # changes when a program has made something that forms offer
 
     # Labels
 
@@ -207,6 +222,18 @@ class Page:
     def switch_language(self, view: dict[str, Any], language: str) -> list[Any]:
         updates = [gr.update(**texts(language)) for _, texts in self.labels]
         return [*updates, *[""] * len(self.notices), {**view, "language": language}]
+
+    def act(self, event: Callable[..., Any], handle: Callable[..., Any], inputs: Sequence[Any],
+            outputs: Sequence[Any] = (), **options: Any) -> Any:
+        """Connects a handler after whose answer the page looks at once at what has changed."""
+
+        @functools.wraps(handle)
+        def handled(*given: Any) -> list[Any]:
+            answer = handle(*given)
+            values = [answer] if len(outputs) == 1 else answer if outputs else []
+            return [*values, str(time.time())]
+
+        return event(handled, [*inputs], [*outputs, self.acted], **QUIET, **options)
 
     # The workspace
 
@@ -271,19 +298,25 @@ class Page:
     # The page as a whole
 
     def create_header(self) -> None:
+        # First of all: Gradio's page looks for a component from the beginning, at every use.
+        self.window, self.open_tab, self.acted, self.made = (gr.Textbox(visible="hidden") for _ in range(4))
+        self.follow = gr.Button(visible="hidden", elem_id="look")
+        self.clock = gr.Textbox(visible="hidden", elem_id="clock")
         with gr.Row(elem_id="header"):
             self.prose("heading", elem_id="heading")
             self.language = gr.Radio([("English", "en"), ("አማርኛ", "am")], value="en", show_label=False,
                                      container=False, elem_id="language", min_width=220, scale=0)
             theme = self.button("theme", elem_id="theme", size="sm", scale=0)
             theme.click(None, None, None, js=SWITCH_THEME, **QUIET)
-        self.window, self.open_tab = gr.Textbox(visible="hidden"), gr.Textbox(visible="hidden")
-        self.follow = gr.Button(visible="hidden", elem_id="look")
-        self.clock = gr.Textbox(visible="hidden", elem_id="clock")
         with gr.Row(elem_id="standing"):
             way, running = gr.HTML(elem_id="pipeline", padding=False), gr.Markdown(elem_id="running")
         banner = gr.Markdown()
         self.watch(None, [], [banner, way, running], self.look_at_header)
+        self.watch(None, [], [self.made], self.look_for_offers)
+
+    def look_for_offers(self, jobs: Sequence[Job], language: str) -> list[str]:
+        made = pipeline.files_made(self.workspace, jobs)
+        return [digest([form.offered(made) for form in self.forms.values()])]
 
     def look_at_header(self, jobs: Sequence[Job], language: str) -> list[str]:
         steps = pipeline.states(pipeline.files_made(self.workspace, jobs), jobs)
@@ -311,57 +344,63 @@ class Page:
             form.connect()
         labels = [component for component, _ in self.labels]
         # One event opens everything, and the clock starts only then: no draft is overwritten by a half-open page.
-        demo.load(self.open, [self.view, *(self.drafts[form.kind] for form in forms)],
+        demo.load(self.open, [self.view, *self.drafts.values()],
                   [self.language, *self.way, self.home, *(part for form in forms for part in form.opened_into)],
                   **QUIET).then(None, [self.view], [self.clock], js=SHOW_TAB, **QUIET)
         self.language.change(None, [self.language], None, js=SET_LANGUAGE, **QUIET)
         demo.load(None, None, None, js=KEEP_THEME, **QUIET)
         demo.load(None, None, None, js=FOLLOW, **QUIET)
-        refresh = [self.language.change(self.switch_language, [self.view, self.language],
-                                        [*labels, *self.notices, self.view], **QUIET)]
-        for tab in self.tabs.values():
-            refresh.append(tab.select(self.note_tab, [self.window, self.open_tab, self.clock, self.view], [self.view],
-                                      js=with_open_tab(4), **QUIET))
-        for event in (*refresh, *self.refresh_after):
-            event.then(None, [self.clock], [self.clock], js="(clock) => clock && String(Date.now())", **QUIET)
+        self.act(self.language.change, self.switch_language, [self.view, self.language],
+                 [*labels, *self.notices, self.view])
+        gr.on([tab.select for tab in self.tabs.values()], self.note_tab,
+              [self.window, self.open_tab, self.clock, self.view], [self.view, self.acted], js=with_open_tab(4),
+              **QUIET)
+        self.made.change(None, None, None, js=ASK, **QUIET)
         # One event for all, never two at once: an older answer cannot overtake a newer one.
         looked_at = [self.window, self.open_tab, self.language,
                      *(part for watcher in self.watchers for part in watcher.inputs)]
-        gr.on([self.follow.click, self.clock.change, *self.refresh_on], self.tick, looked_at,
+        ask = f"if (Date.now() < window.lastAct + 20000) setTimeout({ASK}, 20)"
+        gr.on([self.follow.click, self.clock.change, self.acted.change], self.tick, looked_at,
               [part for watcher in self.watchers for part in watcher.outputs],
-              js=with_open_tab(len(looked_at)), trigger_mode="always_last", **QUIET)
+              js=with_open_tab(len(looked_at), ask), trigger_mode="always_last", **QUIET)
 
-    def note_tab(self, window: str, open_tab: str, opened: str, view: dict[str, Any]) -> Any:
-        """The view with the open tab, for the next visit; not before this visit's is open."""
-        return {**view, "tab": open_tab} if opened and open_tab in pipeline.STEPS else gr.skip()
+    def note_tab(self, window: str, open_tab: str, opened: str, view: dict[str, Any]) -> list[Any]:
+        """The view with the open tab, for the next visit, and a look at it; not before this visit's is open."""
+        if not opened or open_tab not in pipeline.STEPS:
+            return [gr.skip(), gr.skip()]
+        return [{**view, "tab": open_tab}, str(time.time())]
 
     def open(self, view: dict[str, Any], *drafts: dict[str, Any]) -> list[Any]:
         """Language, tab and forms as this browser left them."""
         language = view.get("language") if view.get("language") in LANGUAGES else LANGUAGES[0]
-        filled = [form.open(draft, language) for form, draft in zip(self.forms.values(), drafts, strict=True)]
-        return [language, *self.first_answers(), *(value for values in filled for value in values)]
+        jobs = self.jobs()
+        made = pipeline.files_made(self.workspace, jobs)
+        filled = [form.open(draft, language, jobs, made)
+                  for form, draft in zip(self.forms.values(), drafts, strict=True)]
+        return [language, *self.first_answers(jobs), *(value for values in filled for value in values)]
 
-    def first_answers(self) -> list[Any]:
+    def first_answers(self, jobs: Sequence[Job]) -> list[Any]:
         """The answers to the first questions, and whether these are open: until there is an answer, or a run."""
         way = pipeline.load_way(self.workspace)
-        opened = not way and not pipeline.find_runs(self.workspace, self.jobs())
+        opened = not way and not pipeline.find_runs(self.workspace, jobs)
         return [way.get("have"), way.get("model", "scratch"), gr.update(open=opened)]
 
 
-def on_choice(dropdown: Any, act: Callable[..., list[Any]], inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-    """Calls act(value, *inputs) for the outputs when somebody chooses. A drop-down that merely loses the focus says
+def on_choice(page: Page, dropdown: Any, choose: Callable[..., list[Any]], inputs: Sequence[Any],
+              outputs: Sequence[Any]) -> None:
+    """Calls choose(value, *inputs) for the outputs when somebody chooses. A drop-down that merely loses the focus says
     "input" too, as it does for a choice by keyboard: only another value than before counts. "select" is the mouse's."""
     with dropdown.parent:  # a state between two tabs would count as one, and give the later ones each other's names
         before = gr.State(dropdown.value)
 
     def by_mouse(choice: gr.SelectData, *given: Any) -> list[Any]:
-        return [*act(choice.value, *given), choice.value]
+        return [*choose(choice.value, *given), choice.value]
 
     def by_keyboard(value: Any, last: Any, *given: Any) -> list[Any]:
-        return [gr.skip()] * (len(outputs) + 1) if value == last else [*act(value, *given), value]
+        return [gr.skip()] * (len(outputs) + 1) if value == last else [*choose(value, *given), value]
 
-    dropdown.select(by_mouse, [*inputs], [*outputs, before], **QUIET)
-    dropdown.input(by_keyboard, [dropdown, before, *inputs], [*outputs, before], **QUIET)
+    page.act(dropdown.select, by_mouse, inputs, [*outputs, before])
+    page.act(dropdown.input, by_keyboard, [dropdown, before, *inputs], [*outputs, before])
 
 
 def marks_of_steps(steps: dict[str, str], following: str) -> str:
@@ -377,11 +416,12 @@ def marks_of_steps(steps: dict[str, str], following: str) -> str:
     return " ".join(rules)
 
 
-def with_open_tab(inputs: int) -> str:
+def with_open_tab(inputs: int, besides: str = "") -> str:
     """JavaScript that puts this window's name first among an event's inputs and the open tab's second. Asked of the
     page itself: selections that follow each other closely reach the server in any order."""
     return f"""(...given) => {{
-        const panel = [...document.querySelectorAll("[role=tabpanel]")].find(panel => panel.offsetParent);
+        {besides};
+        const panel = {OPEN_PANEL};
         given[0] = window.pageId ??= Math.random().toString(36).slice(2);
         given[1] = panel ? panel.id.replace("tab-", "") : "";
         return given.slice(0, {inputs});

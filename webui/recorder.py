@@ -148,8 +148,7 @@ def create_recorder(page: Page) -> None:
     gr.on([fold.expand, texts.submit, texts.blur, folder.blur], recorder.load, of_list, [sentence, notice], **QUIET)
     audio.change(recorder.measure, [audio, page.language], [level], **QUIET)
     retake.click(lambda: [None, "", ""], None, [audio, level, notice], **QUIET)
-    page.refresh_after += [
-        skip.click(recorder.skip, [sentence, *of_list], [skipped, sentence, audio, notice], **QUIET),
-        keep.click(recorder.keep, [audio, sentence, folder, speaker, texts, skipped, page.language],
-                   [sentence, audio, notice], **QUIET)]
+    page.act(skip.click, recorder.skip, [sentence, *of_list], [skipped, sentence, audio, notice])
+    page.act(keep.click, recorder.keep, [audio, sentence, folder, speaker, texts, skipped, page.language],
+             [sentence, audio, notice])
     page.watch("recordings", [folder, texts], [counted], recorder.look)

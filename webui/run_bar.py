@@ -75,10 +75,8 @@ def create_queue(page: Page, form: Any, add: Any) -> None:
         return ""
 
     page.watch("training", [], [add, listed], look)
-    page.refresh_after += [
-        add.click(form.queue, [form.untouched, page.language, *form.inputs.values()],
-                  [*form.checked_into, form.notice], **QUIET),
-        listed.click(act, [page.language], [form.notice], **QUIET)]
+    page.act(add.click, form.queue, form.given, [*form.checked_into, form.notice])
+    page.act(listed.click, act, [page.language], [form.notice])
 
 
 def queue_list(rows: Sequence[tuple[str, str, str, str]], language: str) -> str:
@@ -117,8 +115,7 @@ def create_next_step(page: Page, output_dir: Any) -> None:
     page.watch("training", [output_dir], [go_on, listen], look)
     # Two events, so that one sees what is ticked before it starts.
     ticked = go_on.click(lambda: form.change(form.after_start()), None, [*form.inputs.values()], **QUIET)
-    page.refresh_after.append(ticked.then(form.start, [form.untouched, page.language, *form.inputs.values()],
-                                          [*form.checked_into, form.notice], **QUIET))
+    page.act(ticked.then, form.start, form.given, [*form.checked_into, form.notice])
     listen.click(None, None, None, js=LISTEN, **QUIET)
 
 

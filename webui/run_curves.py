@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import gradio as gr
 
 from webui.job_panel import COLOURS, curves, legend
 from webui.jobs import Job
-from webui.page_base import QUIET, Page
+from webui.page_base import Page
 from webui.readers import Point, curve, sample_points
 from webui.texts import say
 from webui.workspace import Refused
@@ -100,10 +101,8 @@ class Drawings:
 
 
 def create_smoothing(page: Page, name: str) -> Any:
-    smoothing = page.add(gr.Slider, "curves.smoothing", minimum=0, maximum=0.95, step=0.05, value=0, buttons=[],
-                         elem_id=f"{name}-smoothing", min_width=200)
-    page.refresh_on.append(smoothing.change)
-    return smoothing
+    return page.add(gr.Slider, "curves.smoothing", minimum=0, maximum=0.95, step=0.05, value=0, buttons=[],
+                    elem_id=f"{name}-smoothing", min_width=200)
 
 
 def connect_zoom(page: Page, plots: Sequence[Any], whole: Any) -> Any:
@@ -114,9 +113,8 @@ def connect_zoom(page: Page, plots: Sequence[Any], whole: Any) -> Any:
         first, last = selected.index
         return [float(first), float(last)] if last > first else []
 
-    events = [plot.select(zoom_in, None, [zoom], **QUIET) for plot in plots]
-    events += [plot.double_click(list, None, [zoom], **QUIET) for plot in plots]
-    page.refresh_after += [*events, whole.click(list, None, [zoom], **QUIET)]
+    page.act(functools.partial(gr.on, [plot.select for plot in plots]), zoom_in, [], [zoom])
+    page.act(functools.partial(gr.on, [whole.click, *(plot.double_click for plot in plots)]), lambda: [], [], [zoom])
     return zoom
 
 

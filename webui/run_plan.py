@@ -16,7 +16,7 @@ import gradio as gr
 from webui.command_lines import PROGRAMS, Form, arguments, command_of, lines_of, preview, resolve, typed
 from webui.command_lines import Program as CommandProgram
 from webui.jobs import Job, last_error
-from webui.page_base import QUIET, Page, refusal
+from webui.page_base import Page, refusal
 from webui.readers import BackgroundCommand
 from webui.texts import say
 from webui.workspace import ROOT, Refused
@@ -161,6 +161,5 @@ def create_plan(page: Page) -> None:
         return form.change({name: str(plan[name]) for name in names} if plan and "hours" in plan else {})
 
     page.watch("training", [asked, price], [told, take], look)
-    page.refresh_on.append(price.change)
-    page.refresh_after.append(make.click(ask, [page.language, card, *form.inputs.values()], [asked, notice], **QUIET))
-    take.click(fill, [asked], [*form.inputs.values()], **QUIET)
+    page.act(make.click, ask, [page.language, card, *form.inputs.values()], [asked, notice])
+    page.act(take.click, fill, [asked], [*form.inputs.values()])

@@ -123,10 +123,9 @@ class RunsPanel:
         self.notice = page.notice()
         self.create_comparison()
         self.create_detail()
-        page.refresh_after.append(self.table.click(
-            self.act, [page.language, self.shown, self.compared],
-            [self.shown, self.compared, self.asked, self.question, self.asks, self.notice, self.part,
-             *form.inputs.values()], **QUIET))
+        page.act(self.table.click, self.act, [page.language, self.shown, self.compared],
+                 [self.shown, self.compared, self.asked, self.question, self.asks, self.notice, self.part,
+                  *form.inputs.values()])
 
     def runs(self, jobs: Sequence[Job]) -> dict[str, Run]:
         """By the name of the directory, as a user would type it; newest first."""
@@ -171,7 +170,6 @@ class RunsPanel:
                 rows, with_raw(PARTS)))]
 
         page.watch("training", [self.shown, self.compared, metric, smoothing], [compared, key, plot], look)
-        page.refresh_on.append(metric.change)
 
     def create_detail(self) -> None:
         page = self.page
@@ -205,8 +203,7 @@ class RunsPanel:
         page.watch("training", [self.shown, self.part], [detail, title, settings, command, place, earlier, later, log],
                    look)
         for button, by in ((earlier, -1), (later, 1)):
-            page.refresh_after.append(button.click(partial(self.turn, by), [self.shown, self.part], [self.part],
-                                                   **QUIET))
+            page.act(button.click, partial(self.turn, by), [self.shown, self.part], [self.part])
 
     def turn(self, by: int, shown: str, part: int) -> int:
         """The part of the log before or after the one that is shown; -1 for the last, which grows."""
@@ -280,6 +277,5 @@ def create_runs(page: Page) -> None:
         create_plan(page)
         panel = RunsPanel(page, page.forms["training"])
     page.watch("training", [panel.shown, panel.compared], [panel.table], panel.look_at_table)
-    page.refresh_after.append(panel.yes.click(
-        panel.delete, [panel.asked, panel.shown, panel.compared, page.language],
-        [panel.shown, panel.compared, panel.question, panel.notice], **QUIET))
+    page.act(panel.yes.click, panel.delete, [panel.asked, panel.shown, panel.compared, page.language],
+             [panel.shown, panel.compared, panel.question, panel.notice])

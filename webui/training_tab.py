@@ -13,7 +13,7 @@ from tools._common import ToolError
 from tools.run_files import all_checkpoints, lock_holder
 from webui import pipeline
 from webui.belonging import resume_problems, training_choice
-from webui.command_form import FormSection
+from webui.command_form import FormSection, Memory
 from webui.command_lines import PRESETS, Form, Problem, command_for, lines_of, typed
 from webui.job_panel import StopButtons, create_job_panel, newest, reason_of
 from webui.jobs import Job, holder_of, start_job, stop_job
@@ -50,9 +50,9 @@ class TrainingForm(FormSection):
     def after_start(self) -> Form:
         return RESUME_AUTO
 
-    def queue(self, untouched: Form, language: str, *given: Any) -> list[Any]:
+    def queue(self, memory: Memory, language: str, *given: Any) -> list[Any]:
         """What start() does, for a run that waits until those before it have ended."""
-        return self.submit(queue_job, "queued", untouched, language, *given)
+        return self.submit(queue_job, "queued", memory, language, *given)
 
     def problems(self, form: Form) -> dict[str, Problem]:
         found, workspace = super().problems(form), self.page.workspace
@@ -144,7 +144,7 @@ def create_training_tab(page: Page) -> None:
     def fill(name: str, *given: Any) -> list[Any]:
         return form.change(preset_values(form, name or "", form.values(given)))
 
-    on_choice(preset, fill, [*form.inputs.values()], [*form.inputs.values()])
+    on_choice(page, preset, fill, [*form.inputs.values()], [*form.inputs.values()])
 
 
 def create_choice(page: Page, form: TrainingForm) -> None:
@@ -160,7 +160,6 @@ def create_choice(page: Page, form: TrainingForm) -> None:
         return ["\n\n".join(tell(language, key, **translated(values, language)) for key, values in found)]
 
     inputs = [form.inputs[name] for name in names]
-    page.refresh_on += [form.inputs[name].change for name in names[:3]]  # of the others elsewhere
     page.watch("training", inputs, [told], look)
 
 
@@ -200,10 +199,9 @@ def connect_resume(page: Page, form: TrainingForm, pick: Any, told: Any) -> None
         return form.change({"resume": True, "resume_path": path or ""})
 
     inputs = [form.inputs[name] for name in ("output_dir", "resume", "resume_path")]
-    page.refresh_on += [component.change for component in inputs]
     page.watch("training", inputs, [pick, told], look)
-    form.check_on.append(told.change)  # a verification has ended
-    on_choice(pick, choose, [], [*form.inputs.values()])
+    form.check_on.append(told)  # a verification has ended
+    on_choice(page, pick, choose, [], [*form.inputs.values()])
 
 
 def pick_label(entry: dict[str, Any], language: str) -> str:
@@ -274,7 +272,7 @@ def create_settings_file(page: Page, form: TrainingForm) -> None:
         return [*form.change(form.cleaned(values)), "✓ " + tell(language, "training.loaded", path=name)]
 
     save.click(write, [path, page.language, *form.inputs.values()], [notice], **QUIET)
-    load.click(read, [path, page.language], [*form.inputs.values(), notice], **QUIET)
+    page.act(load.click, read, [path, page.language], [*form.inputs.values(), notice])
 
 
 def create_live_section(page: Page, output_dir: Any) -> None:
@@ -307,8 +305,8 @@ def overfit_text(points: Sequence[Point], language: str) -> str:
 
 
 def memory_text(memory: dict[str, Any], language: str) -> str:
-    used = memory["total"] - memory["available"]
-    parts = [say("training.memory", language, used=gigabytes(used), total=gigabytes(memory["total"]))]
+    used = (memory["total"] - memory["available"]) / 1e9  # whole: it changes all the time, and each change is a tick
+    parts = [say("training.memory", language, used=f"{used:.0f}", total=f"{memory['total'] / 1e9:.0f}")]
     if memory["process"]:
         parts.append(say("training.memory_process", language, used=gigabytes(memory["process"])))
     parts += [say("training.memory_gpu", language, name=plain(gpu["name"]), used=gigabytes(gpu["used"]),
@@ -365,5 +363,5 @@ def create_tensorboard(page: Page, output_dir: Any) -> None:
         return [gr.update(visible=False), gr.update(visible=True), text]
 
     page.watch("training", [output_dir], [start, stop, link], look)
-    page.refresh_after += [start.click(begin, [output_dir, page.language], [notice], **QUIET),
-                           stop.click(end, [output_dir], None, **QUIET)]
+    page.act(start.click, begin, [output_dir, page.language], [notice])
+    page.act(stop.click, end, [output_dir])

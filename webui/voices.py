@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import html
 import itertools
 import re
@@ -17,7 +18,7 @@ from tools.sound_decoder import flac_bytes
 from webui.command_form import create_form
 from webui.job_panel import create_job_panel, newest
 from webui.jobs import Job
-from webui.page_base import QUIET, Page, refusal, tell
+from webui.page_base import Page, refusal, tell
 from webui.recorder import sound_at
 from webui.served_files import link_to
 from webui.takes import evaluation_html, player, result_html, takes_html, takes_of
@@ -68,8 +69,8 @@ def create_voice_picker(page: Page, kind: str) -> None:
             return [""]
         return [player(say("voices.heard", language), path, linker(page)) if path.is_file() else ""]
 
-    for event in (audio.upload, audio.stop_recording):
-        page.refresh_after.append(event(take, [audio, page.language], [prompt, audio, notice], **QUIET))
+    page.act(functools.partial(gr.on, [audio.upload, audio.stop_recording]), take, [audio, page.language],
+             [prompt, audio, notice])
     page.watch("listen", [prompt], [heard], look)
 
 
