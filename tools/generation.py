@@ -407,7 +407,8 @@ class Synthesizer:
             line.parts = [Line(part, ids_of(part), prompt, number) for part in cut]
             beyond = [part for part in line.parts if len(part.text_ids) > most]
             if beyond:
-                raise ToolError(f"{place}: {len(beyond[0].text_ids)} tokens, the model takes {most}. Split it")
+                raise ToolError(f"{place}: the word that begins with {beyond[0].text[:20]!r} is "
+                                f"{len(beyond[0].text_ids)} tokens, the model takes {most}. Split it")
         if reading.unsaid:
             warn(f"{place}: not said: {' '.join(map(shown, reading.unsaid))}")
         return line

@@ -123,8 +123,9 @@ def text_ids_of(text: str, tokenizer: TextTokens, place: str, front_end: str = "
     if not ids:
         raise ToolError(f"{place}: the transcript is empty. Write what is said, or remove the row")
     if unknown:
-        raise ToolError(f"{place}: the tokenizer has no piece for {' '.join(unknown)!r}. Spell it in "
-                        "Ethiopic letters, or train the tokenizer on these transcripts")
+        letters = "Ethiopic letters" if language == "am" else "letters and marks that it has"
+        raise ToolError(f"{place}: the tokenizer has no piece for {' '.join(unknown)!r}. Spell it in {letters}, or train "
+                        "the tokenizer on these transcripts")
     return ids
 
 
