@@ -124,8 +124,8 @@ def text_ids_of(text: str, tokenizer: TextTokens, place: str, front_end: str = "
         raise ToolError(f"{place}: the transcript is empty. Write what is said, or remove the row")
     if unknown:
         letters = "Ethiopic letters" if language == "am" else "letters and marks that it has"
-        raise ToolError(f"{place}: the tokenizer has no piece for {' '.join(unknown)!r}. Spell it in {letters}, or train "
-                        "the tokenizer on these transcripts")
+        raise ToolError(f"{place}: the tokenizer has no piece for {' '.join(unknown)!r}. Spell it in {letters}, or "
+                        "train the tokenizer on these transcripts")
     return ids
 
 
