@@ -399,7 +399,7 @@ BAD = {
     "half header": (cut(W2V_FILE, 50), "model.safetensors is not whole"),
     "empty codec": (cut(CODEC_FILE, 0), "semantic_codec_model.safetensors is not whole"),
     "pointer": (write("wav2vec2bert_stats.pt", b"version https://git-lfs\noid 1\n"), "stats.pt is not whole"),
-    "page instead of file": (write("gpt.pth", b"<html>Not found</html>"), "gpt.pth: not a file of weights"),
+    "page instead of file": (write("gpt.pth", b"<html>Not found</html>"), "gpt.pth: not a f.*.a web page, or"),
     "settings that are none": (write("hf_cache/w2v-bert-2.0/config.json", b"[]"), "config.json: not a file of weights"),
     "another w2v-BERT": (another_w2v_bert, "its features are 32 wide, .*semantic_codec.hidden_size 24"),
     "wrong w2v-BERT shapes": (change_tensors(W2V_FILE, lambda t: {name: x[..., :-1] for name, x in t.items()}),
@@ -426,7 +426,7 @@ BAD = {
     "another codec": (change_tensors(CODEC_FILE, lambda t: {f"model.{name}": x for name, x in t.items()}),
                       "not the semantic codec that config.yaml describes: .* are missing"),
     "embedded codec": (lambda folder: shutil.copy(CODEC, folder / "wav2vec2bert_stats.pt"), "holds no tensors by name"),
-    "pickled object": (lambda folder: torch.save({"x": Surprise()}, folder / "gpt.pth"), "gpt.pth: not a file of weig"),
+    "pickled object": (lambda folder: torch.save({"x": Surprise()}, folder / "gpt.pth"), "gpt.pth: not a f.*plain tens"),
 }
 
 

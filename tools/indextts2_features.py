@@ -61,11 +61,18 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         content = torch.load(path, weights_only=True, map_location="cpu", mmap=zipfile.is_zipfile(path))
     except (OSError, RuntimeError, ValueError, LookupError, EOFError, pickle.UnpicklingError) as error:
-        raise unreadable(path, " ".join(str(error).split())[:200]) from error
+        raise unreadable(path, reason_of(error)) from error
     tensors = content.get("model", content) if isinstance(content, dict) else None
     if not isinstance(tensors, dict) or not tensors or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise unreadable(path, "it holds no tensors by name")
     return tensors
+
+
+def reason_of(error: Exception) -> str:
+    """In a line. PyTorch itself advises to run the code in a file that is no plain tensors."""
+    if isinstance(error, pickle.UnpicklingError):
+        return "a web page, or another file that PyTorch did not write of plain tensors"
+    return " ".join(str(error).split())[:200]
 
 
 def unreadable(path: Path, reason: str) -> ToolError:

@@ -35,6 +35,7 @@ from tools.indextts2_features import (
     conditioning_of,
     own_remedy,
     read_tensors,
+    reason_of,
     require_indextts2,
     section_of,
     unreadable,
@@ -87,7 +88,7 @@ def nested_tensors(path: Path, *keys: str) -> dict[str, Tensor]:
     try:
         content = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
     except (OSError, RuntimeError, ValueError, LookupError, EOFError, pickle.UnpicklingError) as error:
-        raise unreadable(path, " ".join(str(error).split())[:200]) from error
+        raise unreadable(path, reason_of(error)) from error
     for key in keys:
         content = content.get(key) if isinstance(content, dict) else None
     if not isinstance(content, dict) or not content or not all(isinstance(t, Tensor) for t in content.values()):
