@@ -426,7 +426,7 @@ BAD = {
     "another codec": (change_tensors(CODEC_FILE, lambda t: {f"model.{name}": x for name, x in t.items()}),
                       "not the semantic codec that config.yaml describes: .* are missing"),
     "embedded codec": (lambda folder: shutil.copy(CODEC, folder / "wav2vec2bert_stats.pt"), "holds no tensors by name"),
-    "pickled object": (lambda folder: torch.save({"x": Surprise()}, folder / "gpt.pth"), "gpt.pth: not a f.*plain tens"),
+    "pickled object": (lambda folder: torch.save({"x": Surprise()}, folder / "gpt.pth"), "gpt.pth: not a f.*plain te"),
 }
 
 
