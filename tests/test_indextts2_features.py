@@ -424,7 +424,11 @@ BAD = {
     "stats without variance": (change_tensors("wav2vec2bert_stats.pt", lambda t: t | {"var": -t["var"]}),
                                "no variances"),
     "another codec": (change_tensors(CODEC_FILE, lambda t: {f"model.{name}": x for name, x in t.items()}),
-                      "not the semantic codec that config.yaml describes: .* are missing"),
+                      r"not the semantic codec .* are missing.* unknown, the first: [^ ]*\. Down"),
+    "a codec that PyTorch wrote": (lambda folder: shutil.copy(folder / "gpt.pth", folder / CODEC_FILE),
+                                   "model.safetensors: not a file of weights that can be read .no .safetensors file"),
+    "w2v-BERT without settings": (lambda folder: (folder / "hf_cache/w2v-bert-2.0/preprocessor_config.json").unlink(),
+                                  "preprocessor_config.json is missing .facebook/w2v-bert-2.0, 2.32 GB"),
     "embedded codec": (lambda folder: shutil.copy(CODEC, folder / "wav2vec2bert_stats.pt"), "holds no tensors by name"),
     "pickled object": (lambda folder: torch.save({"x": Surprise()}, folder / "gpt.pth"), "gpt.pth: not a f.*plain te"),
 }
