@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -206,4 +207,15 @@ def test_a_run_on_the_embedded_codec_another_tokenizer_and_another_folder_are_re
                            (["--output", "a.pth", "--copy"], "--copy cannot be combined with --output")):
         with pytest.raises(ToolError, match=message):
             export_checkpoint.main([str(on_released.checkpoint), *flags])
+    assert not (tmp_path / "voice").exists()
+
+
+def test_a_folder_with_another_codec_than_the_trainings_is_refused(on_released: OnReleased, tmp_path: Path):
+    other = dataclasses.replace(on_released, folder=tmp_path / "checkpoints")
+    shutil.copytree(on_released.folder, other.folder)
+    codec = other.folder / "hf_cache/semantic_codec_model.safetensors"
+    codec.write_bytes((2).to_bytes(8, "little") + b"{}")
+    trained = other.changed(tmp_path / "a.pth", lambda content: content["made_with"].update(codec_sha256="0" * 64))
+    with pytest.raises(ToolError, match=f"codec_sha256 is 000000000000 in .*, but .* in {codec}. Give the model folder"):
+        other.export(tmp_path / "voice", checkpoint=trained)
     assert not (tmp_path / "voice").exists()

@@ -194,6 +194,7 @@ def export_folder(args: argparse.Namespace, checkpoint: dict[str, Any], record: 
     source = args.model_dir / "config.yaml"
     config = exported_config(read_yaml(source), model.number_text_tokens, record)
     require_same_sizes(args, config, model)
+    require_same_codec(args, kind, record)
     check_conditioning(args.checkpoint, weights, record)
     tensors = tensors_of(weights, DTYPES[args.dtype])
     check_names_and_shapes(config, {name: list(t.shape) for name, t in tensors.items()}, str(args.checkpoint), source)
@@ -277,6 +278,17 @@ def require_same_sizes(args: argparse.Namespace, config: Mapping[str, Any], trai
                  for name, value in vars(released).items() if value != getattr(trained, name)]
     if differing:
         raise ToolError(f"{'; '.join(differing)}. Give the model folder that the training started from")
+
+
+def require_same_codec(args: argparse.Namespace, kind: str, record: MadeWith) -> None:
+    """Of the codec, where the model folder has one: it goes into the exported folder. Raises: ToolError."""
+    part = "codec" if kind == INDEXTTS25 else "semantic_codec"
+    try:
+        codec = find_parts(args.model_dir, [part])[part]
+    except ToolError:
+        return
+    require_same(str(args.checkpoint), record, str(codec), {"codec_sha256": sha256_of(codec)}, ("codec_sha256",),
+                 "Give the model folder that the training started from")
 
 
 def check_conditioning(path: Path, tensors: Mapping[str, Tensor], record: MadeWith) -> None:
