@@ -216,6 +216,6 @@ def test_a_folder_with_another_codec_than_the_trainings_is_refused(on_released: 
     codec = other.folder / "hf_cache/semantic_codec_model.safetensors"
     codec.write_bytes((2).to_bytes(8, "little") + b"{}")
     trained = other.changed(tmp_path / "a.pth", lambda content: content["made_with"].update(codec_sha256="0" * 64))
-    with pytest.raises(ToolError, match=f"codec_sha256 is 000000000000 in .*, but .* in {codec}. Give the model folder"):
+    with pytest.raises(ToolError, match=f"is 000000000000 in .*, but .* in {codec}. Give the model folder"):
         other.export(tmp_path / "voice", checkpoint=trained)
     assert not (tmp_path / "voice").exists()
