@@ -56,6 +56,17 @@ def test_an_export_says_what_its_data_was_made_with_and_refuses_a_checkpoint_of_
     assert not (tmp_path / "gpt2.pth").exists()
 
 
+def test_a_forks_checkpoint_and_weights_alone_are_refused_with_what_to_give(checkpoint: Path, tmp_path: Path):
+    content = torch.load(checkpoint, weights_only=True)
+    torch.save({key: value for key, value in content.items() if key != "digests"}, tmp_path / "fork.pth")
+    torch.save({"model": content["model"]}, tmp_path / "weights.pth")
+    for name, message in (("fork", "written by another trainer. Go on with it here first, by .* --resume .*fork.pth"),
+                          ("weights", r"missing required keys: .* \(.*weights.pth\). Give a run.s own,")):
+        with pytest.raises(ToolError, match=message):
+            export_checkpoint.main([str(tmp_path / f"{name}.pth"), "--output", str(tmp_path / "gpt.pth")])
+    assert not (tmp_path / "gpt.pth").exists()
+
+
 def test_a_damaged_checkpoint_is_not_exported(checkpoint: Path, tmp_path: Path):
     damaged = tmp_path / "damaged.pth"
     damaged.write_bytes(checkpoint.read_bytes()[:-1000])

@@ -39,7 +39,7 @@ from tools._common import (
     sync,
     writing_to,
 )
-from tools.generation import UnreadableCheckpoint, add_base_argument, weights_of
+from tools.generation import add_base_argument, trained_checkpoint, weights_of
 from tools.indextts2_features import NAMES, conditioning_digest, made, read_tensors, require_indextts2, section_of
 from tools.indextts2_modules import VoiceModules
 from tools.made_with import (
@@ -69,12 +69,10 @@ from tools.text_tokens import load_tokens
 from trainers.train_gpt_v2 import (
     CARRIED_PREFIXES,
     ModelConfig,
-    ResumeError,
     UnifiedVoiceGPT,
     UserError,
     in_name_order,
     model_config_from,
-    read_checkpoint,
 )
 
 FIRST_COMMAND = ("python -m tools.export_checkpoint training_output/best.pth --model-dir checkpoints "
@@ -119,10 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     problem = flag_problem(args)
     if problem:
         raise ToolError(problem)
-    try:
-        checkpoint = read_checkpoint(args.checkpoint)
-    except ResumeError as error:
-        raise UnreadableCheckpoint(str(error)) from error
+    checkpoint = trained_checkpoint(args.checkpoint)
     record = of_checkpoint(checkpoint)
     require_same(f"{args.checkpoint} itself", record, "the manifests and tokenizer that it names",
                  of_older_keys(checkpoint), remedy="Take another checkpoint: this one was put together from two")
