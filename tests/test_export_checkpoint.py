@@ -151,7 +151,7 @@ def test_an_exported_folder_has_weights_config_and_tokenizer_that_fit_and_the_re
         "s2mel.pth"]
     assert (voice / "s2mel.pth").samefile(on_released.folder / "s2mel.pth")
     printed = capsys.readouterr().out
-    assert "not in it, since it is not in --model-dir: wav2vec2bert_stats.pt" in printed and "`hf download" in printed
+    assert "missing in it or not whole, as in --model-dir: wav2vec2bert" in printed and "`hf download" in printed
 
 
 def test_copies_are_copies_and_where_hard_links_cannot_be_made_links_are_symbolic(
@@ -230,3 +230,11 @@ def test_a_folder_with_another_codec_than_the_trainings_is_refused(on_released: 
     with pytest.raises(ToolError, match=f"is 000000000000 in .*, but .* in {codec}. Give the model folder"):
         other.export(tmp_path / "voice", checkpoint=trained)
     assert not (tmp_path / "voice").exists()
+
+
+def test_a_half_download_is_named_by_the_export(on_released: OnReleased, tmp_path: Path, capsys):
+    other = dataclasses.replace(on_released, folder=tmp_path / "checkpoints")
+    shutil.copytree(on_released.folder, other.folder)
+    (other.folder / "s2mel.pth").write_bytes(b"PK\x03\x04 half a file")
+    other.export(tmp_path / "voice")
+    assert "s2mel.pth" in capsys.readouterr().out.partition("missing in it or not whole")[2].partition("IndexTTS2")[0]

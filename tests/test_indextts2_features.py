@@ -39,6 +39,7 @@ from tools._common import ToolError, sha256_of
 from tools.amharic_text import TEXT_RULES
 from tools.indextts2_features import IndexTTS2Features, conditioning_digest, read_tensors
 from tools.indextts2_modules import SemanticCodec, code_count, rows_of
+from tools.indextts2_sound import nested_tensors
 from tools.made_with import of_manifest
 from tools.model_folder import FOR_FEATURES, find_parts
 from tools.sound_files import load_recording
@@ -478,3 +479,9 @@ def test_a_tokenizer_that_does_not_extend_the_folders_is_refused(released: Path,
     train_bpe(folder / "bpe.model")
     with pytest.raises(ToolError, match=r"does not extend .*bpe\.model.*--extend"):
         run(make_babble(tmp_path / "babble", 4), folder, tmp_path / "data", "--jobs", 1)
+
+
+def test_a_web_page_as_part_of_the_sound_is_said_to_be_one(tmp_path: Path):
+    (tmp_path / "bigvgan_generator.pt").write_text("<html>Not found</html>")
+    with pytest.raises(ToolError, match="bigvgan_generator.pt: not a file of weights that can be read .a web page, or"):
+        nested_tensors(tmp_path / "bigvgan_generator.pt", "generator")

@@ -14,6 +14,7 @@ import json
 import os
 import pickle
 import warnings
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -86,7 +87,7 @@ def namespaced(value: Any) -> Any:
 def nested_tensors(path: Path, *keys: str) -> dict[str, Tensor]:
     """Tensors of a PyTorch file, under keys of keys. Raises: ToolError."""
     try:
-        content = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+        content = torch.load(path, weights_only=True, map_location="cpu", mmap=zipfile.is_zipfile(path))
     except (OSError, RuntimeError, ValueError, LookupError, EOFError, pickle.UnpicklingError) as error:
         raise unreadable(path, reason_of(error)) from error
     for key in keys:
