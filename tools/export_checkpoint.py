@@ -212,7 +212,8 @@ def export_folder(args: argparse.Namespace, checkpoint: dict[str, Any], record: 
          f"{size:.1f} MB. A derivative work of {NAMES[kind]}'s weights: README.md there says what its licence asks for")
     parts = parts_of(config)
     missing = [name for name in (FOR_SOUND_25 if kind == INDEXTTS25 else (*FOR_SOUND, "qwen")) if not all(
-        path.is_file() and is_whole(path) for path in files_in(parts[name], args.output_dir / place_in(parts[name], config)))]
+        path.is_file() and is_whole(path)
+        for path in files_in(parts[name], args.output_dir / place_in(parts[name], config)))]
     if missing:
         info("missing in it or not whole, as in --model-dir: " + ", ".join(parts[name].place for name in missing)
              + ". IndexTTS2 fetches models of other makers itself; all come with "
