@@ -257,7 +257,9 @@ def test_data_of_another_codec_than_the_checkpoints_is_refused(trained, tmp_path
     argv[argv.index("--data-dir") + 1] = str(tmp_path)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"dataset": {"codec_sha256": "0" * 64}}))
     assert f"codec_sha256 is 000000000000 in {tmp_path / 'config.yaml'}, but " in error_of(argv)
-    assert f"in --codec {trained.codec}. Give the codec that its training data was made with" in error_of(argv)
+    message = error_of(argv)
+    assert f"in --codec {trained.codec}. Give the codec that its training data was made with" in message
+    assert message.endswith(", or the folder of the data that it belongs to as --data-dir")
     (tmp_path / "config.yaml").write_text("")  # nothing recorded; the checkpoint's is
     content = torch.load(trained.checkpoint, weights_only=True)
     content["made_with"] = {"num_codes": 65}

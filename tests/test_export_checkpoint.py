@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,17 @@ def test_an_export_says_what_its_data_was_made_with_and_refuses_a_checkpoint_of_
     with pytest.raises(ToolError, match="tokenizer_sha256 is 000000000000 in .*b.pth itself, but .* that it names"):
         export_checkpoint.main([str(tmp_path / "b.pth"), "--output", str(tmp_path / "gpt2.pth")])
     assert not (tmp_path / "gpt2.pth").exists()
+
+
+def test_a_forks_checkpoint_and_weights_alone_are_refused_with_what_to_give(checkpoint: Path, tmp_path: Path):
+    content = torch.load(checkpoint, weights_only=True)
+    torch.save({key: value for key, value in content.items() if key != "digests"}, tmp_path / "fork.pth")
+    torch.save({"model": content["model"]}, tmp_path / "weights.pth")
+    for name, message in (("fork", "written by another trainer. Go on with it here first, by .* --resume .*fork.pth"),
+                          ("weights", r"missing required keys: .* \(.*weights.pth\). Give a run.s own,")):
+        with pytest.raises(ToolError, match=message):
+            export_checkpoint.main([str(tmp_path / f"{name}.pth"), "--output", str(tmp_path / "gpt.pth")])
+    assert not (tmp_path / "gpt.pth").exists()
 
 
 def test_a_damaged_checkpoint_is_not_exported(checkpoint: Path, tmp_path: Path):
@@ -139,7 +151,7 @@ def test_an_exported_folder_has_weights_config_and_tokenizer_that_fit_and_the_re
         "s2mel.pth"]
     assert (voice / "s2mel.pth").samefile(on_released.folder / "s2mel.pth")
     printed = capsys.readouterr().out
-    assert "not in it, since it is not in --model-dir: wav2vec2bert_stats.pt" in printed and "`hf download" in printed
+    assert "missing in it or not whole, as in --model-dir: wav2vec2bert" in printed and "`hf download" in printed
 
 
 def test_copies_are_copies_and_where_hard_links_cannot_be_made_links_are_symbolic(
@@ -207,3 +219,22 @@ def test_a_run_on_the_embedded_codec_another_tokenizer_and_another_folder_are_re
         with pytest.raises(ToolError, match=message):
             export_checkpoint.main([str(on_released.checkpoint), *flags])
     assert not (tmp_path / "voice").exists()
+
+
+def test_a_folder_with_another_codec_than_the_trainings_is_refused(on_released: OnReleased, tmp_path: Path):
+    other = dataclasses.replace(on_released, folder=tmp_path / "checkpoints")
+    shutil.copytree(on_released.folder, other.folder)
+    codec = other.folder / "hf_cache/semantic_codec_model.safetensors"
+    codec.write_bytes((2).to_bytes(8, "little") + b"{}")
+    trained = other.changed(tmp_path / "a.pth", lambda content: content["made_with"].update(codec_sha256="0" * 64))
+    with pytest.raises(ToolError, match=f"is 000000000000 in .*, but .* in {codec}. Give the model folder"):
+        other.export(tmp_path / "voice", checkpoint=trained)
+    assert not (tmp_path / "voice").exists()
+
+
+def test_a_half_download_is_named_by_the_export(on_released: OnReleased, tmp_path: Path, capsys):
+    other = dataclasses.replace(on_released, folder=tmp_path / "checkpoints")
+    shutil.copytree(on_released.folder, other.folder)
+    (other.folder / "s2mel.pth").write_bytes(b"PK\x03\x04 half a file")
+    other.export(tmp_path / "voice")
+    assert "s2mel.pth" in capsys.readouterr().out.partition("missing in it or not whole")[2].partition("IndexTTS2")[0]

@@ -24,6 +24,7 @@ from tools._common import ToolError, sha256_of
 from tools.amharic_text import TEXT_RULES
 from tools.codes_to_sound import CodecSound
 from tools.generation import Synthesizer
+from tools.text_tokens import load_tokens
 
 LATIN = [line.upper() for line in re.findall(r"[A-Za-z][A-Za-z ,.!?'-]{20,200}", (ROOT / "knowledge.md").read_text())]
 CHINESE = ["你好世界", "语音合成很有意思", "今天天气很好"] * 20
@@ -293,3 +294,12 @@ def test_a_tokenizer_whose_first_pieces_are_none_of_a_base_is_refused(tiny: Path
     torch.save({"model": model.state_dict()}, tmp_path / "gpt.pth")
     message = mistake(*data_args(tiny), "--output-dir", tmp_path / "out", "--base-checkpoint", tmp_path / "gpt.pth")
     assert "its first 2 pieces, as many as the base checkpoint has, are no tokenizer" in message
+
+
+@pytest.mark.parametrize(("text", "remedy"), [
+    ("ቤት", "no piece for '.*'. Train the tokenizer on these transcripts .a released bpe.model: .* --extend"),
+    ("привет", "no piece for '.*'. Spell it in Ethiopic letters, or train the tokenizer"),
+])
+def test_a_base_as_it_is_does_not_ask_for_ethiopic_letters_where_these_are_what_it_lacks(pair, text: str, remedy: str):
+    with pytest.raises(ToolError, match=remedy):
+        preprocess.text_ids_of(text, load_tokens(pair[0]), "row 1")

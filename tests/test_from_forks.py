@@ -403,6 +403,15 @@ def trained(folder: Path, out: Path) -> str:
                         "--output-dir", out, "--max-steps", 1, "--save-interval", 0)
 
 
+def test_clips_whose_arrays_are_all_gone_are_one_error_and_no_pairs(tmp_path: Path):
+    folder = tmp_path / "made"
+    write_clips(folder, fork_clips(folder, [1.1, 1.2, 1.4, 2.3], np.random.default_rng(1)), [])
+    shutil.rmtree(folder / "codes")
+    with pytest.raises(ToolError, match="not one clip's codes can be read, such as codes/.* Bring the arrays back"):
+        build_pairs.main(["--data-dir", str(folder)])
+    assert not (folder / "train_pairs.jsonl").exists()
+
+
 @pytest.mark.parametrize("absolute", [False, True])
 def test_single_clips_are_paired_and_train_also_after_their_folder_has_moved(absolute: bool, tmp_path: Path, capsys):
     rng = np.random.default_rng(1)

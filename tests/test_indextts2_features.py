@@ -39,6 +39,7 @@ from tools._common import ToolError, sha256_of
 from tools.amharic_text import TEXT_RULES
 from tools.indextts2_features import IndexTTS2Features, conditioning_digest, read_tensors
 from tools.indextts2_modules import SemanticCodec, code_count, rows_of
+from tools.indextts2_sound import nested_tensors
 from tools.made_with import of_manifest
 from tools.model_folder import FOR_FEATURES, find_parts
 from tools.sound_files import load_recording
@@ -399,7 +400,7 @@ BAD = {
     "half header": (cut(W2V_FILE, 50), "model.safetensors is not whole"),
     "empty codec": (cut(CODEC_FILE, 0), "semantic_codec_model.safetensors is not whole"),
     "pointer": (write("wav2vec2bert_stats.pt", b"version https://git-lfs\noid 1\n"), "stats.pt is not whole"),
-    "page instead of file": (write("gpt.pth", b"<html>Not found</html>"), "gpt.pth: not a file of weights"),
+    "page instead of file": (write("gpt.pth", b"<html>Not found</html>"), "gpt.pth: not a f.*.a web page, or"),
     "settings that are none": (write("hf_cache/w2v-bert-2.0/config.json", b"[]"), "config.json: not a file of weights"),
     "another w2v-BERT": (another_w2v_bert, "its features are 32 wide, .*semantic_codec.hidden_size 24"),
     "wrong w2v-BERT shapes": (change_tensors(W2V_FILE, lambda t: {name: x[..., :-1] for name, x in t.items()}),
@@ -424,9 +425,13 @@ BAD = {
     "stats without variance": (change_tensors("wav2vec2bert_stats.pt", lambda t: t | {"var": -t["var"]}),
                                "no variances"),
     "another codec": (change_tensors(CODEC_FILE, lambda t: {f"model.{name}": x for name, x in t.items()}),
-                      "not the semantic codec that config.yaml describes: .* are missing"),
+                      r"not the semantic codec .* are missing.* unknown, the first: [^ ]*\. Down"),
+    "a codec that PyTorch wrote": (lambda folder: shutil.copy(folder / "gpt.pth", folder / CODEC_FILE),
+                                   "model.safetensors: not a file of weights that can be read .no .safetensors file"),
+    "w2v-BERT without settings": (lambda folder: (folder / "hf_cache/w2v-bert-2.0/preprocessor_config.json").unlink(),
+                                  "preprocessor_config.json is missing .facebook/w2v-bert-2.0, 2.32 GB"),
     "embedded codec": (lambda folder: shutil.copy(CODEC, folder / "wav2vec2bert_stats.pt"), "holds no tensors by name"),
-    "pickled object": (lambda folder: torch.save({"x": Surprise()}, folder / "gpt.pth"), "gpt.pth: not a file of weig"),
+    "pickled object": (lambda folder: torch.save({"x": Surprise()}, folder / "gpt.pth"), "gpt.pth: not a f.*plain te"),
 }
 
 
@@ -474,3 +479,9 @@ def test_a_tokenizer_that_does_not_extend_the_folders_is_refused(released: Path,
     train_bpe(folder / "bpe.model")
     with pytest.raises(ToolError, match=r"does not extend .*bpe\.model.*--extend"):
         run(make_babble(tmp_path / "babble", 4), folder, tmp_path / "data", "--jobs", 1)
+
+
+def test_a_web_page_as_part_of_the_sound_is_said_to_be_one(tmp_path: Path):
+    (tmp_path / "bigvgan_generator.pt").write_text("<html>Not found</html>")
+    with pytest.raises(ToolError, match="bigvgan_generator.pt: not a file of weights that can be read .a web page, or"):
+        nested_tensors(tmp_path / "bigvgan_generator.pt", "generator")

@@ -773,6 +773,8 @@ def test_paths_that_lead_out_of_the_audio_folder_are_never_read(tmp_path: Path):
     (['{"id": "\\ud800", "text": "ቤት", "audio": "1.wav"}'], "surrogates not allowed"),
     ([{"id": "a", "text": "hello", "audio": "1.wav"}], "no row can be used. 1 x not Ethiopic: "),
     ([{"id": "a", "text": "ቤት", "audio": "1.wav"}], "there is only one sentence"),
+    ([{"id": "a", "text": "ቤት", "audio": "1.wav"}, {"id": "b", "text": "hello", "audio": "2.wav"}],
+     "one sentence is left, and validation needs another. 1 x not Ethiopic: "),
     ([{"id": "a", "text": "ቤት", "audio": "1.wav"}, {"id": "b", "text": "ውሃ", "audio": "2.wav"}],
      "no recording can be used. 2 x no such recording: "),
 ])

@@ -404,8 +404,9 @@ def test_a_large_model_speaks_fewer_lines_at_once():
 def test_texts_as_long_as_the_model_allows_are_spoken_and_longer_words_refused(trained, tmp_path):
     output = ["--output", tmp_path / "a.wav"]
     synthesize.main([str(arg) for arg in [*trained.arguments(), *output, "--text", text_of(30), "--max-length", 3]])
-    message = error_of(*trained.arguments(), *output, "--text", text_of(31))
-    assert message == "--text: 31 tokens, the model takes 30. Split it"
+    message = error_of(*trained.arguments(), *output, "--text", f"ሰላም። {text_of(31)}።")
+    word = "ሰ" * 20
+    assert message == f"--text: the word that begins with {word!r} is 32 tokens, the model takes 30. Split it"
 
 
 def test_a_long_text_is_spoken_sentence_by_sentence_with_pauses_whatever_is_beside_it(trained):
@@ -476,6 +477,11 @@ def test_a_codec_and_a_model_folder_cannot_be_combined(trained, tmp_path):
 def test_a_text_that_the_model_cannot_read_is_named(trained, tmp_path, text, message):
     assert message in error_of(*trained.arguments(), "--text", text, "--output", tmp_path / "a.wav")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_text_of_another_language_is_not_asked_for_in_ethiopic_letters(trained, tmp_path):
+    message = error_of(*trained.arguments(), "--language", "cs", "--text", "ano", "--output", tmp_path / "a.wav")
+    assert "no piece for 'ano'. Spell it in letters and marks that it has" in message
 
 
 def test_a_faulty_line_of_a_file_is_named_before_anything_is_spoken(trained, tmp_path):

@@ -79,7 +79,8 @@ class VoiceData:
         self.folder, self.sound, self.recordings = folder, sound, {}
         self.made_with, self.config = of_manifest(folder / "train_pairs.jsonl"), folder / "config.yaml"
         self.rules = rules_of(self.made_with, str(self.config))
-        require_same(str(self.config), self.made_with, sound.flag, sound.record, remedy=sound.remedy)
+        require_same(str(self.config), self.made_with, sound.flag, sound.record,
+                     remedy=f"{sound.remedy}, or the folder of the data that it belongs to as --data-dir")
         keys = ["target_id", "target_text", "target_codes_path", "target_code_len", "prompt_id", "speaker"]
         self.train, self.val = (read_jsonl(folder / f"{split}_pairs.jsonl", keys, "`python -m tools.build_pairs` "
                                            "writes it") for split in ("train", "val"))

@@ -39,7 +39,7 @@ from tools._common import (
     sync,
     writing_to,
 )
-from tools.generation import UnreadableCheckpoint, add_base_argument, weights_of
+from tools.generation import add_base_argument, trained_checkpoint, weights_of
 from tools.indextts2_features import NAMES, conditioning_digest, made, read_tensors, require_indextts2, section_of
 from tools.indextts2_modules import VoiceModules
 from tools.made_with import (
@@ -59,6 +59,7 @@ from tools.model_folder import (
     download_lines,
     files_in,
     find_parts,
+    is_whole,
     parts_of,
     place_in,
 )
@@ -69,12 +70,10 @@ from tools.text_tokens import load_tokens
 from trainers.train_gpt_v2 import (
     CARRIED_PREFIXES,
     ModelConfig,
-    ResumeError,
     UnifiedVoiceGPT,
     UserError,
     in_name_order,
     model_config_from,
-    read_checkpoint,
 )
 
 FIRST_COMMAND = ("python -m tools.export_checkpoint training_output/best.pth --model-dir checkpoints "
@@ -119,10 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     problem = flag_problem(args)
     if problem:
         raise ToolError(problem)
-    try:
-        checkpoint = read_checkpoint(args.checkpoint)
-    except ResumeError as error:
-        raise UnreadableCheckpoint(str(error)) from error
+    checkpoint = trained_checkpoint(args.checkpoint)
     record = of_checkpoint(checkpoint)
     require_same(f"{args.checkpoint} itself", record, "the manifests and tokenizer that it names",
                  of_older_keys(checkpoint), remedy="Take another checkpoint: this one was put together from two")
@@ -194,6 +190,7 @@ def export_folder(args: argparse.Namespace, checkpoint: dict[str, Any], record: 
     source = args.model_dir / "config.yaml"
     config = exported_config(read_yaml(source), model.number_text_tokens, record)
     require_same_sizes(args, config, model)
+    require_same_codec(args, kind, record)
     check_conditioning(args.checkpoint, weights, record)
     tensors = tensors_of(weights, DTYPES[args.dtype])
     check_names_and_shapes(config, {name: list(t.shape) for name, t in tensors.items()}, str(args.checkpoint), source)
@@ -215,9 +212,10 @@ def export_folder(args: argparse.Namespace, checkpoint: dict[str, Any], record: 
          f"{size:.1f} MB. A derivative work of {NAMES[kind]}'s weights: README.md there says what its licence asks for")
     parts = parts_of(config)
     missing = [name for name in (FOR_SOUND_25 if kind == INDEXTTS25 else (*FOR_SOUND, "qwen")) if not all(
-        path.is_file() for path in files_in(parts[name], args.output_dir / place_in(parts[name], config)))]
+        path.is_file() and is_whole(path)
+        for path in files_in(parts[name], args.output_dir / place_in(parts[name], config)))]
     if missing:
-        info("not in it, since it is not in --model-dir: " + ", ".join(parts[name].place for name in missing)
+        info("missing in it or not whole, as in --model-dir: " + ", ".join(parts[name].place for name in missing)
              + ". IndexTTS2 fetches models of other makers itself; all come with "
              + " and ".join(f"`{line}`" for line in download_lines(missing, args.output_dir)))
 
@@ -277,6 +275,17 @@ def require_same_sizes(args: argparse.Namespace, config: Mapping[str, Any], trai
                  for name, value in vars(released).items() if value != getattr(trained, name)]
     if differing:
         raise ToolError(f"{'; '.join(differing)}. Give the model folder that the training started from")
+
+
+def require_same_codec(args: argparse.Namespace, kind: str, record: MadeWith) -> None:
+    """Of the codec, where the model folder has one: it goes into the exported folder. Raises: ToolError."""
+    part = "codec" if kind == INDEXTTS25 else "semantic_codec"
+    try:
+        codec = find_parts(args.model_dir, [part])[part]
+    except ToolError:
+        return
+    require_same(str(args.checkpoint), record, str(codec), {"codec_sha256": sha256_of(codec)}, ("codec_sha256",),
+                 "Give the model folder that the training started from")
 
 
 def check_conditioning(path: Path, tensors: Mapping[str, Tensor], record: MadeWith) -> None:

@@ -145,6 +145,9 @@ def without_padding(utterances: list[dict[str, Any]], data_dir: Path) -> list[di
     """Leaves out single clips that are longer than their sound, and names them. Raises: ToolError for more."""
     longer = longer_than_sound(utterances)
     ending, read = ending_in_one_code(utterances, data_dir)
+    if utterances and not read:
+        raise ToolError(f"{data_dir}: not one clip's codes can be read, such as {utterances[0]['codes_path']}. Bring "
+                        "the arrays back, to where the manifest says or to a folder of that name beside it")
     if len(longer) > max(2, len(utterances) // 100) or len(ending) > max(2, read // 10):
         first = (longer or ending)[0]
         raise ToolError(

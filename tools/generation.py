@@ -32,6 +32,7 @@ from tools.text_tokens import TextTokens, load_tokens
 from trainers.train_gpt_v2 import (
     LANGUAGES,
     Block,
+    ForeignCheckpoint,
     ModelConfig,
     ResumeError,
     Sample,
@@ -332,13 +333,22 @@ def weights_of(checkpoint: dict[str, Any], base: Path | None = None) -> dict[str
         raise ToolError(str(error)) from error
 
 
+def trained_checkpoint(path: Path) -> dict[str, Any]:
+    """A verified checkpoint of our trainer, for speaking and exporting. Raises: UnreadableCheckpoint."""
+    try:
+        return read_checkpoint(path)
+    except ForeignCheckpoint as error:
+        raise UnreadableCheckpoint(f"{path}: written by another trainer. Go on with it here first, by `python trainers/"
+                                   f"train_gpt_v2.py --resume {path}` with a new --output-dir") from error
+    except ResumeError as error:
+        weights = ". Give a run's own, such as best.pth: a file of weights alone is none"
+        raise UnreadableCheckpoint(f"{error}{weights if 'missing required keys' in str(error) else ''}") from error
+
+
 def load_model(path: Path, base: Path | None = None) -> tuple[UnifiedVoiceGPT, dict[str, Any]]:
     """A verified checkpoint as a float64 model in evaluation mode, and the checkpoint. Raises: UnreadableCheckpoint,
     and ToolError as `weights_of` does."""
-    try:
-        checkpoint = read_checkpoint(path)
-    except ResumeError as error:
-        raise UnreadableCheckpoint(str(error)) from error
+    checkpoint = trained_checkpoint(path)
     model = UnifiedVoiceGPT(model_config_from(checkpoint["model_config"], str(path)))
     own = model.state_dict()
     model.load_state_dict({name: tensor for name, tensor in weights_of(checkpoint, base).items() if name in own})
@@ -407,7 +417,8 @@ class Synthesizer:
             line.parts = [Line(part, ids_of(part), prompt, number) for part in cut]
             beyond = [part for part in line.parts if len(part.text_ids) > most]
             if beyond:
-                raise ToolError(f"{place}: {len(beyond[0].text_ids)} tokens, the model takes {most}. Split it")
+                raise ToolError(f"{place}: the word that begins with {beyond[0].text[:20]!r} is "
+                                f"{len(beyond[0].text_ids)} tokens, the model takes {most}. Split it")
         if reading.unsaid:
             warn(f"{place}: not said: {' '.join(map(shown, reading.unsaid))}")
         return line

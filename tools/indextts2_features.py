@@ -51,21 +51,36 @@ FORMAT = 1  # of what is computed; counted up when the results change
 # Files to modules
 
 
+def tensors_of_safetensors(path: Path) -> dict[str, Tensor]:
+    """Mapped. Raises: ValueError for a file of another kind; OSError."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError("no .safetensors file: " + str(error)) from error
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Tensors of a .safetensors or PyTorch file, mapped; of {"model": tensors} those. Raises: ToolError."""
     try:
         if path.suffix == ".safetensors":
-            from safetensors import safe_open
-
-            with safe_open(path, "pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors_of_safetensors(path)
         content = torch.load(path, weights_only=True, map_location="cpu", mmap=zipfile.is_zipfile(path))
     except (OSError, RuntimeError, ValueError, LookupError, EOFError, pickle.UnpicklingError) as error:
-        raise unreadable(path, " ".join(str(error).split())[:200]) from error
+        raise unreadable(path, reason_of(error)) from error
     tensors = content.get("model", content) if isinstance(content, dict) else None
     if not isinstance(tensors, dict) or not tensors or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise unreadable(path, "it holds no tensors by name")
     return tensors
+
+
+def reason_of(error: Exception) -> str:
+    """In a line. PyTorch itself advises to run the code in a file that is no plain tensors."""
+    if isinstance(error, pickle.UnpicklingError):
+        return "a web page, or another file that PyTorch did not write of plain tensors"
+    return " ".join(str(error).split())[:200]
 
 
 def unreadable(path: Path, reason: str) -> ToolError:
@@ -84,7 +99,7 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], path: Path, what: str
     unknown = [name for name in found if name not in shapes]
     differing = [f"{name} is {found[name]}, not {shapes[name]}" for name in shapes
                  if name in found and found[name] != shapes[name]]
-    coarse = [f"{name} is {t.dtype}" for name, t in tensors.items() if name not in shapes or t.dtype != dtypes[name]]
+    coarse = [f"{name} is {t.dtype}" for name, t in tensors.items() if name in shapes and t.dtype != dtypes[name]]
     infinite = [name for name, t in tensors.items() if check and not coarse and not t.isfinite().all()]
     faults = {"are missing": missing, "are unknown": unknown, "have another shape": differing,
               "are not float32, as the features need them": coarse, "hold values that are not finite": infinite}

@@ -14,6 +14,7 @@ import json
 import os
 import pickle
 import warnings
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,6 +36,7 @@ from tools.indextts2_features import (
     conditioning_of,
     own_remedy,
     read_tensors,
+    reason_of,
     require_indextts2,
     section_of,
     unreadable,
@@ -85,9 +87,9 @@ def namespaced(value: Any) -> Any:
 def nested_tensors(path: Path, *keys: str) -> dict[str, Tensor]:
     """Tensors of a PyTorch file, under keys of keys. Raises: ToolError."""
     try:
-        content = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+        content = torch.load(path, weights_only=True, map_location="cpu", mmap=zipfile.is_zipfile(path))
     except (OSError, RuntimeError, ValueError, LookupError, EOFError, pickle.UnpicklingError) as error:
-        raise unreadable(path, " ".join(str(error).split())[:200]) from error
+        raise unreadable(path, reason_of(error)) from error
     for key in keys:
         content = content.get(key) if isinstance(content, dict) else None
     if not isinstance(content, dict) or not content or not all(isinstance(t, Tensor) for t in content.values()):

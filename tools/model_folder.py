@@ -125,7 +125,9 @@ def find_parts(model_dir: Path, names: Sequence[str]) -> dict[str, Path]:
         fault = f"{model_dir / place_in(part, config)} is missing"
         for place in places_of(part, model_dir, config):
             files = files_in(part, place)
-            if not all(path.is_file() for path in files):
+            absent = [path for path in files if not path.is_file()]
+            if absent:
+                fault = f"{absent[0]} is missing" if len(absent) < len(files) else fault
                 continue
             broken = [path for path in files if not is_whole(path)]
             if not broken:

@@ -123,8 +123,10 @@ def text_ids_of(text: str, tokenizer: TextTokens, place: str, front_end: str = "
     if not ids:
         raise ToolError(f"{place}: the transcript is empty. Write what is said, or remove the row")
     if unknown:
-        raise ToolError(f"{place}: the tokenizer has no piece for {' '.join(unknown)!r}. Spell it in "
-                        "Ethiopic letters, or train the tokenizer on these transcripts")
+        letters = "Ethiopic letters" if language == "am" else "letters and marks that it has"
+        spell = "Train" if ETHIOPIC.search("".join(unknown)) else f"Spell it in {letters}, or train"
+        raise ToolError(f"{place}: the tokenizer has no piece for {' '.join(unknown)!r}. {spell} the tokenizer on "
+                        "these transcripts (a released bpe.model: tools.train_tokenizer --extend)")
     return ids
 
 
@@ -271,6 +273,8 @@ def plan_items(rows: Sequence[dict[str, Any]], recordings: Path, model: ModelCon
     if not items:
         raise ToolError(f"{recordings}: no row can be used. {say_skipped(skipped)[0]}")
     keys = [letters_of(item.text, language_of(item.row), rules) for item in items]
+    if skipped and len(set(keys)) < 2:
+        raise ToolError(f"{recordings}: one sentence is left, and validation needs another. {say_skipped(skipped)[0]}")
     splits = split_rows([item.row for item in items], keys, args.val_speakers, args.val_share, args.seed)
     for item, split in zip(items, splits, strict=True):
         item.split = split
