@@ -101,6 +101,12 @@ def test_a_language_that_the_base_knew_and_that_gets_worse_is_warned_of(data, tm
     assert "[Warn] en: mel_loss " in output and "::en@0.2" in output and "[Warn] am:" not in output
     (metrics,) = (tmp_path / "out").glob("logs/run_*/metrics.jsonl")
     assert {"en", "am"} <= {line.get("manifest") for line in read_jsonl(metrics)}
+    output = runs(train_in_process(
+        "--train-manifest", f"{data}/train_am.jsonl::am", "--train-manifest", f"{data}/train_am.jsonl::en@0.1",
+        "--val-manifest", f"{data}/train_am.jsonl::am", "--val-manifest", f"{data}/train_en.jsonl::en", *arguments,
+        "--base-checkpoint", tmp_path / "base/latest.pth", "--learning-rate", 0.03, "--epochs", 5, "--val-interval", 20,
+        "--output-dir", tmp_path / "replayed"))
+    assert re.search(r"\[Warn\] en: mel_loss .* Give its manifest a larger weight, or", output)
 
 
 def test_patience_ends_a_run_that_gets_no_better_and_more_patience_goes_on(data, tmp_path):

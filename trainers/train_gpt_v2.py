@@ -2773,8 +2773,10 @@ def warn_of_forgetting(run: Run, parts: Sequence[Mapping[str, float]]) -> None:
     for name, part in zip(run.val_data.parts, parts, strict=True):
         known = run.state.base_losses.get(name, math.inf)
         if part["mel_loss"] > FORGOTTEN * known:
+            remedy = ("Give its manifest a larger weight" if name in run.train_data.languages else
+                      f"Replay it (--train-manifest PATH::{name}@0.2)")
             run.process.say(f"[Warn] {name}: mel_loss {part['mel_loss']:.4f}, with the base checkpoint {known:.4f}: it "
-                            f"is being forgotten. Replay it (--train-manifest PATH::{name}@0.2), or learn more slowly")
+                            f"is being forgotten. {remedy}, or learn more slowly")
 
 
 def validate(run: Run) -> dict[str, Any] | None:
