@@ -127,5 +127,11 @@ def test_the_tiktoken_file_of_25_is_taken_and_another_one_is_refused(data, tmp_p
     errs(train_in_process(*args, data / "other.tiktoken"), "1702 tokens", "says 1703", "another model's")
     (data / "cut.tiktoken").write_bytes((data / "multilingual.tiktoken").read_bytes()[:-2] + b"?")
     errs(train_in_process(*args, data / "cut.tiktoken"), "not a SentencePiece model")
+    joined = write_tiktoken(data / "joined.tiktoken", 90)  # many ways to part it, and none of them right
+    joined.write_bytes(joined.read_bytes().replace(b"\n", b"") + b"?")
+    errs(train_in_process(*args, joined), "not a SentencePiece model")
+    errs(train_in_process(*args, data / "none.tiktoken"), "No such file", "IndexTTS-2.5 comes with its own")
+    errs(train_in_process(args[0], f"{data}/train_pairs.jsonl::en", *args[2:], data / "multilingual.tiktoken"),
+         "train_pairs.jsonl:1: its text begins with the token of 'am'", "Pass ::am")
     runs(train_in_process(*args, data / "multilingual.tiktoken"))
     assert load_checkpoint(tmp_path / "out" / "latest.pth")["tokenizer"]["size"] == 1703

@@ -148,7 +148,8 @@ def test_another_tokenizer_than_the_folders_is_refused(recordings: Path, release
         run(recordings, tmp_path / "data", *of_folder(released, tokenizer=TOKENIZER))
     whole = (released / TIKTOKEN).read_bytes().splitlines(keepends=True)
     for content, said in ((whole[3:], "byte"), ([*whole, whole[0]], "twice"),
-                          ([b"?? 0\n"], "not a .tiktoken file"), ([b"IQ== x\n"], "not a .tiktoken file")):
+                          ([b"?? 0\n"], "not a .tiktoken file"), ([b"IQ== x\n"], "line 1 is not a token"), (
+                              [b"IQ== 0\n", b"half"], "line 2 is not a token")):
         path = tmp_path / "bad.tiktoken"
         path.write_bytes(b"".join(content))
         with pytest.raises(ToolError, match=said):

@@ -387,7 +387,7 @@ BAD = {
     "2.5": (change_config(version=2.5), "IndexTTS-2.5, whose codes"),
     "1.5": (change_config(version=1.5, semantic_codec=None, dvae_checkpoint="dvae.pth"), "IndexTTS 1 or 1.5"),
     "empty": (lambda folder: (shutil.rmtree(folder), folder.mkdir()), "holds no config.yaml.*`hf download IndexTeam"),
-    "no folder": (shutil.rmtree, "no such folder"),
+    "no folder": (shutil.rmtree, "no such folder.*downloads IndexTTS-2, `hf download IndexTeam/IndexTTS-2.5 "),
     "foreign config": (change_config(s2mel=None, gpt__condition_module=None),
                        "has no s2mel, gpt.condition_module, so it is not IndexTTS-2's"),
     "config that is no YAML": (write("config.yaml", b"gpt: {"), "config.yaml: cannot be read"),

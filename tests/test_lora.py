@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, load_checkpoint, read_jsonl, trainer
+from conftest import ROOT, call_trainer, load_checkpoint, read_jsonl, trainer
 from fresh_process import SETTINGS, data_args, errs, runs, train_in_process
 from old_checkpoints import make
 
@@ -57,6 +58,26 @@ def test_its_checkpoint_holds_the_small_part_and_what_it_adds_to(data, base, tmp
     assert checkpoint["lora_base"]["path"] == str(base) and len(checkpoint["lora_base"]["sha256"]) == 64
     names = [name for group in checkpoint["optimizer"]["param_groups"] for name in group["param_names"]]
     assert all(".lora." in name for name in names)
+
+
+def test_the_base_stays_frozen_whatever_the_rate_of_its_names(data, base, tmp_path):
+    output = runs(train_in_process(*lora(data, base, "--lr-scale", "gpt.*=2"), tmp_path / "out"))
+    assert "Learning rate x 2: " in output and "Learning rate x 1: " not in output
+    assert all(".lora." in name for name in load_checkpoint(tmp_path / "out" / "latest.pth")["model"])
+
+
+def test_the_start_says_how_little_disk_its_checkpoints_take(data, base, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3 * base.stat().st_size))
+    args = ["--base-checkpoint", base, "--max-steps", 1, "--output-dir"]
+    for name, level, flags in (("whole", "[Warn]", []), ("lora", "[Info]", ["--lora-rank", 1])):
+        output = call_trainer(*data_args(data), *SETTINGS, *args, tmp_path / name, *flags)
+        assert f"{level} Disk: " in output
+
+
+def test_a_checkpoint_of_it_is_no_base(data, base, tmp_path):
+    runs(train_in_process(*lora(data, base), tmp_path / "out"))
+    errs(train_in_process(*data_args(data), *SETTINGS, "--base-checkpoint", tmp_path / "out" / "latest.pth",
+                          "--output-dir", tmp_path / "next"), "holds what LoRA adds", "tools.export_checkpoint")
 
 
 def test_merged_weights_have_the_losses_of_the_run_and_carry_what_the_base_carried(data, base, tmp_path):

@@ -37,6 +37,7 @@ def train_lines(output: str) -> list[str]:
 
 def test_a_mix_that_was_killed_goes_on_bit_for_bit_and_its_plan_is_printed(data, tmp_path):
     whole = runs(train_in_process(*mixed(data), "--output-dir", tmp_path / "whole"))
+    assert "train_pairs.jsonl: weight 1, 13 samples of its 13 rows in an epoch, 28.9% of it" in whole
     assert "train_en.jsonl: weight 0.5, 6 samples of its 13 rows in an epoch, 13.3% of it" in whole
     assert "train_zh.jsonl: weight 2, 26 samples of its 13 rows in an epoch, 57.8% of it" in whole
     assert "2 epochs end at step 24" in whole  # 13 + 6 + 26 samples in batches of 4
@@ -57,7 +58,8 @@ def test_a_mix_that_was_killed_goes_on_bit_for_bit_and_its_plan_is_printed(data,
 def test_a_changed_weight_counts_as_changed_data(data, tmp_path):
     args = ["--output-dir", tmp_path / "out", "--resume", "auto", "--max-steps"]
     runs(train_in_process(*mixed(data), *args, 3))
-    errs(train_in_process(*mixed(data, en=0.25), *args, 6), "training data changed", "--accept-changed-data")
+    errs(train_in_process(*mixed(data, en=0.25), *args, 6), "training data changed", "or weights",
+         "--accept-changed-data")
     output = runs(train_in_process(*mixed(data, en=0.25), *args, 6, "--accept-changed-data"))
     assert "epoch 0 starts anew" in output
 
@@ -66,6 +68,13 @@ def test_a_changed_weight_counts_as_changed_data(data, tmp_path):
 def test_a_weight_that_is_none_is_one_error_that_names_the_manifest(data, tmp_path, weight):
     errs(train_in_process(*mixed(data, en=weight), "--output-dir", tmp_path / "out"), f"train_en.jsonl::en@{weight}",
          "above 0 and at most 1000")
+
+
+def test_a_weight_without_a_language_is_told_how_a_weight_is_written(data, tmp_path):
+    args = ["--tokenizer", data / "tokenizer.model", "--output-dir", tmp_path / "out"]
+    for manifests in ([f"{data}/train_pairs.jsonl@0.5"], [data / "train_pairs.jsonl", f"{data}/train_en.jsonl@0.5"]):
+        typed = [part for manifest in manifests for part in ("--train-manifest", manifest)]
+        errs(train_in_process(*typed, *args), "jsonl@0.5: No such file", "PATH::LANG@WEIGHT")
 
 
 def test_validation_takes_no_weight(data, tmp_path):
@@ -92,6 +101,12 @@ def test_a_language_that_the_base_knew_and_that_gets_worse_is_warned_of(data, tm
     assert "[Warn] en: mel_loss " in output and "::en@0.2" in output and "[Warn] am:" not in output
     (metrics,) = (tmp_path / "out").glob("logs/run_*/metrics.jsonl")
     assert {"en", "am"} <= {line.get("manifest") for line in read_jsonl(metrics)}
+    output = runs(train_in_process(
+        "--train-manifest", f"{data}/train_am.jsonl::am", "--train-manifest", f"{data}/train_am.jsonl::en@0.1",
+        "--val-manifest", f"{data}/train_am.jsonl::am", "--val-manifest", f"{data}/train_en.jsonl::en", *arguments,
+        "--base-checkpoint", tmp_path / "base/latest.pth", "--learning-rate", 0.03, "--epochs", 5, "--val-interval", 20,
+        "--output-dir", tmp_path / "replayed"))
+    assert re.search(r"\[Warn\] en: mel_loss .* Give its manifest a larger weight, or", output)
 
 
 def test_patience_ends_a_run_that_gets_no_better_and_more_patience_goes_on(data, tmp_path):

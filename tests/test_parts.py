@@ -31,9 +31,9 @@ def base(data: Path, tmp_path: Path) -> Path:
     return tmp_path / "base.pth"
 
 
-def factors(*, freeze=(), lr_scale=(), base_vocab: int = 5):
+def factors(*, freeze=(), lr_scale=(), base_vocab: int = 5, tokens: int = 0):
     config = trainer.TrainConfig(freeze=list(freeze), lr_scale=list(lr_scale))
-    return trainer.lr_factors(NAMES, config, base_vocab)
+    return trainer.lr_factors(NAMES, config, base_vocab, tokens)
 
 
 def test_a_pattern_or_a_set_names_the_tensors_that_one_expects():
@@ -43,6 +43,23 @@ def test_a_pattern_or_a_set_names_the_tensors_that_one_expects():
     changed, base_text = factors(lr_scale=["new-text=10"])
     assert base_text == 0.1 and all(changed[name] == 10 for name in trainer.VOCAB_TENSORS)
     assert factors(freeze=["base-text"])[1] == 0
+
+
+@pytest.mark.parametrize("wrong, said", [
+    ({"freeze": ["new-text"]}, "--freeze new-text: rows of new tokens know nothing yet"),
+    ({"lr_scale": ["new-text=10"], "tokens": 5}, "--lr-scale new-text: the base checkpoint has every token"),
+    ({"lr_scale": ["mel_*"]}, "--lr-scale mel_.: give PATTERN=FACTOR"),
+    ({"lr_scale": ["=3"]}, "--lr-scale 3: give PATTERN=FACTOR"),
+])
+def test_a_part_that_cannot_be_meant_is_named_as_it_was_typed(wrong, said):
+    with pytest.raises(trainer.UserError, match=said):
+        factors(**wrong)
+
+
+def test_the_table_has_no_line_for_what_is_not_there(data, tmp_path):
+    output = runs(train_in_process(*data_args(data), *SETTINGS, "--max-steps", 1, "--lr-scale", "mel_*=2",
+                                   "--output-dir", tmp_path / "out"))
+    assert "Learning rate x 2: " in output and "Learning rate x 0: " not in output
 
 
 def test_frozen_tensors_stay_bit_for_bit_and_the_others_learn(data, base, tmp_path):

@@ -73,7 +73,8 @@ FOR_SOUND_25 = ("config", "gpt", "tiktoken", "w2v_bert_stats", "w2v_bert", "code
 
 def recognised(model_dir: Path) -> str:
     """"indextts2" or "indextts2.5", by config.yaml. Raises: ToolError for any other folder."""
-    whole = f"`{own_download(model_dir)}` downloads IndexTTS-2"
+    whole = (f"`{own_download(model_dir)}` downloads IndexTTS-2, "
+             f"`{own_download(model_dir, repository=OWN_25)}` IndexTTS-2.5")
     if not model_dir.is_dir():
         raise ToolError(f"--model-dir {model_dir}: no such folder. {whole}")
     path = model_dir / "config.yaml"

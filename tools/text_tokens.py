@@ -109,12 +109,17 @@ class TiktokenTokens:
 def read_ranks(path: Path) -> dict[bytes, int]:
     """Raises: ToolError for a file that is missing, or not whole."""
     try:
-        lines = [line.split() for line in path.read_bytes().splitlines()]
-        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+        lines = path.read_bytes().splitlines()
     except OSError as error:
         raise ToolError(f"{path}: no such tokenizer ({error.strerror}). {DOWNLOAD}") from error
-    except ValueError as error:
-        raise ToolError(f"{path}: not a .tiktoken file ({error}). {DOWNLOAD}") from error
+    ranks = dict[bytes, int]()
+    for number, line in enumerate(lines, 1):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except ValueError as error:
+            raise ToolError(f"{path}: not a .tiktoken file: line {number} is not a token in base64 and its rank. "
+                            f"{DOWNLOAD}") from error
     lacking = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if lacking or len(ranks) != len(lines) or set(ranks.values()) != set(range(len(ranks))):
         fault = f"byte {lacking[0]} has no token" if lacking else "a token or a rank is twice in it, or missing"

@@ -145,7 +145,8 @@ class TrainConfig:
                                         metavar="PATH[::LANG[@WEIGHT]]")
     val_manifest: list[str] = setting([], "validation pairs, likewise (val_pairs.jsonl beside the first training "
                                       "manifest)", action="append", metavar="PATH[::LANG]")
-    tokenizer: str = setting("", "SentencePiece model (tokenizers/amharic_extended_bpe.model)", metavar="PATH")
+    tokenizer: str = setting("", "SentencePiece model, or IndexTTS-2.5's .tiktoken file "
+                             "(tokenizers/amharic_extended_bpe.model)", metavar="PATH")
     config: str = setting("", "IndexTTS2 YAML with a gpt: section (config.yaml beside the first training manifest, "
                           "else checkpoints/config.yaml)", metavar="PATH")
     base_checkpoint: str = setting("", "IndexTTS2 weights to start from, e.g. checkpoints/gpt.pth", metavar="PATH")
@@ -817,7 +818,8 @@ def parse_row(record: Any, emo_source: str) -> tuple[Any, ...]:
 class Rows:
     """The rows of all manifests in columns, 120 bytes each; a Row is made when it is asked for."""
 
-    def __init__(self) -> None:
+    def __init__(self, begin_with_language: bool = False) -> None:
+        self.begin_with_language = begin_with_language  # texts of a .tiktoken file do
         self.numbers, self.ids, self.ends = array("q"), bytearray(), array("q", [0])
         self.places = dict[Any, int]()  # what many rows share, numbered: manifest, language, folder, file of each kind
         self.digest = hashlib.sha256()  # of ids, lengths and order
@@ -864,8 +866,11 @@ def read_manifest(manifest: str, rows: Rows, emo_source: str, progress: Callable
                 except ValueError:  # NaN, a byte order mark; or json's own words for what is wrong
                     record = json.loads(text.decode("utf-8-sig"))
                 row = parse_row(record, emo_source)
-                spoken = language or str(record.get("target_language") or record.get("language") or "").lower()
-                rows.append(row, line, number, spoken, folder)
+                own = str(record.get("target_language") or record.get("language") or "").lower()
+                if rows.begin_with_language and language and own in LANGUAGES and own != language:
+                    raise UserError(f"its text begins with the token of {own!r}, the manifest was passed as "
+                                    f"::{language}. Pass ::{own}, or no language")
+                rows.append(row, line, number, language or own, folder)
                 if line <= 200_000:  # enough to tell
                     if isinstance(record.get("prompt_duration"), (int, float)):
                         seconds[str(record.get("prompt_id"))] = record["prompt_duration"]
@@ -881,7 +886,8 @@ def read_manifest(manifest: str, rows: Rows, emo_source: str, progress: Callable
     except OverflowError as error:
         raise UserError(f"{path}:{line}: a number beyond 2^63. Mend or delete the line") from error
     except OSError as error:
-        raise UserError(f"manifest {path}: {error.strerror}. Check --train-manifest and --val-manifest") from error
+        raise UserError(f"manifest {path}: {error.strerror}. Check --train-manifest and --val-manifest: "
+                        "PATH, PATH::LANG, PATH::LANG@WEIGHT") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}:{line}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     if len(rows.ends) == before:
@@ -952,8 +958,8 @@ class ManifestDataset:
     """
 
     def __init__(self, manifests: Sequence[str], model: ModelConfig, emo_source: str = "prompt",
-                 progress: Callable[[str], None] = lambda text: None):
-        self.model, self.rows, show_from = model, Rows(), time.monotonic() + 2
+                 progress: Callable[[str], None] = lambda text: None, begin_with_language: bool = False):
+        self.model, self.rows, show_from = model, Rows(begin_with_language), time.monotonic() + 2
         self.progress = lambda text: progress(text) if time.monotonic() > show_from else None
         self.manifests: list[dict[str, Any]] = []
         self.rates: list[list[float]] = []  # codes a second
@@ -2024,9 +2030,9 @@ def lr_factors(names: Sequence[str], config: TrainConfig, base_vocab: int, token
         ("--freeze-base-vocab", "base-text", "0")] * config.freeze_base_vocab
     for flag, pattern, text in rules:
         factor = float(text) if re.fullmatch(r"[0-9]*\.?[0-9]+(e-?[0-9]+)?", text) else math.nan
-        if flag == "--lr-scale" and not 0 < factor <= MAX_WEIGHT:
-            raise UserError(f"{flag} {pattern}={text}: give PATTERN=FACTOR, a number above 0 and at most {MAX_WEIGHT}, "
-                            "such as new-text=10")
+        if flag == "--lr-scale" and not (pattern and 0 < factor <= MAX_WEIGHT):
+            raise UserError(f"{flag} {pattern}{'=' * bool(pattern)}{text}: give PATTERN=FACTOR, a number above 0 and "
+                            f"at most {MAX_WEIGHT}, such as new-text=10")
         found = matching(pattern, names)
         if not found and pattern != "conditioning":  # IndexTTS2's is carried, never trained
             raise UserError(f"{flag} {pattern}: no tensor has such a name. Names are like {names[-1]}; sets are "
@@ -2034,10 +2040,13 @@ def lr_factors(names: Sequence[str], config: TrainConfig, base_vocab: int, token
         if pattern in rows and not base_vocab:
             what = flag if flag == "--freeze-base-vocab" else f"{flag} {pattern}"
             raise UserError(f"{what} goes with --base-checkpoint: the rows of that file's text tokens")
+        if pattern == "new-text" and (not factor or base_vocab >= tokens > 0):
+            raise UserError(f"{flag} new-text: " + ("the base checkpoint has every token of --tokenizer. Leave it out"
+                            if factor else "rows of new tokens know nothing yet. Leave it out, or freeze 'text_*'"))
         rows.update({pattern: factor} if pattern in rows else {})
-        factors.update({} if pattern in rows else dict.fromkeys(found, factor))
+        factors.update({} if pattern in rows else dict.fromkeys(filter(factors.get, found), factor))
     factors.update({name: factors[name] * rows["new-text"] for name in VOCAB_TENSORS if name in factors})
-    if not any(factors.values()) or not rows["new-text"]:
+    if not any(factors.values()):
         raise UserError("--freeze leaves nothing to train. Name fewer tensors")
     return factors, rows["base-text"] / rows["new-text"]
 
@@ -2764,8 +2773,10 @@ def warn_of_forgetting(run: Run, parts: Sequence[Mapping[str, float]]) -> None:
     for name, part in zip(run.val_data.parts, parts, strict=True):
         known = run.state.base_losses.get(name, math.inf)
         if part["mel_loss"] > FORGOTTEN * known:
+            remedy = ("Give its manifest a larger weight" if name in run.train_data.languages else
+                      f"Replay it (--train-manifest PATH::{name}@0.2)")
             run.process.say(f"[Warn] {name}: mel_loss {part['mel_loss']:.4f}, with the base checkpoint {known:.4f}: it "
-                            f"is being forgotten. Replay it (--train-manifest PATH::{name}@0.2), or learn more slowly")
+                            f"is being forgotten. {remedy}, or learn more slowly")
 
 
 def validate(run: Run) -> dict[str, Any] | None:
@@ -3091,7 +3102,7 @@ def require_fit(run: Run, point: ResumePoint) -> None:
     problems += compare_made_with([("the data here", run.made_with), (f"{point.path}", made_with)])[1]
     any_data = run.config.eval_only or run.config.accept_changed_data
     if not any_data and run.train_data.fingerprint != checkpoint["train_data"]["fingerprint"]:
-        problems.append("training data changed (row ids, lengths or order). Pass the old --train-manifest, or "
+        problems.append("training data changed (row ids, lengths, order or weights). Pass the old --train-manifest, or "
                         "--accept-changed-data: weights, optimizer and step stay, the epoch's order starts anew")
     if problems:
         raise ResumeError(f"{point.path} does not fit this run: {'; '.join(problems)}")
@@ -3285,12 +3296,13 @@ def read_tokenizer(path: str) -> dict[str, Any]:
     try:
         content = Path(path).read_bytes()
         if path.endswith(".tiktoken"):  # a line for every rank: the token in base64, and its number
-            is_whole = re.fullmatch(rb"([A-Za-z0-9+/]+=* [0-9]+\r?\n?)+", content)
+            is_whole = re.fullmatch(rb"([A-Za-z0-9+/]+=* [0-9]+(\r?\n|\Z))+", content)
             size = len(content.splitlines()) + TIKTOKEN_SPECIALS if is_whole else 0
         elif content:
             size = sentencepiece.SentencePieceProcessor(model_proto=content).vocab_size()
     except OSError as error:
-        raise UserError(f"--tokenizer {path}: {error.strerror}. tools.train_tokenizer makes one") from error
+        raise UserError(f"--tokenizer {path}: {error.strerror}. tools.train_tokenizer makes one, IndexTTS-2.5 comes "
+                        "with its own") from error
     except RuntimeError:
         size = 0
     if not size:
@@ -3321,7 +3333,8 @@ def find_model_yaml(config: TrainConfig, checkpoint: Mapping[str, Any] | None) -
     if manifest.is_dir() or not manifest.exists():
         raise UserError(f"manifest {manifest}: " + (
             f"Is a directory. Name the file in it, such as {manifest / 'train_pairs.jsonl'}" if manifest.is_dir() else
-            "No such file or directory. Check --train-manifest; tools.build_pairs writes it"))
+            "No such file or directory. Check --train-manifest, which is PATH, PATH::LANG or PATH::LANG@WEIGHT; "
+            "tools.build_pairs writes PATH"))
     beside = manifest.with_name("config.yaml")
     for path in (beside, Path("checkpoints/config.yaml")):
         if path.is_file():
@@ -3422,7 +3435,7 @@ def check_lora_base(path: str, known: Mapping[str, Any] | None) -> dict[str, Any
             digest = hashlib.file_digest(handle, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}. LoRA adds to these weights, a checkpoint does not hold them: bring "
-                        "the file back, or resume with --base-checkpoint where it is now") from error
+                        "the file back, or name it with --base-checkpoint where it is now") from error
     if known and digest != known["sha256"]:
         raise UserError(f"{path} (sha256 {digest[:12]}) is not the file that this LoRA was trained on (sha256 "
                         f"{known['sha256'][:12]}, then {known['path']}). Name that one with --base-checkpoint")
@@ -3493,6 +3506,9 @@ def load_base_checkpoint(model: UnifiedVoiceGPT, tensors: Mapping[str, Tensor], 
     """
     is_25, base_vocab = "spk_emb_proj.weight" in tensors, len(tensors.get("text_embedding.weight", ())) - 1
     problems = []
+    if any(".lora" in name for name in tensors):
+        raise UserError(f"--base-checkpoint {path} holds what LoRA adds, not yet merged into its weights. Merge first, "
+                        "ours with tools.export_checkpoint")
     if is_25 != (model.config.languages > 0):
         raise UserError(f"--base-checkpoint {path} is of {NAMES[is_25]}, but --config of {NAMES[not is_25]}. Pass the "
                         "config.yaml, tokenizer and data that belong to it")
@@ -3626,7 +3642,8 @@ def read_base(config: TrainConfig, checkpoint: Mapping[str, Any] | None, process
 
 def open_data(manifests: Sequence[str], config: TrainConfig, model: ModelConfig, process: Process) -> ManifestDataset:
     """Raises: UserError, Stopped."""
-    data = process.in_thread(lambda: ManifestDataset(manifests, model, config.emo_source, process.console.progress))
+    data = process.in_thread(lambda: ManifestDataset(
+        manifests, model, config.emo_source, process.console.progress, config.tokenizer.endswith(".tiktoken")))
     process.console.end_progress()
     return data
 
@@ -3701,7 +3718,7 @@ def say_parts(run: Run) -> None:
     groups.append((0.0, [weight for weight in run.model.parameters() if not weight.requires_grad]))
     counts = Counter({factor: sum(p.numel() for f, params in groups if f == factor for p in params)
                       for factor, _ in groups})
-    for factor, count in sorted(counts.items()) if len(+counts) > 1 else ():
+    for factor, count in sorted((+counts).items()) if len(+counts) > 1 else ():
         run.process.say(f"[Info] Learning rate x {factor:g}: {count / 1e6:.3f} M values{'' if factor else ', frozen'}")
 
 
@@ -3716,16 +3733,18 @@ def say_start(run: Run) -> None:
     limit = f", --max-steps {config.max_steps}: the smaller one holds" if config.max_steps else ""
     say_parts(run)
     say(f"[Info] The run ends at step {run.end}: {config.epochs} epochs end at step {to_the_end}{limit}")
+    is_mix = any(weight != 1 for _, weight in run.train_data.mix)
     for manifest, (rows, weight) in zip(run.train_data.manifests, run.train_data.mix, strict=True):
-        if weight != 1:
+        if is_mix:
             size = epoch_size([(rows, weight)])
             say(f"[Info] {manifest['path']}: weight {weight:g}, {size} samples of its {rows} rows in an epoch, "
                 f"{size / epoch_size(run.train_data.mix):.1%} of it")
     say(f"[Info] Validation: {len(validation_rows(run))} of {len(run.val_data)} rows")
     if run.process.world.rank > 0:
         return
-    # Weights and Adam's two moments, each 4 bytes.
-    size = sum(p.numel() for p in run.model.parameters()) * 12 + sum(
+    is_whole = not run.config.lora_rank
+    # Weights and, of what learns, Adam's two moments, each 4 bytes.
+    size = sum(p.numel() * (12 if p.requires_grad else 4 * is_whole) for p in run.model.parameters()) + is_whole * sum(
         t.numel() * t.element_size() for t in run.carried.values())
     files = (config.keep_checkpoints or 1) + 2  # and best.pth, and the one being written
     needed, free = files * size, math.inf

@@ -648,10 +648,10 @@ TEXTS: dict[str, tuple[str, str]] = {
         "ሞዴሉ፣ ኦፕቲማይዘሩና እርምጃው ይቆያሉ፤ የዙሩ ቅደም ተከተል እንደገና ይጀመራል። ለአንድ ጅማሬ ብቻ።"),
     "data_needed": ("Choose it: tabs 1 to 5 make it of your recordings, the preset “Demo” takes the demo's.",
                     "ይምረጡ፦ ትሮች 1–5 ከቅጂዎችዎ ያዘጋጁታል፤ “ማሳያ” የሚለው ዝግጁ ቅንብር የማሳያውን ይወስዳል።"),
-    "data_changed": ("The training data changed since the checkpoint (row ids, lengths or order; {then} rows then, "
-                     "{now} now). Choose the old data, or tick “Go on although the training data changed”.",
-                     "የሥልጠናው ውሂብ ከቼክፖይንቱ በኋላ ተለውጧል (መለያዎች፣ ርዝመቶች ወይም ቅደም ተከተል፤ ያኔ {then} መስመሮች፣ አሁን {now})። የድሮውን ውሂብ "
-                     "ይምረጡ፣ ወይም “የሥልጠናው ውሂብ ቢለወጥም ቀጥል” የሚለውን ይምረጡ።"),
+    "data_changed": ("The training data changed since the checkpoint (row ids, lengths, order or weights; {then} rows "
+                     "then, {now} now). Choose the old data, or tick “Go on although the training data changed”.",
+                     "የሥልጠናው ውሂብ ከቼክፖይንቱ በኋላ ተለውጧል (መለያዎች፣ ርዝመቶች፣ ቅደም ተከተል ወይም ክብደቶች፤ ያኔ {then} መስመሮች፣ አሁን {now})። "
+                     "የድሮውን ውሂብ ይምረጡ፣ ወይም “የሥልጠናው ውሂብ ቢለወጥም ቀጥል” የሚለውን ይምረጡ።"),
     "tokenizer_differs": ("The tokenizer differs (sha256 {then} in the checkpoint, {now} here). Choose {path} as it "
                           "was, or start a new run with base weights.",
                           "ቶክናይዘሩ ይለያል (sha256፦ በቼክፖይንቱ {then}፣ እዚህ {now})። የነበረውን {path} ይምረጡ፣ ወይም በመነሻ ሞዴል አዲስ ሥልጠና "
