@@ -3429,26 +3429,6 @@ def check_lora_base(path: str, known: Mapping[str, Any] | None) -> dict[str, Any
     return {"path": path, "sha256": digest}
 
 
-def merged_tensors(checkpoint: Mapping[str, Any], base_checkpoint: str = "") -> dict[str, Tensor]:
-    """IndexTTS2's tensors of a checkpoint; those of LoRA are merged into their base (base_checkpoint, if it moved).
-
-    Raises: UserError where that is gone or another file.
-    """
-    known, config = checkpoint.get("lora_base"), checkpoint["config"]
-    if not known:
-        return checkpoint["model"]
-    path, learned = base_checkpoint or known["path"], checkpoint["model"]
-    check_lora_base(path, known)
-    tensors = {name: tensor.float() for name, tensor in read_base_checkpoint(Path(path))[0].items()
-               if name.startswith(NAME_ORDER)}
-    tensors.update({name: tensor for name, tensor in learned.items() if ".lora." not in name})
-    for name in (name.removesuffix(".lora.A") for name in learned if name.endswith(".lora.A")):
-        product = learned[f"{name}.lora.A"] @ learned[f"{name}.lora.B"]
-        tensors[f"{name}.weight"] = tensors[f"{name}.weight"] + product * lora_scale(
-            config["lora_rank"], config["lora_alpha"])
-    return in_name_order(tensors)
-
-
 def read_by_base(tokenizer: str, base_vocab: int) -> tuple[list[list[int]], list[int]]:
     """How the base's tokenizer, which is the first base_vocab pieces of this one, would read the new pieces.
 
