@@ -73,6 +73,7 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 try:
@@ -441,8 +442,7 @@ class PackedBatch:
     ungroup: Tensor  # [total] into the groups' rows end to end
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
-        changed: Any = {name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return dataclasses.replace(self, groups=[change(group) for group in self.groups], **changed)
+        return PackedBatch(**tree_map_only(Tensor, change, vars(self)))
 
     def to(self, device: torch.device) -> PackedBatch:
         return self.map_tensors(functools.partial(Tensor.to, device=device, non_blocking=True))
@@ -561,19 +561,6 @@ class Block(nn.Module):
         return x + dropped(self.mlp(self.ln_2(x)), dropout, self.training)
 
 
-class GPTStack(nn.Module):
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.h = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.ln_f = nn.LayerNorm(config.model_dim)
-
-
-class PositionTable(nn.Module):
-    def __init__(self, length: int, dim: int):
-        super().__init__()
-        self.emb = nn.Embedding(length, dim)
-
-
 class UnifiedVoiceGPT(nn.Module):
     """Text ids and a speaker condition in, logits for the next text token and the next code out.
 
@@ -587,9 +574,10 @@ class UnifiedVoiceGPT(nn.Module):
         self.attention: Attention = padded_attention
         self.text_embedding = nn.Embedding(config.number_text_tokens + 1, dim)
         self.mel_embedding = nn.Embedding(config.number_mel_codes, dim)
-        self.gpt = GPTStack(config)
-        self.mel_pos_embedding = PositionTable(config.max_mel_tokens + 3, dim)
-        self.text_pos_embedding = PositionTable(config.max_text_tokens + 2, dim)
+        self.gpt: Any = nn.ModuleDict({"h": nn.ModuleList(Block(config) for _ in range(config.layers)),
+                                       "ln_f": nn.LayerNorm(dim)})
+        self.mel_pos_embedding: Any = nn.ModuleDict({"emb": nn.Embedding(config.max_mel_tokens + 3, dim)})
+        self.text_pos_embedding: Any = nn.ModuleDict({"emb": nn.Embedding(config.max_text_tokens + 2, dim)})
         self.final_norm = nn.LayerNorm(dim)
         self.text_head = nn.Linear(dim, config.number_text_tokens + 1)
         self.mel_head = nn.Linear(dim, config.number_mel_codes)
@@ -2390,17 +2378,6 @@ def in_name_order(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensors[name] for name in sorted(tensors, key=rank)}
 
 
-def map_tree(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Applies `change` to every tensor in nested dicts, lists and tuples."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, dict):
-        return {key: map_tree(item, change) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(map_tree(item, change) for item in value)
-    return value
-
-
 def digest_tree(value: Any, path: str = "") -> tuple[dict[str, str], Any]:
     """Returns sha256 of every tensor by its path, and the rest in a canonical form that JSON can hold."""
     if isinstance(value, Tensor):
@@ -2606,9 +2583,9 @@ def make_checkpoint(run: Run, state: TrainState) -> dict[str, Any]:
     """A snapshot of the run at an optimizer-step boundary: plain values, and CPU tensors that stay as they are."""
     position = state.position
     config = {k: v for k, v in dataclasses.asdict(run.config).items() if k not in PER_PROCESS}
-    model, optimizer, scaler, nonfinite = map_tree(
-        (run.model.state_dict(), run.optimizer.state_dict(),
-         run.scaler.state_dict() if run.scaler.is_enabled() else None, run.nonfinite), on_the_host)
+    model, optimizer, scaler, nonfinite = tree_map_only(Tensor, on_the_host, (
+        run.model.state_dict(), run.optimizer.state_dict(),
+        run.scaler.state_dict() if run.scaler.is_enabled() else None, run.nonfinite))
     if run.precision.device.type == "cuda":
         torch.cuda.synchronize()
     return {
@@ -3120,7 +3097,7 @@ def restore_optimizer(run: Run, saved: Mapping[str, Any]) -> None:
     wanted, first = run.optimizer.state_dict(), saved["param_groups"][0]
     for group in wanted["param_groups"]:
         group["lr"] = first["lr"] / first.get("lr_scale", 1.0) * group["lr_scale"]
-    wanted["state"] = {number: map_tree(moments[name], Tensor.clone) for group in wanted["param_groups"]
+    wanted["state"] = {number: tree_map_only(Tensor, Tensor.clone, moments[name]) for group in wanted["param_groups"]
                        for number, name in zip(group["params"], group["param_names"], strict=True) if name in moments}
     run.optimizer.load_state_dict(wanted)
 
