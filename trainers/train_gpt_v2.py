@@ -419,8 +419,6 @@ class PackedBatch:
     """
 
     rows: list[int]  # data set rows, [B]
-    bad_rows: dict[int, str]  # data set row -> what is wrong with its files
-    error: str  # a row contradicts the manifest or the model; "" if none does
     lengths: list[int]  # rows of each sample, [B]
     longest: int  # of the lengths; what is compiled takes no list, for it would be compiled anew for each length of one
     text_counts: list[int]  # scored text rows of each sample, [B]
@@ -440,6 +438,8 @@ class PackedBatch:
     cu_seqlens: Tensor  # [B + 1] int32
     groups: list[Tensor]  # flat rows [g, longest] of samples of near-equal length, filled up on the right
     ungroup: Tensor  # [total] into the groups' rows end to end
+    bad_rows: dict[int, str] = field(default_factory=dict)  # data set row left out -> what is wrong with its files
+    error: str = ""  # a row contradicts the manifest or the model
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
         return PackedBatch(**tree_map_only(Tensor, change, vars(self)))
@@ -701,15 +701,6 @@ class Sample:
     language: int = 0  # of LANGUAGES
 
 
-@dataclass
-class BrokenRow:
-    """A row that cannot be used: its feature file is damaged, or (fatal) contradicts the manifest or the model."""
-
-    row: int
-    reason: str
-    fatal: bool
-
-
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file that holds a dict. Raises: UserError."""
     try:
@@ -933,8 +924,8 @@ class ArrayFile:
 
 
 class ManifestDataset:
-    """Rows of one or more manifests; item i is a Sample, or a BrokenRow; item ~i is row i with its target's emo_vec
-    (--emo-source mixed). Several threads may read.
+    """Rows of one or more manifests; item i is row i, item ~i the same with its target's emo_vec (--emo-source mixed).
+    Several threads may read.
 
     Raises: UserError for bad manifests, and for files of which many rows would miss something.
     """
@@ -977,11 +968,12 @@ class ManifestDataset:
         # The first rows that have files of their own are read before anything depends on them.
         own = np.flatnonzero((self.rows.table[:, 4:] < 0).any(axis=1))[:CHECKED_ROWS].tolist()
         with ThreadPoolExecutor(16) as pool:  # their disk may be far away
-            broken = [sample for sample in pool.map(self.__getitem__, own) if isinstance(sample, BrokenRow)]
-        for sample in broken:
-            if sample.fatal:
-                raise UserError(sample.reason)
-            self.unreported[sample.row] = sample.reason
+            samples = {row: pool.submit(self.__getitem__, row) for row in own}
+        for row, sample in samples.items():
+            try:
+                sample.result()
+            except BadFeatureFile as error:
+                self.unreported[row] = str(error)
 
     def __len__(self) -> int:
         return len(self.rows.ends) - 1
@@ -1084,17 +1076,15 @@ class ManifestDataset:
             self.check_values(values, kind, path, [row.number], np.array([0]), np.array([count]), 0)
         return values.astype(np.int64)
 
-    def __getitem__(self, item: int) -> Sample | BrokenRow:
+    def __getitem__(self, item: int) -> Sample:
+        """Raises: BadFeatureFile; UserError where its files contradict the manifest or the model."""
         index, emo = (item, "emo_vec") if item >= 0 else (~item, "target_emo_vec")
-        try:
-            if index in self.bad_rows:
-                raise BadFeatureFile(self.bad_rows[index])
-            row = self.rows[index]
-            text_ids, codes, condition, emo_vec = (self.read_part(row, kind) for kind in (*KINDS[:3], emo))
-            language = LANGUAGES.index(row.language) if self.model.languages else 0
-            return Sample(text_ids, codes, condition, emo_vec, index, language)
-        except (BadFeatureFile, UserError) as error:  # returned: the other rows of the batch are good
-            return BrokenRow(index, str(error), fatal=isinstance(error, UserError))
+        if index in self.bad_rows:
+            raise BadFeatureFile(self.bad_rows[index])
+        row = self.rows[index]
+        text_ids, codes, condition, emo_vec = (self.read_part(row, kind) for kind in (*KINDS[:3], emo))
+        language = LANGUAGES.index(row.language) if self.model.languages else 0
+        return Sample(text_ids, codes, condition, emo_vec, index, language)
 
     def note_bad_rows(self, found: Mapping[int, str]) -> list[str]:
         """Remembers rows to leave out; returns one line for each new one. Raises: UserError above MAX_BAD_FRACTION."""
@@ -1121,64 +1111,69 @@ def near_equal_groups(lengths: Sequence[int], ratio: float = 1.25) -> list[list[
     return groups
 
 
-def group_rows(lengths: Sequence[int]) -> tuple[list[Tensor], Tensor]:
+def group_rows(lengths: np.ndarray) -> tuple[list[Tensor], Tensor]:
     """PackedBatch.groups and .ungroup. Rows that fill a group up are causally behind every real row: never seen."""
-    starts = np.concatenate([[0], np.cumsum(lengths)])
-    groups, ungroup, offset = [], np.zeros(int(starts[-1]), dtype=np.int64), 0
-    for members in near_equal_groups(lengths):
-        longest = max(lengths[i] for i in members)
-        grid = np.zeros((len(members), longest), dtype=np.int64)
-        for at, i in enumerate(members):
-            grid[at, : lengths[i]] = np.arange(starts[i], starts[i + 1])
-            ungroup[starts[i] : starts[i + 1]] = offset + at * longest + np.arange(lengths[i])
+    starts, offset = np.cumsum(lengths) - lengths, 0
+    groups, ungroup = [], np.zeros(lengths.sum(), dtype=np.int64)
+    for members in near_equal_groups(lengths.tolist()):
+        columns = np.arange(lengths[members].max())
+        is_real = columns < lengths[members, None]
+        grid = np.where(is_real, starts[members, None] + columns, 0)
+        ungroup[grid[is_real]] = offset + np.flatnonzero(is_real)
         offset += grid.size
         groups.append(torch.from_numpy(grid))
     return groups, torch.from_numpy(ungroup)
 
 
-def collate_packed(samples: Sequence[Sample | BrokenRow], model: ModelConfig) -> PackedBatch:
-    """Lays samples end to end; broken rows are left out and named in bad_rows."""
-    good = [sample for sample in samples if isinstance(sample, Sample)]
-    broken = [sample for sample in samples if isinstance(sample, BrokenRow)]
-    count = model.condition_shape[0]
-    speed_at = count * len(good)
-    text_at = speed_at + 2
-    mel_at = text_at + sum(len(s.text_ids) + 2 for s in good)
-    names = ("text_inputs", "text_positions", "text_languages", "mel_inputs", "mel_positions", "pack_order",
-             "text_scored", "text_targets", "mel_scored", "mel_targets")
-    parts: dict[str, list[Any]] = {name: [np.zeros(0, dtype=np.int64)] for name in names}
-    flat = 0
-    for i, s in enumerate(good):
-        t, c = len(s.text_ids), len(s.codes)
-        text = np.concatenate([[model.start_text_token], s.text_ids, [model.stop_text_token]])
-        mel = np.concatenate([[model.start_mel_token], s.codes, [model.stop_mel_token]])
-        text_row = flat + model.leading_rows
-        mel_row = text_row + t + 2
-        parts["text_inputs"].append(text)
-        parts["text_positions"].append(np.arange(t + 2))
-        parts["text_languages"].append(np.full(t + 2, s.language))
-        parts["mel_inputs"].append(mel)
-        parts["mel_positions"].append(np.arange(c + 2))
-        parts["pack_order"] += [count * i + np.arange(count), [speed_at + 1, speed_at],
-                                text_at + np.arange(t + 2), mel_at + np.arange(c + 2)]
-        parts["text_scored"].append(text_row + np.arange(t + 1))
-        parts["text_targets"].append(text[1:])
-        parts["mel_scored"].append(mel_row + np.arange(c + 1))
-        parts["mel_targets"].append(mel[1:])
-        text_at, mel_at, flat = text_at + t + 2, mel_at + c + 2, mel_row + c + 2
-    lengths = [model.leading_rows + len(s.text_ids) + 2 + len(s.codes) + 2 for s in good]
-    text_counts, mel_counts = [len(s.text_ids) + 1 for s in good], [len(s.codes) + 1 for s in good]
-    groups, ungroup = group_rows(lengths)
-    condition = np.array([s.condition for s in good], dtype=np.float32).reshape(-1, *model.condition_shape)
-    emo_vec = np.array([s.emo_vec for s in good], dtype=np.float32).reshape(-1, model.model_dim)
-    return PackedBatch(
-        rows=[s.row for s in good], bad_rows={b.row: b.reason for b in broken if not b.fatal},
-        error=next((b.reason for b in broken if b.fatal), ""), lengths=lengths,
-        longest=max(lengths, default=0), text_counts=text_counts, mel_counts=mel_counts,
+def end_to_end(pieces: Sequence[Any]) -> Tensor:
+    return torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *pieces]))
 
+
+def spans(*of_sample: tuple[Any, Any]) -> Tensor:
+    """The numbers start .. start + count - 1 of every sample's (start, count), sample after sample."""
+    table = np.stack(np.broadcast_arrays(*(value for span in of_sample for value in span)), axis=-1)
+    return end_to_end([np.arange(start, start + count) for start, count in table.reshape(-1, 2)])
+
+
+def collate_packed(samples: Sequence[Sample], model: ModelConfig) -> PackedBatch:
+    """Lays samples end to end."""
+    texts = [np.r_[model.start_text_token, s.text_ids, model.stop_text_token] for s in samples]
+    mels = [np.r_[model.start_mel_token, s.codes, model.stop_mel_token] for s in samples]
+    text_rows, mel_rows = (np.array([len(piece) for piece in pieces], dtype=np.int64) for pieces in (texts, mels))
+    lengths, count = model.leading_rows + text_rows + mel_rows, model.condition_shape[0]
+    first_text = np.cumsum(lengths) - lengths + model.leading_rows
+    # Where its parts stand in cat(condition rows, 2 speed rows, text rows, mel rows).
+    condition_at, speed_at = count * np.arange(len(samples)), count * len(samples)
+    text_at = speed_at + 2 + np.cumsum(text_rows) - text_rows
+    mel_at = speed_at + 2 + text_rows.sum() + np.cumsum(mel_rows) - mel_rows
+    groups, ungroup = group_rows(lengths)
+    condition = np.array([s.condition for s in samples], dtype=np.float32).reshape(-1, *model.condition_shape)
+    emo_vec = np.array([s.emo_vec for s in samples], dtype=np.float32).reshape(-1, model.model_dim)
+    return PackedBatch(
+        rows=[s.row for s in samples], lengths=lengths.tolist(), longest=int(lengths.max(initial=0)),
+        text_counts=(text_rows - 1).tolist(), mel_counts=(mel_rows - 1).tolist(),
         condition=torch.from_numpy(condition), emo_vec=torch.from_numpy(emo_vec),
-        cu_seqlens=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32), groups=groups, ungroup=ungroup,
-        **{name: torch.from_numpy(np.concatenate(arrays)) for name, arrays in parts.items()})
+        text_inputs=end_to_end(texts), text_positions=spans((0, text_rows)),
+        text_languages=end_to_end([np.full(len(text), s.language) for text, s in zip(texts, samples, strict=True)]),
+        mel_inputs=end_to_end(mels), mel_positions=spans((0, mel_rows)),
+        pack_order=spans((condition_at, count), (speed_at + 1, 1), (speed_at, 1), (text_at, text_rows),
+                         (mel_at, mel_rows)),
+        text_scored=spans((first_text, text_rows - 1)), text_targets=end_to_end([text[1:] for text in texts]),
+        mel_scored=spans((first_text + text_rows, mel_rows - 1)), mel_targets=end_to_end([mel[1:] for mel in mels]),
+        cu_seqlens=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32), groups=groups, ungroup=ungroup)
+
+
+def read_batch(data: ManifestDataset, items: Sequence[int]) -> PackedBatch:
+    """Items of a data set end to end; those that cannot be used are left out and named."""
+    samples, bad_rows, contradiction = list[Sample](), dict[int, str](), ""
+    for item in items:
+        try:
+            samples.append(data[item])
+        except BadFeatureFile as error:
+            bad_rows[max(item, ~item)] = str(error)
+        except UserError as error:
+            contradiction = contradiction or str(error)
+    return dataclasses.replace(collate_packed(samples, data.model), bad_rows=bad_rows, error=contradiction)
 
 
 def idle_batch(config: ModelConfig) -> PackedBatch:
@@ -2099,11 +2094,11 @@ class StepStats:
 
 
 def make_reader(run: Run, data: ManifestDataset) -> Callable[[list[int]], PackedBatch]:
-    """What a reading thread does: data set rows to a batch that can be copied to the device meanwhile."""
+    """What a reading thread does: items to a batch that can be copied to the device meanwhile."""
     pinned = run.precision.device.type == "cuda"
 
-    def read(rows: list[int]) -> PackedBatch:
-        batch = collate_packed([data[row] for row in rows], data.model)
+    def read(items: list[int]) -> PackedBatch:
+        batch = read_batch(data, items)
         return batch.map_tensors(Tensor.pin_memory) if pinned else batch
 
     return read
@@ -2278,8 +2273,8 @@ def in_halves(run: Run, data: ManifestDataset, batch: PackedBatch) -> list[Packe
     torch.cuda.empty_cache()  # nothing without CUDA
     middle = len(batch.rows) // 2
     run.process.say(f"[Warn] Out of GPU memory: a validation batch of {len(batch.rows)} is split in two")
-    return [collate_packed([data[item] for item in draw_emo(np.array(rows), run.config, 0).tolist()], data.model).to(
-        run.precision.device) for rows in (batch.rows[:middle], batch.rows[middle:])]
+    return [read_batch(data, draw_emo(np.array(rows), run.config, 0).tolist()).to(run.precision.device)
+            for rows in (batch.rows[:middle], batch.rows[middle:])]
 
 
 def validation_rows(run: Run) -> np.ndarray:
