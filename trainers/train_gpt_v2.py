@@ -1782,10 +1782,8 @@ class PendingSave:
     validation_owed: bool
     values: dict[str, float] = field(default_factory=dict)  # seconds_blocked, bytes, seconds_written
     is_flushed: bool = True  # False: the file system cannot promise that the name outlives a power cut
-    error: Exception | None = None
-    link_error: Exception | None = None
-    log_error: OSError | None = None
-    written: Future[None] | None = None
+    warnings: list[str] = field(default_factory=list)
+    written: Future[None] = field(init=False)  # its error is why there is no checkpoint
 
 
 @dataclass
@@ -2616,26 +2614,23 @@ def rotated_files(output_dir: Path, state: TrainState) -> list[Path]:
 def write_save(save: PendingSave, checkpoint: Mapping[str, Any], metrics: MetricsLog | None) -> None:
     """Writes, links, deletes what rotated out: in this order, so that a kill leaves a resumable directory.
 
-    This is the writer's thread: it prints nothing and leaves the run alone.
+    This is the writer's thread: it prints nothing and leaves the run alone. Raises: OSError or RuntimeError.
     """
     started = time.perf_counter()
     try:
-        try:
-            if metrics:
-                metrics.flush()
-        except OSError as error:  # a log that somebody removed costs no checkpoint; a full disk has no room for it
-            save.log_error = error
-            if error.errno in FULL_DISK:
-                raise
-        save.values["bytes"], save.is_flushed = write_checkpoint(save.path, checkpoint)
-    except (OSError, RuntimeError) as error:
-        save.error = error
-        return
+        if metrics:
+            metrics.flush()
+    except OSError as error:  # a log that somebody removed costs no checkpoint; a full disk has no room for it
+        if error.errno in FULL_DISK:
+            raise
+        save.warnings.append(f"[Warn] The logs in {save.state.run_dir} cannot be written: {first_line(error)}")
+    save.values["bytes"], save.is_flushed = write_checkpoint(save.path, checkpoint)
     try:
         for link in save.links:
             link_checkpoint(save.path, link)
     except OSError as error:  # no hard links, and no room for a copy
-        save.link_error = error
+        save.warnings.append(f"[Error] Could not renew latest.pth or best.pth: {first_line(error)}. {save.path.name} "
+                             "is complete, and --resume auto finds it")
     for path in save.delete:
         path.unlink(missing_ok=True)
     save.values["seconds_written"] = time.perf_counter() - started
@@ -2643,27 +2638,24 @@ def write_save(save: PendingSave, checkpoint: Mapping[str, Any], metrics: Metric
 
 def finish_save(run: Run, wait: bool = True) -> None:
     """Says, logs and remembers what came of the save in flight, if it has ended or `wait` is set."""
-    save, say = run.saving, run.process.say
-    if save is None or save.written is None or not (wait or save.written.done()):
+    save, say, state = run.saving, run.process.say, run.state
+    if save is None or not (wait or save.written.done()):
         return
     run.saving = None
-    save.written.result()  # raises what only a bug can raise
-    if save.error is not None:
-        say(f"[Error] Could not save {save.path}: {first_line(save.error)}. Earlier checkpoints are intact; free some "
-            "disk space, the save will be tried again")
+    try:
+        save.written.result()
+    except (OSError, RuntimeError) as error:
+        say(f"[Error] Could not save {save.path}: {first_line(error)}. Earlier checkpoints are intact; free some disk "
+            "space, the save will be tried again")
         if save.links:
-            run.save_retry_step = run.state.position.step + max(1, run.config.save_interval // 10)
+            run.save_retry_step = state.position.step + max(1, run.config.save_interval // 10)
         return
-    if save.link_error is not None:
-        say(f"[Error] Could not renew latest.pth or best.pth: {first_line(save.link_error)}. {save.path.name} is "
-            "complete, and --resume auto finds it")
-    if save.log_error is not None:
-        say(f"[Warn] The logs in {run.state.run_dir} cannot be written: {first_line(save.log_error)}")
+    for warning in save.warnings:
+        say(warning)
     if not save.is_flushed and not run.warned_flush:
         say(f"[Warn] {save.path.parent}: this file system cannot sync a directory. Checkpoints are whole; one that is "
             "seconds old may be lost in a power cut")
         run.warned_flush = True
-    state = run.state
     state.recent_checkpoints, state.rotated_out = save.state.recent_checkpoints, save.state.rotated_out
     state.best = save.state.best if save.is_best else state.best
     run.saved_step = save.state.position.step if save.links else run.saved_step
