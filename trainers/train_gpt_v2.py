@@ -103,11 +103,7 @@ class ResumeError(UserError):
 
 
 class ForeignCheckpoint(ResumeError):
-    """A checkpoint of another trainer; carries what is in it."""
-
-    def __init__(self, message: str, content: dict[str, Any]):
-        super().__init__(message)
-        self.content = content
+    """A checkpoint of another trainer."""
 
 
 class SaidByRank0(Exception):
@@ -129,11 +125,15 @@ def first_line(error: BaseException) -> str:
 
 
 def setting(default: Any, help: str, lowest: float | None = None, highest: float | None = None, **options: Any) -> Any:
-    """A TrainConfig field: its default, its flag's help, the numbers it may have, and argparse's options."""
+    """A TrainConfig field: its default, its flag's help, the numbers it may have, and what TYPES leaves unsaid."""
     factory = {"default_factory": list} if default == [] else {"default": default}
-    highest = highest or (2**63 - 1 if options.get("type") is int else sys.float_info.max)
     return field(**factory, metadata={  # type: ignore[call-overload]
         "help": help, "lowest": lowest, "highest": highest, "options": options})
+
+
+TYPES: dict[Any, dict[str, Any]] = {
+    "str": {}, "list[str]": {"action": "append"}, "bool": {"action": argparse.BooleanOptionalAction},
+    "int": {"type": int}, "int | None": {"type": int}, "float": {"type": float}}
 
 
 @dataclass
@@ -142,65 +142,59 @@ class TrainConfig:
 
     train_manifest: list[str] = setting([], "training pairs, JSON lines, optional ::lang or ::lang@weight (@3: three "
                                         "times an epoch; @0.1: a tenth, another one each time); repeatable "
-                                        "(processed_data/train_pairs.jsonl)", action="append",
-                                        metavar="PATH[::LANG[@WEIGHT]]")
+                                        "(processed_data/train_pairs.jsonl)", metavar="PATH[::LANG[@WEIGHT]]")
     val_manifest: list[str] = setting([], "validation pairs, likewise (val_pairs.jsonl beside the first training "
-                                      "manifest)", action="append", metavar="PATH[::LANG]")
+                                      "manifest)", metavar="PATH[::LANG]")
     tokenizer: str = setting("", "SentencePiece model (tokenizers/amharic_extended_bpe.model)", metavar="PATH")
     config: str = setting("", "IndexTTS2 YAML with a gpt: section (config.yaml beside the first training manifest, "
                           "else checkpoints/config.yaml)", metavar="PATH")
     base_checkpoint: str = setting("", "IndexTTS2 weights to start from, e.g. checkpoints/gpt.pth", metavar="PATH")
     output_dir: str = setting("training_output", "checkpoints, logs (training_output)", metavar="DIR")
     resume: str = setting("", "'auto' (newest valid checkpoint of the output directory) or a file", metavar="auto|PATH")
-    batch_size: int = setting(0, "samples in a micro-batch (by the hardware)", 0, type=int)
-    grad_accumulation: int = setting(0, "micro-batches in a step (to a global batch of 32)", 0, type=int)
-    epochs: int = setting(10, "passes over the training data (10)", 1, type=int)
-    learning_rate: float = setting(0.0, "peak (2e-5 with a base checkpoint, 1e-3 from scratch)", 0, 1, type=float)
-    weight_decay: float = setting(0.01, "AdamW's, on matrices only (0.01)", 0, type=float)
-    warmup_steps: int | None = setting(None, "linear warm-up (1000, at most a tenth of the run)", 0, type=int)
-    max_steps: int = setting(0, "stop after this many steps (0 = no limit)", 0, type=int)
-    log_interval: int | None = setting(None, "steps between [Train] lines (100, at most 1/10 of the run)", 1, type=int)
+    batch_size: int = setting(0, "samples in a micro-batch (by the hardware)", 0)
+    grad_accumulation: int = setting(0, "micro-batches in a step (to a global batch of 32)", 0)
+    epochs: int = setting(10, "passes over the training data (10)", 1)
+    learning_rate: float = setting(0.0, "peak (2e-5 with a base checkpoint, 1e-3 from scratch)", 0, 1)
+    weight_decay: float = setting(0.01, "AdamW's, on matrices only (0.01)", 0)
+    warmup_steps: int | None = setting(None, "linear warm-up (1000, at most a tenth of the run)", 0)
+    max_steps: int = setting(0, "stop after this many steps (0 = no limit)", 0)
+    log_interval: int | None = setting(None, "steps between [Train] lines (100, at most 1/10 of the run)", 1)
     val_interval: int | None = setting(None, "steps between validations; 0 = once per epoch (1000, at most half of the "
-                                       "run)", 0, type=int)
-    val_batch_size: int = setting(0, "samples in a validation batch (the batch size)", 0, type=int)
+                                       "run)", 0)
+    val_batch_size: int = setting(0, "samples in a validation batch (the batch size)", 0)
     max_val_batches: int = setting(200, "validation rows, in batches of the size the run began with, spread evenly "
-                                   "over all rows (200; 0 = all)", 0, type=int)
-    num_workers: int = setting(0, "threads that read data (by the hardware)", 0, 256, type=int)
-    grad_clip: float = setting(1.0, "largest gradient norm (1.0; 0 = no clipping)", 0, type=float)
-    text_loss_weight: float = setting(0.2, "weight of text_loss (0.2)", 0, type=float)
-    mel_loss_weight: float = setting(0.8, "weight of mel_loss (0.8)", 0, type=float)
+                                   "over all rows (200; 0 = all)", 0)
+    num_workers: int = setting(0, "threads that read data (by the hardware)", 0, 256)
+    grad_clip: float = setting(1.0, "largest gradient norm (1.0; 0 = no clipping)", 0)
+    text_loss_weight: float = setting(0.2, "weight of text_loss (0.2)", 0)
+    mel_loss_weight: float = setting(0.8, "weight of mel_loss (0.8)", 0)
     amp: str = setting("off", "mixed precision; alone: bf16 where the hardware has it, else fp16", nargs="?",
                        const="auto", choices=("auto", "bf16", "fp16", "off"))
-    grad_checkpointing: bool = setting(False, "recompute blocks in the backward pass: less memory, slower",
-                                       action=argparse.BooleanOptionalAction)
+    grad_checkpointing: bool = setting(False, "recompute blocks in the backward pass: less memory, slower")
     save_interval: int = setting(1000, "steps between checkpoints, besides the first best one (1000; 0 = only at the "
-                                 "end)", 0, type=int)
-    save_minutes: float = setting(30.0, "and at least every so many minutes (30; 0 = by steps only)", 0, type=float)
-    patience: int = setting(0, "stop after so many validations in a row without a better one (0 = never)", 0, type=int)
-    keep_checkpoints: int = setting(3, "newest checkpoints kept (3; 0 = all)", 0, type=int)
-    seed: int = setting(1234, "of the sample order, dropout and fresh weights (1234)", 0, 2**63 - 1, type=int)
-    dropout: float = setting(0.1, "on embeddings and residuals (0.1)", 0, 1, type=float)
+                                 "end)", 0)
+    save_minutes: float = setting(30.0, "and at least every so many minutes (30; 0 = by steps only)", 0)
+    patience: int = setting(0, "stop after so many validations in a row without a better one (0 = never)", 0)
+    keep_checkpoints: int = setting(3, "newest checkpoints kept (3; 0 = all)", 0)
+    seed: int = setting(1234, "of the sample order, dropout and fresh weights (1234)", 0, 2**63 - 1)
+    dropout: float = setting(0.1, "on embeddings and residuals (0.1)", 0, 1)
     eval_only: bool = setting(False, "print the [Val] line, write eval.jsonl, train nothing", action="store_true")
     accept_changed_data: bool = setting(False, "resume although the training data changed; the epoch starts anew",
                                         action="store_true")
     emo_source: str = setting("prompt", "whose emo_vec a pair takes: the prompt's, the target's, or one of the two, "
                               "drawn anew for every row and epoch (prompt)", choices=("prompt", "target", "mixed"))
-    freeze_base_vocab: bool = setting(False, "leave the base checkpoint's text tokens as they are: --freeze base-text",
-                                      action=argparse.BooleanOptionalAction)
+    freeze_base_vocab: bool = setting(False, "leave the base checkpoint's text tokens as they are: --freeze base-text")
     freeze: list[str] = setting([], "tensors that are not trained: a pattern such as 'gpt.h.*.attn.*', or a set: "
-                                "first:N (blocks), base-text, conditioning; repeatable", action="append",
-                                metavar="PATTERN")
+                                "first:N (blocks), base-text, conditioning; repeatable", metavar="PATTERN")
     lr_scale: list[str] = setting([], "learning rate of tensors, as a multiple: the same patterns, and the set "
-                                  "new-text, such as new-text=10; repeatable", action="append",
-                                  metavar="PATTERN=FACTOR")
+                                  "new-text, such as new-text=10; repeatable", metavar="PATTERN=FACTOR")
     lora_rank: int = setting(0, "train low-rank additions to the base checkpoint's matrices instead of these (0 = no); "
-                             "rows of new text tokens are trained in full", 0, 4096, type=int)
-    lora_alpha: float = setting(0.0, "LoRA's scale times its rank (twice the rank)", 0, type=float)
-    lora_dropout: float = setting(0.0, "before LoRA's first matrix (0)", 0, 0.99, type=float)
+                             "rows of new text tokens are trained in full", 0, 4096)
+    lora_alpha: float = setting(0.0, "LoRA's scale times its rank (twice the rank)", 0)
+    lora_dropout: float = setting(0.0, "before LoRA's first matrix (0)", 0, 0.99)
     lora_targets: list[str] = setting([], "layers of a block that get one (attn.c_attn attn.c_proj mlp.c_fc "
-                                      "mlp.c_proj)", nargs="+", choices=LORA_TARGETS, metavar="LAYER")
-    compile: bool = setting(False, "torch.compile the model (with varlen attention only)",
-                            action=argparse.BooleanOptionalAction)
+                                      "mlp.c_proj)", nargs="+", action="store", choices=LORA_TARGETS, metavar="LAYER")
+    compile: bool = setting(False, "torch.compile the model (with varlen attention only)")
     profile: bool = setting(False, "write a torch.profiler trace of steps 4 to 6 of this process", action="store_true")
     world_size: int = 1  # processes; torchrun's, not a flag
 
@@ -229,7 +223,7 @@ def parse_args(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for item in dataclasses.fields(TrainConfig):
         if item.metadata:
             flag = "--" + item.name.replace("_", "-")
-            parser.add_argument(flag, help=item.metadata["help"], **item.metadata["options"])
+            parser.add_argument(flag, help=item.metadata["help"], **{**TYPES[item.type], **item.metadata["options"]})
     typed = vars(parser.parse_args(argv))
     for name, value in typed.items():
         flag, texts = "--" + name.replace("_", "-"), value if isinstance(value, list) else [value]
@@ -265,7 +259,8 @@ def config_problems(config: TrainConfig) -> list[str]:
     """Everything that is wrong with the settings themselves, before any file is opened."""
     problems = []
     for item in dataclasses.fields(config):
-        value, lowest, highest = getattr(config, item.name), item.metadata.get("lowest"), item.metadata.get("highest")
+        value, lowest = getattr(config, item.name), item.metadata.get("lowest")
+        highest = item.metadata.get("highest") or (2**63 - 1 if isinstance(value, int) else sys.float_info.max)
         if value is not None and lowest is not None and not lowest <= value <= highest:
             bound = f"most {highest}" if value > highest else f"least {lowest}"
             problems.append(f"--{item.name.replace('_', '-')} {value}: must be at {bound}")
@@ -1176,11 +1171,11 @@ def read_batch(data: ManifestDataset, items: Sequence[int]) -> PackedBatch:
     return dataclasses.replace(collate_packed(samples, data.model), bad_rows=bad_rows, error=contradiction)
 
 
-def idle_batch(config: ModelConfig) -> PackedBatch:
-    """One sample of nothing, for a rank without samples in a step: gradients are exchanged in the backward pass."""
-    sample = Sample(np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros(config.condition_shape, np.float32),
-                    np.zeros(config.model_dim, np.float32))
-    return collate_packed([sample], config)
+def blank_batch(config: ModelConfig, *lengths: tuple[int, int]) -> PackedBatch:
+    """Samples of nothing, with these numbers of text ids and codes."""
+    nothing = np.zeros(config.condition_shape), np.zeros(config.model_dim)
+    return collate_packed([Sample(np.zeros(text_len, np.int64), np.zeros(code_len, np.int64), *nothing)
+                           for text_len, code_len in lengths], config)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1940,14 +1935,9 @@ def choose_attention(model: UnifiedVoiceGPT, precision: Precision) -> str:
     device, dtype = precision.device, precision.dtype
     if device.type != "cuda" or dtype is None or torch.cuda.get_device_capability(device) < (8, 0):
         return "padded causal SDPA"
-    config = model.config
-    sample = Sample(np.zeros(9, np.int64), np.zeros(40, np.int64), np.zeros(config.condition_shape),
-                    np.zeros(config.model_dim))
-    short = dataclasses.replace(sample, codes=sample.codes[:5])
-    batch = collate_packed([sample, short], config).to(device)
-    generator = torch.Generator(device).manual_seed(0)
-    size = config.model_dim // config.heads
-    qkv = torch.randn(sum(batch.lengths), 3, config.heads, size, device=device, dtype=dtype, generator=generator)
+    batch = blank_batch(model.config, (9, 40), (9, 5)).to(device)
+    shape = sum(batch.lengths), 3, model.config.heads, model.config.model_dim // model.config.heads
+    qkv = torch.randn(shape, device=device, dtype=dtype, generator=torch.Generator(device).manual_seed(0))
     results = []
     try:
         for attention in (padded_attention, varlen_attention):
@@ -1970,7 +1960,7 @@ def use_deterministic_algorithms(model: UnifiedVoiceGPT, precision: Precision) -
     torch.use_deterministic_algorithms(True)
     try:
         with precision.autocast():
-            text, mel, _ = token_losses(model, idle_batch(model.config).to(precision.device))
+            text, mel, _ = token_losses(model, blank_batch(model.config, (1, 1)).to(precision.device))
         (text.sum() + mel.sum()).backward()
         return "deterministic"
     except RuntimeError as error:
@@ -2015,8 +2005,10 @@ def lr_factors(names: Sequence[str], config: TrainConfig, base_vocab: int, token
         if pattern in rows and not base_vocab:
             what = flag if flag == "--freeze-base-vocab" else f"{flag} {pattern}"
             raise UserError(f"{what} goes with --base-checkpoint: the rows of that file's text tokens")
-        rows.update({pattern: factor} if pattern in rows else {})
-        factors.update({} if pattern in rows else dict.fromkeys(found, factor))
+        if pattern in rows:
+            rows[pattern] = factor
+        else:
+            factors.update(dict.fromkeys(found, factor))
     factors.update({name: factors[name] * rows["new-text"] for name in VOCAB_TENSORS if name in factors})
     if not any(factors.values()) or not rows["new-text"]:
         raise UserError("--freeze leaves nothing to train. Name fewer tensors")
@@ -2207,7 +2199,8 @@ def train_step(run: Run, futures: Sequence[Future[PackedBatch]]) -> StepStats:
         totals += sums
         flags.append((batch.rows, nonfinite))
     if run.ddp and not batches:
-        idle = idle_batch(run.model.config).to(run.precision.device)
+        # Without samples in this step: gradients are exchanged in the backward pass.
+        idle = blank_batch(run.model.config, (1, 1)).to(run.precision.device)
         backward(run, idle, text_tokens, mel_tokens, is_last=True, weight=0.0)
     process.check_stop()
     grad_norm = update(run)
@@ -2260,7 +2253,7 @@ def wrap_for_ranks(run: Run) -> None:
     run.ddp = DistributedDataParallel(run.model, device_ids=[world.local_rank] if device.type == "cuda" else None)
     run.model.train()
     for _ in range(2):
-        backward(run, idle_batch(run.model.config).to(device), 1, 1, is_last=True, weight=0.0)
+        backward(run, blank_batch(run.model.config, (1, 1)).to(device), 1, 1, is_last=True, weight=0.0)
         run.optimizer.zero_grad(set_to_none=True)
 
 
@@ -2465,8 +2458,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise ResumeError(f"Checkpoint missing required keys: {missing} ({path})")
     from_weights = f"start from its weights: --base-checkpoint {path}, with a new --output-dir"
     if "digests" not in checkpoint:
-        raise ForeignCheckpoint(f"{path} was not written by this trainer (it has no digests). Instead {from_weights}",
-                                checkpoint)
+        raise ForeignCheckpoint(f"{path} was not written by this trainer (it has no digests). Instead {from_weights}")
     if checkpoint.get("format_version") not in (1, FORMAT_VERSION):
         raise ResumeError(f"{path} has format {checkpoint.get('format_version')}, this trainer reads {FORMAT_VERSION} "
                           "and earlier ones. Use the version of the trainer that wrote it")
@@ -2531,10 +2523,8 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 MAX_NONFINITE_STREAK = 10
 LOWEST_FP16_SCALE = 1e-4
 FORGOTTEN = 1.05  # times the base checkpoint's loss
-# Fields of TrainState that stand in a checkpoint under their own names.
-SAVED_STATE = ("recent_checkpoints", "rotated_out", "best", "last_val", "run_dir", "base_vocab", "first_batch_size",
-               "tokens_seen", "nonfinite_rows", "suspect_rows", "left_out", "skips_told", "validations_since_best",
-               "base_losses")
+# What stands in a checkpoint under its own name.
+SAVED_STATE = [item.name for item in dataclasses.fields(TrainState) if item.name not in ("position", "schedule")]
 
 
 def collect_nonfinite_rows(run: Run) -> None:
@@ -2814,7 +2804,7 @@ def read_resumable(path: Path) -> dict[str, Any]:
         return read_checkpoint(path)
     except ForeignCheckpoint as foreign:
         try:
-            return read_fork(path, foreign.content)
+            return read_fork(path, read_torch_file(path))
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise ResumeError(f"{foreign}. Nor is it a fork's that can be gone on from: {first_line(error)}") from error
 
@@ -2869,12 +2859,11 @@ def fit_fork(run: Run, point: ResumePoint, typed: Mapping[str, Any]) -> None:
     """Makes a fork's checkpoint one that restore() takes; says how it goes on, and what does not."""
     fork, config, rows = point.checkpoint, run.config, epoch_size(run.train_data.mix)
     then, say = fork["config"], (lambda line: None) if config.eval_only else run.process.say
-    optimizer = run.optimizer.state_dict()
-    own = {name: number for group in optimizer["param_groups"]
-           for number, name in zip(group["params"], group["param_names"], strict=True)}
-    optimizer["state"] = {own[name]: state for name, state in fork["moments"].items() if name in own}
+    own = [name for group in run.optimizer.param_groups for name in group["param_names"]]
+    names = [name for name in own if name in fork["moments"]]
+    optimizer = {"state": fork["moments"], "param_groups": [{"params": names, "param_names": names, "lr": 0.0}]}
     position, how = position_of_fork(fork, rows)
-    say(f"[Info] {point.path} is a fork's. From it: weights, Adam's moments of {len(optimizer['state'])} of {len(own)} "
+    say(f"[Info] {point.path} is a fork's. From it: weights, Adam's moments of {len(names)} of {len(own)} "
         f"tensors, step, learning rate. {how}")
     warmup = 1000 if config.warmup_steps is None else config.warmup_steps  # the forks' default
     total = config.max_steps or max(1, config.epochs * math.ceil(rows / then["batch_size"])
@@ -3080,7 +3069,7 @@ def restore_optimizer(run: Run, saved: Mapping[str, Any]) -> None:
     run.process.say("[Info] Restoring optimizer state...")
     names = {number: name for group in saved["param_groups"]
              for number, name in zip(group["params"], group["param_names"], strict=True)}
-    moments = {names[number]: state for number, state in saved["state"].items()}
+    moments = {name: saved["state"][number] for number, name in names.items() if number in saved["state"]}
     wanted, first = run.optimizer.state_dict(), saved["param_groups"][0]
     for group in wanted["param_groups"]:
         group["lr"] = first["lr"] / first.get("lr_scale", 1.0) * group["lr_scale"]
