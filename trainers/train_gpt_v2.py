@@ -214,10 +214,8 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def parse_args(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Returns only the settings that were typed: {field name: value}.
-
-    Raises: UserError for unknown flags, values of the wrong type, and texts that a shell has spoilt.
-    """
+    """Only the settings that were typed: {field name: value}. Raises: UserError for unknown flags, wrong types, and
+    texts that a shell has spoilt."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                            argument_default=argparse.SUPPRESS, allow_abbrev=False)
     for item in dataclasses.fields(TrainConfig):
@@ -303,12 +301,9 @@ def split_global_batch(global_batch: int, largest_batch_size: int) -> tuple[int,
 def choose_batch_split(batch_size: int, grad_accumulation: int, hardware_batch_size: int,
                        checkpoint_split: tuple[int, int, int] | None, same_device: bool, world_size: int = 1
                        ) -> tuple[int, int]:
-    """Returns (batch_size, grad_accumulation) of each process; 0 means not typed.
-
-    checkpoint_split is its (batch_size, grad_accumulation, world_size). A fresh run aims at a global batch of 32. A
-    resumed one keeps its global batch unless both are typed, and on the same device its split too, since another split
-    changes the last bits. Raises: UserError for what does not divide the checkpoint's global batch.
-    """
+    """(batch_size, grad_accumulation) of each process; 0 means not typed. A fresh run aims at a global batch of 32. A
+    resumed one keeps that of checkpoint_split (batch_size, grad_accumulation, world_size) unless both are typed, and on
+    the same device its split too: another changes the last bits. Raises: UserError for what does not divide it."""
     typed, share = batch_size or grad_accumulation, max(1, 32 // world_size)
     if batch_size and grad_accumulation:
         return batch_size, grad_accumulation
@@ -379,10 +374,8 @@ class ModelConfig:
 
 
 def model_config_from(gpt: Any, source: str, vocab_size: int | None = None) -> ModelConfig:
-    """Reads a `gpt:` section; vocab_size (the tokenizer's) replaces number_text_tokens.
-
-    Raises: UserError that lists every missing or wrong value.
-    """
+    """Reads a `gpt:` section; vocab_size (the tokenizer's) replaces number_text_tokens. Raises: UserError that lists
+    every missing or wrong value."""
     if not isinstance(gpt, dict):
         raise UserError(f"{source}: no gpt: section. Use IndexTTS2's config.yaml, or the one beside the demo data")
     values = gpt if vocab_size is None else {**gpt, "number_text_tokens": vocab_size}
@@ -621,11 +614,8 @@ def sinusoids(times: Tensor, dim: int, rms: float = 0.02) -> Tensor:
 
 
 def init_fresh_weights(model: UnifiedVoiceGPT, seed: int, codes_per_text_token: float) -> None:
-    """IndexTTS2's initial distributions, except that the position tables start as sinusoids of time.
-
-    Text position i and code position i * codes_per_text_token get the same vector, so that attention finds the text
-    that is being spoken sooner (knowledge.md has figures).
-    """
+    """IndexTTS2's initial distributions, but position tables that start as sinusoids of time: text position i gets the
+    vector of code position i * codes_per_text_token, so that attention finds the spoken text sooner (knowledge.md)."""
     generator = torch.Generator().manual_seed(seed)
     projection_std, bound = 0.02 / math.sqrt(2 * model.config.layers), 1 / math.sqrt(model.config.model_dim)
     with torch.no_grad():
@@ -728,10 +718,8 @@ def recorded_in(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def compare_made_with(records: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple[dict[str, Any], list[str]]:
-    """Compares what was recorded wherever two of them meet; records are (what it is, its record).
-
-    Returns: everything that is known, and every contradiction with both of its sides and the remedy.
-    """
+    """Compares records (what it is, its record) wherever two of them meet. Returns: everything that is known, and every
+    contradiction with both of its sides and the remedy."""
     known: dict[str, tuple[str, Any]] = {}
     problems = []
     for name, record in records:
@@ -745,11 +733,8 @@ def compare_made_with(records: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple
 
 @functools.cache
 def row_keys(emo_source: str, no_prompt: bool, no_target: bool) -> tuple[Any, ...]:
-    """Keys of a row's texts and of its numbers, what takes the values of both from it, and the types they have.
-
-    A row that lacks one of the two emo_vecs takes the other, but for --emo-source target, which wants the target's in
-    every row; with --emo-source mixed there are keys of both: the usual one's, and the target's where that is drawn.
-    """
+    """Keys of a row's texts and of its numbers, what takes the values of both from it, and their types. A row that
+    lacks one of the two emo_vecs takes the other, but for --emo-source target; with mixed there are keys of both."""
     usual = "target_emo_vec" if emo_source == "target" or no_prompt else "prompt_emo_vec"
     emo = (usual, usual if no_target else "target_emo_vec") if emo_source == "mixed" else (usual,)
     names = ("target_text_ids", "target_codes", "prompt_condition", *emo)
@@ -759,10 +744,8 @@ def row_keys(emo_source: str, no_prompt: bool, no_target: bool) -> tuple[Any, ..
 
 
 def parse_row(record: Any, emo_source: str) -> tuple[Any, ...]:
-    """The values of row_keys. A start is -1 where the file holds this utterance alone.
-
-    Raises: UserError that names what is missing or wrong in the row, without its place.
-    """
+    """The values of row_keys; a start is -1 where the file holds this utterance alone. Raises: UserError that names
+    what is missing or wrong in the row, without its place."""
     if not isinstance(record, dict):
         raise UserError("not a JSON object. Each line is one pair, as tools.build_pairs writes it")
     texts, numbers, take, types = row_keys(emo_source, not record.get("prompt_emo_vec_path"),
@@ -820,11 +803,8 @@ class Rows:
 
 def read_manifest(manifest: str, rows: Rows, emo_source: str, progress: Callable[[str], None]) -> list[float]:
     """Adds a manifest's rows. Returns codes a second, over prompts that are targets too: what a fifth of them is below,
-    the median, what a fifth is above (a length in whole seconds may have been cut to that); [] where lengths tell
-    nothing.
-
-    Raises: UserError for a missing or empty file, and for a bad line with its number.
-    """
+    the median, what a fifth is above (a length in whole seconds may be cut); [] where lengths tell nothing. Raises:
+    UserError for a missing or empty file, and for a bad line with its number."""
     name, language, weight = split_manifest(manifest)
     path, folder, before, number = Path(name), os.path.dirname(Path(name)), len(rows.ends), len(rows.mix)
     seconds, codes, line, has_target_emo = {}, {}, 0, False
@@ -872,9 +852,7 @@ def read_manifest(manifest: str, rows: Rows, emo_source: str, progress: Callable
 
 class ArrayFile:
     """A .npy file, read piece by piece: a page fault of a mapping on a disk that hangs would hold the interpreter.
-
-    Raises: BadFeatureFile; UserError when this process may not open more files.
-    """
+    Raises: BadFeatureFile; UserError when this process may not open more files."""
 
     one_by_one = threading.Lock()  # Python 3.11 confuses syntax trees that threads build side by side, as a header's
 
@@ -920,10 +898,7 @@ class ArrayFile:
 
 class ManifestDataset:
     """Rows of one or more manifests; item i is row i, item ~i the same with its target's emo_vec (--emo-source mixed).
-    Several threads may read.
-
-    Raises: UserError for bad manifests, and for files of which many rows would miss something.
-    """
+    Several threads may read. Raises: UserError for bad manifests, and for files that many rows need."""
 
     def __init__(self, manifests: Sequence[str], model: ModelConfig, emo_source: str = "prompt",
                  progress: Callable[[str], None] = lambda text: None):
@@ -1218,8 +1193,7 @@ def split_micro_batches(indices: np.ndarray, batch_size: int) -> list[list[int]]
 
 
 def draw_emo(rows: np.ndarray, config: TrainConfig, epoch: int) -> np.ndarray:
-    """Rows as items of a data set: with --emo-source mixed, ~row where the row takes its target's emo_vec in this
-    epoch. Depends on seed, epoch and row alone."""
+    """Rows as items: with --emo-source mixed, ~row where seed, epoch and row have it take its target's emo_vec."""
     if config.emo_source != "mixed" or not len(rows):
         return rows
     draws = np.random.Generator(np.random.PCG64([config.seed, epoch, 1])).random(int(rows.max()) + 1)
@@ -1274,11 +1248,8 @@ def end_of_run(position: Position, num_samples: int, config: TrainConfig) -> int
 
 def steps_from(position: Position, mix: Sequence[tuple[int, float]], config: TrainConfig, rank: int = 0
                ) -> Iterator[list[list[int]]]:
-    """Every step from a position to the end of the last epoch: one process's micro-batches, as items of the data set.
-
-    A step takes the next global_batch samples of the epoch, or what is left of it; each process a contiguous part of
-    them, which may be empty.
-    """
+    """Every step from a position to the end of the last epoch: one process's micro-batches, as items of the data set. A
+    step takes the next global_batch samples, or what is left of the epoch; each process a part, which may be empty."""
     while position.epoch < config.epochs:
         epoch, order = position.epoch, draw_emo(epoch_order(mix, config.seed, position.epoch), config, position.epoch)
         while position.epoch == epoch:
@@ -1426,9 +1397,9 @@ def no_event(*details: Any) -> None:
 class Process:
     """This operating-system process: what stops it, where it prints, its place among the ranks.
 
-    event(name, ...), for tests, is called with: ("step", run, batches) before a step's first forward pass,
-    ("micro_step", run, batch) before each of them, ("step_done", run) before anything is logged, ("validation_batch",
-    run, batch), ("logged", run) after a [Train] line, ("save", run) once a save is on its way.
+    event(name, ...), for tests: ("step", run, batches) before a step's first forward pass, ("micro_step", run, batch)
+    before each of them, ("step_done", run) before anything is logged, ("validation_batch", run, batch), ("logged", run)
+    after a [Train] line, ("save", run) once a save is on its way.
     """
 
     stop: StopSignal
@@ -1441,10 +1412,7 @@ class Process:
         self.console.say(line)
 
     def check_stop(self) -> None:
-        """Between points that all ranks pass only a lone process may stop: the others would wait for it for ever.
-
-        Raises: Stopped.
-        """
+        """Raises: Stopped; only in a lone process, as other ranks would wait for this one for ever."""
         if self.world.size == 1 and self.stop.signum:
             raise Stopped(self.stop.signum)
 
@@ -1468,10 +1436,8 @@ class Process:
 
     @contextlib.contextmanager
     def failing_together(self) -> Iterator[None]:
-        """Where an error of one rank, or the same of all, ends all ranks.
-
-        Raises: UserError on rank 0, which says it, once; SaidByRank0 elsewhere.
-        """
+        """Where an error of one rank, or the same of all, ends all ranks. Raises: UserError on rank 0, which says it,
+        once; SaidByRank0 elsewhere."""
         error = None
         try:
             yield
@@ -1485,10 +1451,8 @@ class Process:
             raise error or UserError(f"on rank {failed}: {errors[failed]}")
 
     def agree(self, *numbers: int, error: str = "") -> list[int]:
-        """Sums numbers over the ranks; the place where all ranks stop, or fail, alike.
-
-        Raises: Stopped once any rank got a signal; what failing_together raises once any has an error.
-        """
+        """Sums numbers over the ranks; the place where all ranks stop, or fail, alike. Raises: Stopped once any rank
+        got a signal; what failing_together raises once any has an error."""
         flags = [int(self.stop.signum == signum) for signum in STOP_SIGNALS]
         sums = self.world.add_up(torch.tensor([bool(error), *flags, *numbers])).tolist()
         if sums[0]:
@@ -1567,10 +1531,8 @@ def writing_to(output_dir: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def lock_output_dir(output_dir: Path, say: Callable[[str], None] = print) -> Iterator[None]:
-    """One trainer per output directory. Raises: UserError that names the holder.
-
-    A POSIX record lock: children do not inherit it, so what a killed run left behind never holds it.
-    """
+    """One trainer per output directory, by a POSIX record lock: children do not inherit it, so what a killed run left
+    behind never holds it. Raises: UserError that names the holder."""
     with writing_to(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
         handle = (output_dir / ".lock").open("a+")
@@ -1622,10 +1584,8 @@ def explained(error: BaseException, output_dir: Path, process: Process) -> BaseE
 
 @contextlib.contextmanager
 def exit_recorded(output_dir: Path, process: Process) -> Iterator[None]:
-    """OUTPUT_DIR/last_exit.json: how this process ended; its absence means that it was killed.
-
-    Raises: UserError, Stopped, SaidByRank0, or whatever a bug raises.
-    """
+    """OUTPUT_DIR/last_exit.json: how this process ended; its absence means that it was killed. Raises: UserError,
+    Stopped, SaidByRank0, or whatever a bug raises."""
     path = output_dir / "last_exit.json"
     if process.world.rank == 0:
         with writing_to(output_dir):
@@ -1651,10 +1611,8 @@ def ignore_os_errors(failure: threading.ExceptHookArgs) -> None:
 
 
 class MetricsLog:
-    """metrics.jsonl (every value in full precision) and TensorBoard events of one run directory.
-
-    While the disk is full lines wait in memory, and TensorBoard's events are left out.
-    """
+    """metrics.jsonl (every value in full precision) and TensorBoard events of one run directory. While the disk is full
+    lines wait in memory, and TensorBoard's events are left out."""
 
     def __init__(self, directory: Path, first_step: int):
         directory.mkdir(parents=True, exist_ok=True)
@@ -1898,10 +1856,8 @@ def use_glibc_heap() -> None:
 
 
 def setup_device() -> torch.device:
-    """Picks CUDA or the CPU and turns on TF32.
-
-    Raises: UserError when the driver shows a GPU that torch cannot use; nobody trains on the CPU by accident.
-    """
+    """Picks CUDA or the CPU and turns on TF32. Raises: UserError when the driver shows a GPU that torch cannot use;
+    nobody trains on the CPU by accident."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     gpus = Path("/proc/driver/nvidia/gpus")
     driver_shows_gpu = (gpus.is_dir() and any(gpus.iterdir())) or Path("/usr/lib/wsl/lib/nvidia-smi").exists()
@@ -1981,11 +1937,8 @@ def matching(pattern: str, names: Sequence[str]) -> list[str]:
 
 def lr_factors(names: Sequence[str], config: TrainConfig, base_vocab: int, tokens: int = 0
                ) -> tuple[dict[str, float], float]:
-    """What LoRA, --freeze (0) and --lr-scale make of the learning rate of every tensor; later rules win.
-
-    tokens are the tokenizer's, of which the base checkpoint has base_vocab. Returns: the factors, and that of the base
-    checkpoint's text rows as a part of their tensors'. Raises: UserError.
-    """
+    """What LoRA, --freeze (0) and --lr-scale make of the learning rate of every tensor, later rules win; and that of
+    the base checkpoint's text rows (base_vocab of all tokens) as a part of their tensors'. Raises: UserError."""
     factors, rows = dict.fromkeys(names, 1.0), {"base-text": 1.0, "new-text": 1.0}
     if config.lora_rank:
         factors.update({name: 0.0 for name in names if ".lora." not in name and not (
@@ -2018,9 +1971,7 @@ def lr_factors(names: Sequence[str], config: TrainConfig, base_vocab: int, token
 def make_optimizer(model: nn.Module, weight_decay: float, factors: Mapping[str, float] | None = None
                    ) -> torch.optim.AdamW:
     """AdamW with a group for every factor of the learning rate; no weight decay on biases, norms and embeddings.
-
-    Tensors of factor 0 need no gradient from here on.
-    """
+    Tensors of factor 0 need no gradient from here on."""
     groups: dict[tuple[float, bool], list[tuple[str, nn.Parameter]]] = {(1.0, True): [], (1.0, False): []}
     for name, parameter in model.named_parameters():
         is_matrix = parameter.dim() >= 2 and "embedding" not in name and name != "speed_emb.weight"
@@ -2068,10 +2019,8 @@ ONE_SAMPLE_TOO_LARGE = ("out of GPU memory with one sample in a micro-batch. Use
 
 @dataclass
 class StepStats:
-    """One optimizer step; tensors stay on the device until they are logged.
-
-    Losses and mel_top1 are this process's part of the token means, tokens and flops those of all processes.
-    """
+    """One optimizer step; tensors stay on the device until they are logged. Losses and mel_top1 are this process's part
+    of the token means, tokens and flops those of all processes."""
 
     text_loss: Tensor
     mel_loss: Tensor
@@ -2105,11 +2054,8 @@ def share_bad_rows(run: Run, data: ManifestDataset) -> None:
 
 def receive(run: Run, data: ManifestDataset, futures: Sequence[Future[PackedBatch]], *numbers: int
             ) -> tuple[list[PackedBatch], list[int]]:
-    """Micro-batches that threads have read, on the device, and what all ranks have together: the numbers, then scored
-    text rows, scored mel rows, rows and FLOPs.
-
-    Raises: Stopped; UserError for rows that contradict the manifest, and for too many bad ones.
-    """
+    """Micro-batches that threads have read, on the device, and the sums over all ranks of the numbers, scored text
+    rows, scored mel rows, rows and FLOPs. Raises: Stopped; UserError for rows that contradict the manifest."""
     batches = [run.process.wait_for(future) for future in futures]
     for batch in batches:
         data.unreported.update(batch.bad_rows)
@@ -2125,11 +2071,9 @@ def receive(run: Run, data: ManifestDataset, futures: Sequence[Future[PackedBatc
 
 def backward(run: Run, batch: PackedBatch, text_tokens: int, mel_tokens: int, is_last: bool, weight: float = 1.0,
              top1: bool = True) -> tuple[Tensor, Tensor]:
-    """Adds one micro-batch's gradients; the last one of a step exchanges them between the ranks.
-
-    text_tokens and mel_tokens are those of the whole step on all ranks. Returns: sums [3] of text losses, mel losses
-    and (with top1) codes that were the likeliest ones, float64; the samples [B] whose losses are not finite.
-    """
+    """Adds one micro-batch's gradients, of losses divided by the whole step's text_tokens and mel_tokens; the last one
+    of a step exchanges them between the ranks. Returns: sums [3] of text losses, mel losses and (with top1) codes that
+    were the likeliest, float64; the samples [B] whose losses are not finite."""
     with run.ddp.no_sync() if run.ddp and not is_last else contextlib.nullcontext():
         with run.precision.autocast():
             text, mel, right = token_losses(run.ddp or run.model, batch, top1)
@@ -2176,9 +2120,7 @@ def update(run: Run) -> Tensor:
 
 def train_step(run: Run, futures: Sequence[Future[PackedBatch]]) -> StepStats:
     """One optimizer step over its micro-batches; the loss is the token mean over all of them, however they are split.
-
-    Raises: Stopped between micro-batches, and torch.OutOfMemoryError; weights are then those of the step before.
-    """
+    Raises: Stopped between micro-batches, and torch.OutOfMemoryError; weights are then those of the step before."""
     config, process, step = run.config, run.process, run.state.position.step + 1
     save_due = process.world.rank == 0 and 0 < config.save_minutes <= (time.monotonic() - run.saved_at) / 60
     batches, (saves, text_tokens, mel_tokens, tokens, flops) = receive(run, run.train_data, futures, int(save_due))
@@ -2227,11 +2169,8 @@ def split_after_out_of_memory(run: Run) -> None:
 
 
 def compile_model(model: UnifiedVoiceGPT) -> None:
-    """Compiles it so that a resumed run, on another machine too, gets the same bits: no kernel is chosen for the time
-    that it takes, and sums are not cut up by the sizes of the batch that happens to be compiled first.
-
-    Raises: UserError where attention would be compiled anew for many a batch.
-    """
+    """Compiles it so that a resumed run, on another machine too, gets the same bits: no kernel is chosen for its speed,
+    no sum cut up by the sizes of the first batch. Raises: UserError where each batch would be compiled anew."""
     import torch._inductor.config as inductor
 
     if model.attention is not varlen_attention:
@@ -2242,11 +2181,8 @@ def compile_model(model: UnifiedVoiceGPT) -> None:
 
 
 def wrap_for_ranks(run: Run) -> None:
-    """Wraps the model for several processes, which then start from rank 0's weights.
-
-    Two backward passes of weight 0 settle in which buckets gradients are exchanged. It would change after the first
-    step otherwise, and a resumed run would add up in another order than the one without a stop.
-    """
+    """Wraps the model for several processes, which then start from rank 0's weights. Two backward passes of weight 0
+    settle in which buckets gradients are exchanged: it would change after the first step, and a resumed run differ."""
     world, device = run.process.world, run.precision.device
     if world.size == 1:
         return
@@ -2297,10 +2233,8 @@ def eval_records(data: ManifestDataset, batch: PackedBatch, text: Tensor, mel: T
 
 
 def evaluate(run: Run, on_row: Callable[[dict[str, Any]], None] | None = None) -> list[dict[str, float]]:
-    """Token means over the validation rows in their fixed order, without dropout: of all, then of data.parts.
-
-    on_row receives a dict for every row: id, mean and per-token losses, token counts. Raises: Stopped, UserError.
-    """
+    """Token means over the validation rows in their fixed order, without dropout: of all, then of data.parts. on_row
+    receives a dict for every row: id, mean and per-token losses, token counts. Raises: Stopped, UserError."""
     data, world, device = run.val_data, run.process.world, run.precision.device
     items = draw_emo(validation_rows(run), run.config, 0)  # the same at every validation
     batches = split_micro_batches(items, run.config.val_batch_size or run.config.batch_size)
@@ -2345,10 +2279,8 @@ NAME_ORDER = (*CARRIED_PREFIXES[:2], "spk_emb_proj.", *CARRIED_PREFIXES[2:4], "t
 
 
 def conditioning_record(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """For a record: which modules make the conditions that these weights know; nothing where the file has none.
-
-    A SHA-256 over a line "NAME [SHAPE]" and the values as float32, little-endian, of each carried tensor by name.
-    """
+    """Which modules make the conditions that these weights know, {} where the file has none: a SHA-256 over a line
+    "NAME [SHAPE]" and the values as float32, little-endian, of each carried tensor by name."""
     digest, names = hashlib.sha256(), sorted(name for name in tensors if name.startswith(CARRIED_PREFIXES))
     for name in names:
         values = tensors[name].float().numpy().astype("<f4", copy=False)
@@ -2404,10 +2336,8 @@ def digest_problem(checkpoint: Mapping[str, Any]) -> str | None:
 
 
 def load_plain(path: Path, is_zip: bool) -> Any:
-    """torch.load of tensors and plain values, mapped into memory and never unpickling code.
-
-    numpy's arrays and torch's version are let through: the fork keeps them in its files.
-    """
+    """torch.load of tensors and plain values, mapped into memory and never unpickling code. numpy's arrays and torch's
+    version are let through: the fork keeps them in its files."""
     rebuild = np.empty(0).__reduce__()[0]  # numpy's function that an unpickled array starts from
     plain_parts = [np.ndarray, np.dtype, np.dtypes.UInt32DType, rebuild,
                    (rebuild, "numpy.core.multiarray._reconstruct"), torch.torch_version.TorchVersion]
@@ -2441,10 +2371,7 @@ def read_torch_file(path: Path) -> Any:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Reads and verifies one of our checkpoints; its tensors stay mapped from the file.
-
-    Raises: ResumeError. Required keys are checked before anything else.
-    """
+    """A checkpoint of ours, verified, required keys first; its tensors stay mapped. Raises: ResumeError."""
     if not path.exists():
         raise ResumeError(f"Resume checkpoint not found: {path}")
     try:
@@ -2474,11 +2401,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def write_checkpoint(path: Path, checkpoint: Mapping[str, Any]) -> tuple[int, bool]:
-    """Writes under a temporary name, reads back and verifies, then renames.
-
-    Returns: bytes, and whether the file system promises that the name outlives a power cut.
-    Raises: OSError or RuntimeError (PyTorch's own for a full disk); the partial file is gone, older ones are intact.
-    """
+    """Writes under a temporary name, reads back and verifies, then renames. Returns: bytes, and whether the name is
+    sure to outlive a power cut. Raises: OSError or RuntimeError (PyTorch's for a full disk); older files are intact."""
     with replacing(path) as partial:
         with partial.open("wb") as handle:
             torch.save({**checkpoint, "digests": make_digests(checkpoint)}, handle)
@@ -2551,8 +2475,8 @@ def check_finite(run: Run) -> None:
 
 
 def on_the_host(tensor: Tensor) -> Tensor:
-    """A copy that stays as it is. From a GPU it is there once this has waited for the device: into page-locked memory,
-    which PyTorch keeps for the next save, it takes a thirtieth of the time."""
+    """A copy that stays as it is; from a GPU once this has waited for it. Into page-locked memory, which PyTorch keeps
+    for the next save, it takes a thirtieth of the time."""
     tensor = tensor.detach()
     if tensor.device.type != "cuda":
         return tensor.to("cpu", copy=True)
@@ -2602,10 +2526,8 @@ def rotated_files(output_dir: Path, state: TrainState) -> list[Path]:
 
 
 def write_save(save: PendingSave, checkpoint: Mapping[str, Any], metrics: MetricsLog | None) -> None:
-    """Writes, links, deletes what rotated out: in this order, so that a kill leaves a resumable directory.
-
-    This is the writer's thread: it prints nothing and leaves the run alone. Raises: OSError or RuntimeError.
-    """
+    """The writer's thread, which prints nothing and leaves the run alone: writes, links, deletes what rotated out, in
+    this order, so that a kill leaves a resumable directory. Raises: OSError or RuntimeError."""
     started = time.perf_counter()
     try:
         if metrics:
@@ -2657,11 +2579,8 @@ def finish_save(run: Run, wait: bool = True) -> None:
 
 
 def start_save(run: Run, best: dict[str, Any] | None, is_checkpoint: bool = True) -> None:
-    """Takes a snapshot and leaves the writing to a thread; waits for the save before this one.
-
-    Writes model_step{N}.pth, to which latest.pth (and best.pth, if this step is the best) are linked; or, where no
-    checkpoint is due, best.pth alone. Only rank 0 writes. What came of it is known after finish_save.
-    """
+    """Takes a snapshot and leaves the writing to a thread of rank 0; finish_save tells what came of it. Writes
+    model_step{N}.pth, with latest.pth (and best.pth, if this is the best) as links; or best.pth alone."""
     started, name = time.perf_counter(), f"model_step{run.state.position.step}.pth"
     collect_nonfinite_rows(run)
     run.saved_at = time.monotonic()
@@ -2763,11 +2682,8 @@ FORK_FROZEN = 12_000  # text tokens that the first one freezes once the tokenize
 
 
 def read_fork(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
-    """What goes on of a fork's checkpoint: weights, Adam's moments by the tensors' names, plain values.
-
-    Raises: ResumeError for a damaged file; LookupError, TypeError, ValueError or AttributeError for one that is no
-    fork's, or whose moments are not those of its tensors.
-    """
+    """Of a fork's checkpoint weights, Adam's moments by the tensors' names, plain values. Raises: ResumeError for a
+    damaged file; LookupError, TypeError, ValueError or AttributeError for one that is no fork's."""
     with zipfile.ZipFile(path) as archive:  # no digests, but checksums
         damaged = archive.testzip()
     model, optimizer, schedule, beside = content["model"], content["optimizer"], content["scheduler"], content
@@ -2843,8 +2759,8 @@ def position_of_fork(fork: Mapping[str, Any], rows: int) -> tuple[Position, str]
 
 
 def schedule_of_fork(fork: Mapping[str, Any], warmup: int, total: int) -> Schedule | None:
-    """Its file holds peak, step and rate, but neither warm-up nor length: those given, if they lead to this rate, else
-    one of them with a whole number for the other, else the shortest warm-up that goes with a whole length."""
+    """Its file holds peak, step and rate: the given warm-up and length, if they lead to this rate, else one of them
+    with a whole number for the other, else the shortest warm-up that goes with a whole length."""
     base_lr, lr, step = fork["config"]["learning_rate"], fork["lr"], fork["step"]
     share = math.acos(2 * lr / base_lr - 1) / math.pi  # of the decay, that lies behind
     pairs: list[tuple[float, float]] = [(warmup, total), (step * base_lr / lr if lr else step, total)]
@@ -2929,10 +2845,7 @@ def candidates(output_dir: Path) -> list[Path]:
 
 
 def find_resumable(output_dir: Path) -> ResumePoint | None:
-    """The newest valid checkpoint, or None where there is none at all.
-
-    Raises: ResumeError when there are files but none is valid.
-    """
+    """The newest valid checkpoint, None where there are no files. Raises: ResumeError when none of them is valid."""
     latest, skipped = output_dir / "latest.pth", list[str]()
     for path in candidates(output_dir):
         try:
@@ -3122,10 +3035,7 @@ def restore_best(run: Run, checkpoint: Mapping[str, Any]) -> None:
 
 
 def restore(run: Run, point: ResumePoint) -> None:
-    """Applies a verified checkpoint, cloned out of the mapped file, so that a deleted file frees its disk.
-
-    Raises: ResumeError with every problem at once.
-    """
+    """Applies a checkpoint, cloned out of the mapped file: a deleted file frees its disk. Raises: ResumeError."""
     checkpoint, state, say = point.checkpoint, run.state, run.process.say
     require_fit(run, point)
     restore_model(run, point)
@@ -3263,9 +3173,7 @@ def read_gpt_section(path: Path) -> Any:
 
 def find_model_yaml(config: TrainConfig, checkpoint: Mapping[str, Any] | None) -> Path | None:
     """--config, else config.yaml beside the first manifest, else checkpoints/config.yaml; None: the checkpoint's.
-
-    Raises: UserError when there is none.
-    """
+    Raises: UserError when there is none."""
     if config.config:
         return Path(config.config)
     if checkpoint is not None and "moments" not in checkpoint:  # a fork's holds no config
@@ -3284,11 +3192,8 @@ def find_model_yaml(config: TrainConfig, checkpoint: Mapping[str, Any] | None) -
 
 def resolve_config(typed: Mapping[str, Any], checkpoint: Mapping[str, Any] | None, device: torch.device, world: World
                    ) -> tuple[TrainConfig, int]:
-    """Typed settings first, then the checkpoint's, then the defaults and what the hardware suggests.
-
-    Returns: the settings, and the number of reading threads.
-    Raises: UserError that lists every contradiction.
-    """
+    """Typed settings first, then the checkpoint's, then the defaults and what the hardware suggests; and the number of
+    reading threads. Raises: UserError that lists every contradiction."""
     known = {item.name for item in dataclasses.fields(TrainConfig)}
     saved = {k: v for k, v in checkpoint["config"].items() if k in known} if checkpoint else {}
     asked = {k: v for k, v in typed.items() if v or k not in ("batch_size", "grad_accumulation", "learning_rate")}
@@ -3348,10 +3253,7 @@ WRAPPERS = re.compile(r"^(base_model\.model\.|module\.|_orig_mod\.)+|(?<=\.)(bas
 
 
 def read_base_checkpoint(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
-    """Tensors of IndexTTS2's gpt.pth (or of the forks', or of our own files) by plain names, and the whole file.
-
-    Raises: UserError for what is no base to start from.
-    """
+    """Tensors by plain names, and all, of IndexTTS2's gpt.pth, a fork's file or one of ours. Raises: UserError."""
     content = read_torch_file(path)
     tensors = content.get("model", content) if isinstance(content, dict) else None
     if isinstance(tensors, dict) and tensors is content:
@@ -3383,11 +3285,8 @@ def check_lora_base(path: str, known: Mapping[str, Any] | None) -> dict[str, Any
 
 
 def read_by_base(tokenizer: str, base_vocab: int) -> tuple[list[list[int]], list[int]]:
-    """How the base's tokenizer, which is the first base_vocab pieces of this one, would read the new pieces.
-
-    Returns: of each new piece the ids of two or more base pieces that its text would otherwise be, [] where the base
-    has no such; and the ids of all base pieces that stand for text. Raises: UserError.
-    """
+    """How the base's tokenizer, the first base_vocab pieces of this one, would read the new pieces: of each the ids of
+    two or more base pieces, or []; and the ids of all base pieces that stand for text. Raises: UserError."""
     from sentencepiece import SentencePieceProcessor
     from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
@@ -3417,12 +3316,12 @@ def start_new_rows(rows: Tensor, source: Tensor, parts: Sequence[list[int]], of_
 
 def load_base_checkpoint(model: UnifiedVoiceGPT, tensors: Mapping[str, Tensor], path: Path, tokenizer: str, seed: int
                          ) -> tuple[dict[str, Tensor], int]:
-    """Fills the model from a base checkpoint's tensors.
+    """Fills the model from a base checkpoint's tensors. Returns: the tensors to carry along, and the base's number of
+    text tokens; whatever else is in the file (the inference wrapper's, old masks) is dropped. Raises: UserError that
+    lists all missing tensors and wrong shapes.
 
-    Returns: the tensors to carry along, and the base's number of text tokens. Whatever else is in the file (the
-    inference wrapper's gpt.wte and inference_model, old transformers' masks) is dropped.
     With a larger tokenizer the rows of new pieces start as start_new_rows says; the last row of each table, which no
-    token uses, is not copied then. Raises: UserError that lists all missing tensors and wrong shapes.
+    token uses, is not copied then.
     """
     is_25, base_vocab = "spk_emb_proj.weight" in tensors, len(tensors.get("text_embedding.weight", ())) - 1
     problems = []
@@ -3454,11 +3353,8 @@ def load_base_checkpoint(model: UnifiedVoiceGPT, tensors: Mapping[str, Tensor], 
 
 
 def check_padding(path: str, rates: Sequence[float], data: ManifestDataset) -> None:
-    """Refuses codes of padding, which a fork's preprocessing leaves behind every clip but the longest of a batch: they
-    all have its length, so that codes a second differ, and end in one code. Speech ends in a second of silence at most.
-
-    Raises: UserError.
-    """
+    """Refuses codes of padding, which a fork's preprocessing leaves behind every clip but the longest of a batch: all
+    have its length, so that rates differ, and end in one code; speech does so for a second. Raises: UserError."""
     places = [i for i, (number, *_) in enumerate(data.rows.files) if data.manifests[number]["path"] == path]
     rows, endings = np.flatnonzero(np.isin(data.rows.table[:, 0], places)), []
     for row in map(data.rows.__getitem__, rows[evenly_spread(len(rows), 200)]):
@@ -3491,10 +3387,8 @@ def check_unrecorded(path: str, rates: Sequence[float], data: ManifestDataset, m
 def belongs_together(config: TrainConfig, model_config: ModelConfig, tokenizer: Mapping[str, Any],
                      datasets: Sequence[ManifestDataset], base: Mapping[str, Any] | None,
                      base_tensors: Mapping[str, Tensor] | None, say: Callable[[str], None]) -> dict[str, Any]:
-    """What data, tokenizer, model and base checkpoint (the whole file, and its tensors) were made with.
-
-    Returns: what is known of it. Raises: UserError where two of them do not belong together.
-    """
+    """What is known of what data, tokenizer, model and base checkpoint (the whole file, and its tensors) were made
+    with. Raises: UserError where two of them do not belong together."""
     of_base = None if base is None else (f"--base-checkpoint {config.base_checkpoint}", recorded_in(base))
     manifests = [(manifest, rates, data) for data in datasets
                  for manifest, rates in zip(data.manifests, data.rates, strict=True)]
@@ -3697,8 +3591,8 @@ class Meter:
 
 
 def leave_out_nonfinite_rows(run: Run) -> None:
-    """Tells updates that were skipped since the last [Train] line, and by which rows. A row whose loss is not finite
-    for the second time is left out from here on, on every rank. Raises: UserError for too many."""
+    """Tells updates skipped since the last [Train] line, and by which rows; a row whose loss is not finite for the
+    second time is left out from here on, on every rank. Raises: UserError for too many."""
     state, say, rows = run.state, run.process.say, run.train_data.rows
     skipped, state.skips_told = run.skips_known - state.skips_told, run.skips_known
     if not skipped:
@@ -3760,10 +3654,7 @@ def after_step(run: Run, stats: StepStats, meter: Meter) -> None:
 
 
 def save_or_say_so(run: Run) -> None:
-    """Waits for the last save; nobody leaves while rank 0 still writes: torchrun might end it then.
-
-    Raises: UserError when it failed.
-    """
+    """Waits for the last save; other ranks for rank 0's, which torchrun might end. Raises: UserError when it failed."""
     finish_save(run)
     if run.state.position.step > run.saved_step:
         raise UserError(f"the last checkpoint could not be saved to {run.output_dir}; the run would go on from step "
@@ -3912,9 +3803,8 @@ def main(argv: Sequence[str] | None = None, on_event: Callable[..., None] = no_e
 
 
 def leave(status: int) -> NoReturn:
-    """Ends the process without Python's clean-up: that takes a second, waits for threads that may hang on a disk, and
-    gloo's threads, which DDP keeps alive, sometimes abort in the midst of it ("terminate called without an active
-    exception")."""
+    """Ends the process without Python's clean-up, which takes a second, waits for threads that may hang on a disk, and
+    in which gloo's threads, which DDP keeps alive, sometimes abort."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):  # the reader may be gone, the disk full
             stream.flush()
