@@ -55,7 +55,7 @@ import time
 import zipfile
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from json.encoder import encode_basestring_ascii
@@ -1133,8 +1133,8 @@ def collate_packed(samples: Sequence[Sample], model: ModelConfig) -> PackedBatch
         cu_seqlens=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32), groups=groups, ungroup=ungroup)
 
 
-def read_batch(data: ManifestDataset, items: Sequence[int]) -> PackedBatch:
-    """Items of a data set end to end; those that cannot be used are left out and named."""
+def read_batch(data: ManifestDataset, items: Sequence[int], pinned: bool = False) -> PackedBatch:
+    """Items of a data set end to end, in page-locked memory if pinned; what cannot be used is left out, and named."""
     samples, bad_rows, contradiction = list[Sample](), dict[int, str](), ""
     for item in items:
         try:
@@ -1143,7 +1143,8 @@ def read_batch(data: ManifestDataset, items: Sequence[int]) -> PackedBatch:
             bad_rows[max(item, ~item)] = str(error)
         except UserError as error:
             contradiction = contradiction or str(error)
-    return dataclasses.replace(collate_packed(samples, data.model), bad_rows=bad_rows, error=contradiction)
+    batch = dataclasses.replace(collate_packed(samples, data.model), bad_rows=bad_rows, error=contradiction)
+    return batch.map_tensors(Tensor.pin_memory) if pinned else batch
 
 
 def blank_batch(config: ModelConfig, *lengths: tuple[int, int]) -> PackedBatch:
@@ -1256,29 +1257,6 @@ def steps_from(position: Position, mix: Sequence[tuple[int, float]], config: Tra
             samples = order[position.sample_in_epoch : position.sample_in_epoch + config.global_batch]
             yield split_micro_batches(np.array_split(samples, config.world_size)[rank], config.batch_size)
             position = position.after_step(len(order), config.global_batch)
-
-
-class ReadAhead:
-    """Steps of micro-batches, read in their order by threads while earlier steps are trained."""
-
-    def __init__(self, steps: Iterator[list[list[int]]], read: Callable[[list[int]], PackedBatch], threads: int):
-        self.steps, self.read, self.threads = steps, read, threads
-        self.pool = ThreadPoolExecutor(threads, "reader")
-        self.pending: deque[list[Future[PackedBatch]]] = deque()
-
-    def next_step(self) -> list[Future[PackedBatch]]:
-        """The micro-batches of the next step; at least the step after it, and one micro-batch a thread, are on their
-        way. Raises: IndexError after the last one."""
-        while len(self.pending) < 2 or (sum(map(len, self.pending)) < self.threads > len(self.pending)):
-            step = next(self.steps, None)
-            if step is None:
-                break
-            self.pending.append([self.pool.submit(self.read, samples) for samples in step])
-        return self.pending.popleft()
-
-    def close(self) -> None:
-        """Does not wait: a read may never return."""
-        self.pool.shutdown(wait=False, cancel_futures=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1759,7 +1737,7 @@ class Run:
     state: TrainState
     threads: int
     ddp: DistributedDataParallel | None = None  # of the model, with several processes
-    reader: ReadAhead | None = None  # of the training data, from where the run stands
+    reader: Generator[list[Future[PackedBatch]]] | None = None  # of the training data, from where the run stands
     metrics: MetricsLog | None = None  # rank 0's
     lora_base: dict[str, Any] | None = None  # path and sha256 of the weights that LoRA adds to
     base_text_factor: float = 1.0  # of the learning rate, for the base's rows of VOCAB_TENSORS
@@ -2032,15 +2010,22 @@ class StepStats:
     save_due: bool  # --save-minutes, by rank 0's clock
 
 
-def make_reader(run: Run, data: ManifestDataset) -> Callable[[list[int]], PackedBatch]:
-    """What a reading thread does: items to a batch that can be copied to the device meanwhile."""
-    pinned = run.precision.device.type == "cuda"
-
-    def read(items: list[int]) -> PackedBatch:
-        batch = read_batch(data, items)
-        return batch.map_tensors(Tensor.pin_memory) if pinned else batch
-
-    return read
+def read_ahead(run: Run, data: ManifestDataset, steps: Iterable[list[list[int]]]
+               ) -> Generator[list[Future[PackedBatch]]]:
+    """The micro-batches of one step after the other, which threads read while earlier steps are trained: at least the
+    step after it, and one micro-batch a thread, are on their way. Its close() waits for no read: one may never return.
+    """
+    pool, pinned = ThreadPoolExecutor(run.threads, "reader"), run.precision.device.type == "cuda"
+    pending = deque[list[Future[PackedBatch]]]()
+    try:
+        for step in steps:
+            pending.append([pool.submit(read_batch, data, items, pinned) for items in step])
+            if len(pending) > 1 and max(len(pending), sum(map(len, pending))) >= run.threads:
+                yield pending.popleft()
+        while pending:
+            yield pending.popleft()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def share_bad_rows(run: Run, data: ManifestDataset) -> None:
@@ -2214,8 +2199,8 @@ def add_losses(sums: Tensor, data: ManifestDataset, batch: PackedBatch, text: Te
                ) -> None:
     """Adds to sums [1 + parts, 5]: text losses, mel losses, likeliest codes, text tokens, codes."""
     of_rows = [(data.manifests[data.rows[row].manifest]["path"], data.rows[row].language) for row in batch.rows]
-    for number, part in enumerate([None, *data.parts]):  # None: of all
-        inside = [float(part is None or part in of_row) for of_row in of_rows]
+    for number, part in enumerate(["", *data.parts]):  # "": of all
+        inside = [float(not part or part in of_row) for of_row in of_rows]
         its_text, its_mel = (torch.from_numpy(np.repeat(inside, counts)).to(sums.device)
                              for counts in (batch.text_counts, batch.mel_counts))
         sums[number] += torch.stack([(text * its_text).sum(), (mel * its_mel).sum(), (right * its_mel).sum(),
@@ -2232,20 +2217,17 @@ def eval_records(data: ManifestDataset, batch: PackedBatch, text: Tensor, mel: T
                "mel_tokens": len(mel_losses), "text_token_losses": text_losses, "mel_token_losses": mel_losses}
 
 
-def evaluate(run: Run, on_row: Callable[[dict[str, Any]], None] | None = None) -> list[dict[str, float]]:
-    """Token means over the validation rows in their fixed order, without dropout: of all, then of data.parts. on_row
-    receives a dict for every row: id, mean and per-token losses, token counts. Raises: Stopped, UserError."""
+def evaluate(run: Run, on_row: Callable[[dict[str, Any]], None] | None = None) -> dict[str, dict[str, float]]:
+    """Token means over the validation rows in their fixed order, without dropout: of all (""), of each of data.parts.
+    on_row receives a dict for every row: id, mean and per-token losses, token counts. Raises: Stopped, UserError."""
     data, world, device = run.val_data, run.process.world, run.precision.device
     items = draw_emo(validation_rows(run), run.config, 0)  # the same at every validation
     batches = split_micro_batches(items, run.config.val_batch_size or run.config.batch_size)
-    reader = ReadAhead(iter([[batch] for batch in batches[world.rank :: world.size]]), make_reader(run, data),
-                       run.threads)
     sums = torch.zeros(1 + len(data.parts), 5, dtype=torch.float64, device=device)
     run.model.eval()
-    try:
-        for done in range(math.ceil(len(batches) / world.size)):
-            futures = reader.next_step() if done * world.size + world.rank < len(batches) else []
-            todo, _ = receive(run, data, futures)
+    with contextlib.closing(read_ahead(run, data, ([batch] for batch in batches[world.rank :: world.size]))) as reader:
+        for done in range(0, len(batches), world.size):
+            todo, _ = receive(run, data, next(reader, []))
             while todo:
                 batch = todo.pop(0)
                 losses = None
@@ -2258,12 +2240,11 @@ def evaluate(run: Run, on_row: Callable[[dict[str, Any]], None] | None = None) -
                 add_losses(sums, data, batch, *losses)
                 for record in eval_records(data, batch, *losses[:2]) if on_row else ():
                     on_row(record)  # type: ignore[misc]
-            run.process.console.progress(f"validation: {min(len(batches), (done + 1) * world.size)}/{len(batches)}")
-    finally:
-        reader.close()
-    return [{"text_loss": text_sum / max(1, text_count), "mel_loss": mel_sum / max(1, mel_count),
-             "mel_top1": right_sum / max(1, mel_count)}
-            for text_sum, mel_sum, right_sum, text_count, mel_count in world.add_up(sums).tolist()]
+            run.process.console.progress(f"validation: {min(len(batches), done + world.size)}/{len(batches)}")
+    return {part: {"text_loss": text_sum / max(1, text_count), "mel_loss": mel_sum / max(1, mel_count),
+                   "mel_top1": right_sum / max(1, mel_count)}
+            for part, (text_sum, mel_sum, right_sum, text_count, mel_count) in zip(
+                ["", *data.parts], world.add_up(sums).tolist(), strict=True)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2615,43 +2596,43 @@ def measured_on(run: Run) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def say_validation(run: Run, values: Mapping[str, float], parts: Sequence[Mapping[str, float]]) -> None:
+def say_validation(run: Run, results: Mapping[str, Mapping[str, float]]) -> None:
     """Of all rows and, where there are several, of each manifest and language."""
     position = run.state.position
-    names = [f"epoch={position.last_epoch} step={position.step}", *(f"  {part}" for part in run.val_data.parts)]
-    for name, part in zip(names, (values, *parts), strict=True):
-        run.process.say(f"[Val] {name} text_loss={part['text_loss']:.6f} mel_loss={part['mel_loss']:.6f} "
-                        f"mel_top1={part['mel_top1']:.4f}")
+    for part, values in results.items():
+        name = f"  {part}" if part else f"epoch={position.last_epoch} step={position.step}"
+        run.process.say(f"[Val] {name} text_loss={values['text_loss']:.6f} mel_loss={values['mel_loss']:.6f} "
+                        f"mel_top1={values['mel_top1']:.4f}")
 
 
 def measure_base(run: Run) -> None:
     """What the base checkpoint knows of each validation language, before the first step. Raises: Stopped."""
-    if run.config.base_checkpoint and run.state.position.step == 0 and len(run.val_data.languages) > 1:
-        values, *parts = evaluate(run)
-        say_validation(run, values, parts)
-        run.state.base_losses = {name: part["mel_loss"] for name, part in zip(run.val_data.parts, parts, strict=True)
-                                 if name in run.val_data.languages}
+    languages = run.val_data.languages
+    if run.config.base_checkpoint and run.state.position.step == 0 and len(languages) > 1:
+        results = evaluate(run)
+        say_validation(run, results)
+        run.state.base_losses = {language: results[language]["mel_loss"] for language in languages}
 
 
-def warn_of_forgetting(run: Run, parts: Sequence[Mapping[str, float]]) -> None:
-    for name, part in zip(run.val_data.parts, parts, strict=True):
-        known = run.state.base_losses.get(name, math.inf)
-        if part["mel_loss"] > FORGOTTEN * known:
-            run.process.say(f"[Warn] {name}: mel_loss {part['mel_loss']:.4f}, with the base checkpoint {known:.4f}: it "
-                            f"is being forgotten. Replay it (--train-manifest PATH::{name}@0.2), or learn more slowly")
+def warn_of_forgetting(run: Run, results: Mapping[str, Mapping[str, float]]) -> None:
+    for language, known in run.state.base_losses.items():
+        loss = results.get(language, {}).get("mel_loss", 0.0)
+        if loss > FORGOTTEN * known:
+            run.process.say(f"[Warn] {language}: mel_loss {loss:.4f}, with the base checkpoint {known:.4f}: it is "
+                            f"being forgotten. Replay it (--train-manifest PATH::{language}@0.2), or learn more slowly")
 
 
 def validate(run: Run) -> dict[str, Any] | None:
     """Validates and logs. Returns TrainState.best if this is the best so far. Raises: Stopped."""
-    position, config = run.state.position, run.config
-    values, *parts = evaluate(run)
+    position, config, results = run.state.position, run.config, evaluate(run)
+    say_validation(run, results)
+    values = results[""]
     loss = config.text_loss_weight * values["text_loss"] + config.mel_loss_weight * values["mel_loss"]
-    say_validation(run, values, parts)
     if run.metrics:
         run.metrics.write("val", position, {**values, "loss": loss})
-        for name, part in zip(run.val_data.parts, parts, strict=True):
-            run.metrics.write("val_part", position, part, name)
-    warn_of_forgetting(run, parts)
+        for part in run.val_data.parts:
+            run.metrics.write("val_part", position, results[part], part)
+    warn_of_forgetting(run, results)
     run.state.last_val = {"step": position.step, "loss": loss, **values}
     is_best = is_better(loss, run.state.best)
     run.state.validations_since_best = 0 if is_best else run.state.validations_since_best + 1
@@ -2664,11 +2645,10 @@ def validate(run: Run) -> dict[str, Any] | None:
 
 @dataclass
 class ResumePoint:
-    """A verified checkpoint, the path to show for it, and the candidates that were skipped, with reasons."""
+    """A verified checkpoint, and the path to show for it."""
 
     path: Path
     checkpoint: dict[str, Any]
-    skipped: list[str] = field(default_factory=list)
 
     @property
     def position(self) -> Position:
@@ -2844,14 +2824,16 @@ def candidates(output_dir: Path) -> list[Path]:
     return [file for file in files if file not in older] + [latest] + older
 
 
-def find_resumable(output_dir: Path) -> ResumePoint | None:
-    """The newest valid checkpoint, None where there are no files. Raises: ResumeError when none of them is valid."""
+def find_resumable(output_dir: Path, say: Callable[[str], None] = print) -> ResumePoint | None:
+    """The newest valid checkpoint, None where there are no files; says what was skipped. Raises: ResumeError."""
     latest, skipped = output_dir / "latest.pth", list[str]()
     for path in candidates(output_dir):
         try:
             checkpoint = read_resumable(path)
             if checkpoint_step(path.name) in (None, checkpoint["step"]):
-                return ResumePoint(path, checkpoint, skipped)
+                for reason in skipped:
+                    say(f"[Warn] Auto-resume: skipped {reason}")
+                return ResumePoint(path, checkpoint)
             skipped.append(f"{path} was renamed: it holds step {checkpoint['step']}. To go on from it: --resume {path}")
         except ResumeError as error:
             skipped.append(str(error))
@@ -2882,12 +2864,10 @@ def open_resume(resume: str, output_dir: Path, say: Callable[[str], None]) -> Re
     if not resume:
         return None
     if resume == "auto":
-        point = find_resumable(output_dir)
+        point = find_resumable(output_dir, say)
         if point is None:
             say(f"[Info] Auto-resume: no checkpoint in {output_dir}, starting from the beginning")
             return None
-        for reason in point.skipped:
-            say(f"[Warn] Auto-resume: skipped {reason}")
     else:
         point = ResumePoint(Path(resume), read_explicit(Path(resume)))
     say(f"[Info] Auto-resume: found checkpoint at {point.path}")
@@ -3674,10 +3654,10 @@ def train(run: Run) -> None:
         while not run.finished:
             if run.reader is None:
                 steps = steps_from(state.position, data.mix, run.config, process.world.rank)
-                run.reader = ReadAhead(steps, make_reader(run, data), run.threads)
+                run.reader = read_ahead(run, data, steps)
             stats = None
             with contextlib.suppress(torch.OutOfMemoryError):  # and with it goes what holds the step's tensors
-                stats = train_step(run, run.reader.next_step())
+                stats = train_step(run, next(run.reader))
             if stats is None:
                 split_after_out_of_memory(run)
                 continue
@@ -3755,8 +3735,8 @@ def run_evaluation(typed: Mapping[str, Any], output_dir: Path, process: Process)
     process.say(f"[Info] Validation: {len(validation_rows(run))} of {len(run.val_data)} rows")
     path = output_dir / "eval.jsonl"
     with replacing(path) as partial, partial.open("w", encoding="utf-8") as handle:
-        values, *parts = evaluate(run, lambda record: print(json.dumps(record, ensure_ascii=False), file=handle))
-    say_validation(run, values, parts)
+        results = evaluate(run, lambda record: print(json.dumps(record, ensure_ascii=False), file=handle))
+    say_validation(run, results)
     process.say(f"[Info] Losses of every row: {path}")
 
 
