@@ -1421,12 +1421,10 @@ class Process:
             yield
         except UserError as caught:
             error = caught
-        errors = self.world.gather(str(error) if error else None)
-        failed = next((rank for rank, message in enumerate(errors) if message), None)
-        if failed is not None and self.world.rank > 0:
-            raise SaidByRank0
-        if failed is not None:
-            raise error or UserError(f"on rank {failed}: {errors[failed]}")
+        errors = self.world.gather(error and str(error))
+        failed = [f"on rank {rank}: {message}" for rank, message in enumerate(errors) if message]
+        if failed:
+            raise SaidByRank0 if self.world.rank > 0 else error or UserError(failed[0])
 
     def agree(self, *numbers: int, error: str = "") -> list[int]:
         """Sums numbers over the ranks; the place where all ranks stop, or fail, alike. Raises: Stopped once any rank
@@ -1744,7 +1742,6 @@ class Run:
     # [updates skipped for non-finite gradients, how many in a row now, the longest row]; on the device, read rarely
     nonfinite: Tensor = field(default_factory=lambda: torch.zeros(3))
     nonfinite_flags: list[tuple[list[int], Tensor]] = field(default_factory=list)  # (rows, [B] bool) since it was read
-    skips_known: int = 0  # of nonfinite[0], when the flags were last read
     writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint writer"))
     saving: PendingSave | None = None  # at most one in flight
     saved_step: int = 0
@@ -2209,9 +2206,9 @@ def add_losses(sums: Tensor, data: ManifestDataset, batch: PackedBatch, text: Te
 
 def eval_records(data: ManifestDataset, batch: PackedBatch, text: Tensor, mel: Tensor) -> Iterator[dict[str, Any]]:
     """The rows of eval.jsonl for one batch."""
-    parts = zip(batch.rows, text.split(batch.text_counts), mel.split(batch.mel_counts), strict=True)
-    for row, text_part, mel_part in parts:
-        text_losses, mel_losses = text_part.tolist(), mel_part.tolist()
+    for row, of_text, of_mel in zip(
+            batch.rows, text.split(batch.text_counts), mel.split(batch.mel_counts), strict=True):
+        text_losses, mel_losses = of_text.tolist(), of_mel.tolist()
         yield {"id": data.rows[row].id, "text_loss": sum(text_losses) / len(text_losses),
                "mel_loss": sum(mel_losses) / len(mel_losses), "text_tokens": len(text_losses),
                "mel_tokens": len(mel_losses), "text_token_losses": text_losses, "mel_token_losses": mel_losses}
@@ -2271,10 +2268,8 @@ def conditioning_record(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def in_name_order(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    def rank(name: str) -> int:
-        return next((i for i, prefix in enumerate(NAME_ORDER) if name.startswith(prefix)), len(NAME_ORDER))
-
-    return {name: tensors[name] for name in sorted(tensors, key=rank)}
+    known = [name for prefix in NAME_ORDER for name in tensors if name.startswith(prefix)]
+    return {name: tensors[name] for name in (*known, *tensors)}
 
 
 def digest_tree(value: Any, path: str = "") -> tuple[dict[str, str], Any]:
@@ -2434,11 +2429,9 @@ SAVED_STATE = [item.name for item in dataclasses.fields(TrainState) if item.name
 
 def collect_nonfinite_rows(run: Run) -> None:
     """Moves what the device knows of losses that were not finite into the state, on every rank. Waits for it."""
-    skipped, flags = int(run.nonfinite[0].item()), run.nonfinite_flags
-    run.nonfinite_flags = []
-    if skipped == run.skips_known:
+    flags, run.nonfinite_flags = run.nonfinite_flags, []
+    if run.nonfinite[0].item() == run.state.skips_told:
         return
-    run.skips_known = skipped
     found = [row for rows, flagged in flags for row, bad in zip(rows, flagged.tolist(), strict=True) if bad]
     gathered = run.process.world.gather(found)  # a new list: the writer's thread may hold the old one
     run.state.nonfinite_rows = [*run.state.nonfinite_rows, *(row for rows in gathered for row in rows)]
@@ -3031,8 +3024,7 @@ def restore(run: Run, point: ResumePoint) -> None:
         state.nonfinite_rows, state.suspect_rows, state.left_out = [], [], []
     run.train_data.bad_rows.update(dict.fromkeys(state.left_out, NOT_FINITE_TWICE))
     run.nonfinite = checkpoint["nonfinite"].clone().to(run.precision.device)
-    run.skips_known = int(run.nonfinite[0].item())
-    state.skips_told = checkpoint.get("skips_told", run.skips_known)
+    state.skips_told = checkpoint.get("skips_told", int(run.nonfinite[0].item()))
     restore_schedule(run, checkpoint)
     say("[Info] Restoring gradient scaler state...")
     if run.scaler.is_enabled() and checkpoint.get("scaler"):
@@ -3504,10 +3496,9 @@ def say_parts(run: Run) -> None:
     if run.base_text_factor != 1:
         run.process.say(f"[Info] The base checkpoint's {run.state.base_vocab} text tokens: learning rate of their "
                         f"tensors x {run.base_text_factor:g}")
-    groups = [(group["lr_scale"], group["params"]) for group in run.optimizer.param_groups]
-    groups.append((0.0, [weight for weight in run.model.parameters() if not weight.requires_grad]))
-    counts = Counter({factor: sum(p.numel() for f, params in groups if f == factor for p in params)
-                      for factor, _ in groups})
+    counts = Counter({0.0: sum(p.numel() for p in run.model.parameters() if not p.requires_grad)})
+    for group in run.optimizer.param_groups:
+        counts[group["lr_scale"]] += sum(p.numel() for p in group["params"])
     for factor, count in sorted(counts.items()) if len(+counts) > 1 else ():
         run.process.say(f"[Info] Learning rate x {factor:g}: {count / 1e6:.3f} M values{'' if factor else ', frozen'}")
 
@@ -3573,8 +3564,8 @@ class Meter:
 def leave_out_nonfinite_rows(run: Run) -> None:
     """Tells updates skipped since the last [Train] line, and by which rows; a row whose loss is not finite for the
     second time is left out from here on, on every rank. Raises: UserError for too many."""
-    state, say, rows = run.state, run.process.say, run.train_data.rows
-    skipped, state.skips_told = run.skips_known - state.skips_told, run.skips_known
+    state, say, rows, skips = run.state, run.process.say, run.train_data.rows, int(run.nonfinite[0].item())
+    skipped, state.skips_told = skips - state.skips_told, skips
     if not skipped:
         return
     found, state.nonfinite_rows = Counter(state.nonfinite_rows), []
