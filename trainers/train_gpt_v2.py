@@ -3324,64 +3324,61 @@ def load_base_checkpoint(model: UnifiedVoiceGPT, tensors: Mapping[str, Tensor], 
     return carried, base_vocab
 
 
-def check_padding(path: str, rates: Sequence[float], data: ManifestDataset) -> None:
+def check_padding(data: ManifestDataset, number: int) -> None:
     """Refuses codes of padding, which a fork's preprocessing leaves behind every clip but the longest of a batch: all
     have its length, so that rates differ, and end in one code; speech does so for a second. Raises: UserError."""
-    places = [i for i, (number, *_) in enumerate(data.rows.files) if data.manifests[number]["path"] == path]
-    rows, endings = np.flatnonzero(np.isin(data.rows.table[:, 0], places)), []
-    for row in map(data.rows.__getitem__, rows[evenly_spread(len(rows), 200)]):
+    rates, first, endings = data.rates[number], sum(rows for rows, _ in data.mix[:number]), []
+    for row in first + evenly_spread(data.mix[number][0], 200):
         with contextlib.suppress(BadFeatureFile, UserError):  # said where the row is read for training
-            endings.append(data.read_part(row, "codes")[-75:])
+            endings.append(data.read_part(data.rows[row], "codes")[-75:])
     padded = sum(len(ending) == 75 and bool((ending == ending[0]).all()) for ending in endings)
     uneven = bool(rates) and rates[2] > 1.25 * rates[0]
     if uneven or padded > max(2, len(endings) // 10):
         signs = f"{rates[0]:.0f} to {rates[2]:.0f} codes a second" if uneven else (
             f"{padded} of {len(endings)} rows end in 75 or more times the same code")
-        raise UserError(f"{path}: there is padding in its codes ({signs}). Preprocess its recordings again, one at a "
-                        "time or with tools.preprocess")
+        raise UserError(f"{data.manifests[number]['path']}: there is padding in its codes ({signs}). Preprocess its "
+                        "recordings again, one at a time or with tools.preprocess")
 
 
-def check_unrecorded(path: str, rates: Sequence[float], data: ManifestDataset, model: ModelConfig, has_base: bool,
-                     say: Callable[[str], None]) -> None:
+def check_unrecorded(data: ManifestDataset, number: int, has_base: bool, say: Callable[[str], None]) -> None:
     """A manifest beside which nothing is recorded: ranges and rates must be possible. Raises: UserError."""
+    path, rates, model = data.manifests[number]["path"], data.rates[number], data.model
     say(f"[Warn] {path}: nothing beside it records what its codes, conditions and text ids were made with "
         "(config.yaml, dataset:), so only ranges and rates are checked")
     if data.codes_seen > 1000 and data.highest_code < model.code_count // 2:
         raise UserError(f"{path}: the highest of {data.codes_seen} codes is {data.highest_code}, the model has "
                         f"{model.code_count}: they are another codec's. Preprocess with the features of these weights")
-    check_padding(path, rates, data)
+    check_padding(data, number)
     known = 25 if model.languages else 50
     if has_base and rates and model.code_count == 8192 and not 0.8 * known < rates[1] < 1.2 * known:
         raise UserError(f"{path}: {rates[1]:.1f} codes a second (median), {NAMES[model.languages > 0]} has {known}: "
                         "they are another codec's, or have padding in them. Preprocess with these weights' features")
 
 
-def belongs_together(config: TrainConfig, model_config: ModelConfig, tokenizer: Mapping[str, Any],
-                     datasets: Sequence[ManifestDataset], base: Mapping[str, Any] | None,
-                     base_tensors: Mapping[str, Tensor] | None, say: Callable[[str], None]) -> dict[str, Any]:
+def belongs_together(config: TrainConfig, tokenizer: Mapping[str, Any], datasets: Sequence[ManifestDataset],
+                     base: Mapping[str, Any] | None, base_tensors: Mapping[str, Tensor] | None,
+                     say: Callable[[str], None]) -> dict[str, Any]:
     """What is known of what data, tokenizer, model and base checkpoint (the whole file, and its tensors) were made
     with. Raises: UserError where two of them do not belong together."""
-    of_base = None if base is None else (f"--base-checkpoint {config.base_checkpoint}", recorded_in(base))
-    manifests = [(manifest, rates, data) for data in datasets
-                 for manifest, rates in zip(data.manifests, data.rates, strict=True)]
-    if of_base and "conditioning_sha256" not in of_base[1] and any(
-            "conditioning_sha256" in manifest["made_with"] for manifest, _, _ in manifests):
-        of_base[1].update(conditioning_record(base_tensors or {}))
+    base_name, of_base = f"--base-checkpoint {config.base_checkpoint}", recorded_in(base or {})
+    records = [(manifest["path"], manifest["made_with"]) for data in datasets for manifest in data.manifests]
+    if base and "conditioning_sha256" not in of_base and any("conditioning_sha256" in record for _, record in records):
+        of_base.update(conditioning_record(base_tensors or {}))
     known, problems = compare_made_with([
         (f"--tokenizer {tokenizer['path']}", {"tokenizer_sha256": tokenizer["sha256"]}),
         (f"--config {config.config}" if config.config else "the checkpoint's config",
-         {"num_codes": model_config.code_count}),
-        *((manifest["path"], manifest["made_with"]) for manifest, _, _ in manifests), *([of_base] if of_base else [])])
+         {"num_codes": datasets[0].model.code_count}), *records, (base_name, of_base)])
     if problems:
         raise UserError("; ".join(problems))
-    for manifest, rates, data in manifests:
-        made_with, path = manifest["made_with"], manifest["path"]
-        if of_base and made_with.get("features") == "embedded" and not of_base[1].get("codec_sha256"):
-            raise UserError(f"{path} was made with the embedded codec (features embedded), and {of_base[0]} is not "
+    for path, made_with in records if base else ():
+        if made_with.get("features") == "embedded" and not of_base.get("codec_sha256"):
+            raise UserError(f"{path} was made with the embedded codec (features embedded), and {base_name} is not "
                             "recorded as made for that codec: its weights know other codes and conditions. Train from "
                             "scratch, or start from a checkpoint of such a run")
-        if not made_with:
-            check_unrecorded(path, rates, data, model_config, base is not None, say)
+    for data in datasets:
+        for number, manifest in enumerate(data.manifests):
+            if not manifest["made_with"]:
+                check_unrecorded(data, number, base is not None, say)
     return known
 
 
@@ -3447,7 +3444,7 @@ def prepare(typed: Mapping[str, Any], point: ResumePoint | None, output_dir: Pat
     for manifest in (manifest for data in datasets for manifest in data.manifests):
         say(f"[Info] {manifest['path']}: {manifest['rows']} rows")
     base, content, lora_base = read_base(config, checkpoint, process)
-    made_with = belongs_together(config, model_config, tokenizer, datasets, fork.checkpoint if fork else content,
+    made_with = belongs_together(config, tokenizer, datasets, fork.checkpoint if fork else content,
                                  fork.checkpoint["model"] if fork else base,
                                  say if point is None or fork else lambda line: None)
     model, carried, base_vocab = build_model(config, model_config, train_data, base, fresh=checkpoint is None)
