@@ -632,15 +632,6 @@ def init_fresh_weights(model: UnifiedVoiceGPT, seed: int, codes_per_text_token: 
             table.weight.copy_(sinusoids(torch.arange(len(table.weight)) * rate, model.config.model_dim))
 
 
-def add_lora(model: UnifiedVoiceGPT, config: TrainConfig) -> None:
-    """Gives the target layers of every block their low-rank additions."""
-    generator = torch.Generator().manual_seed(config.seed)
-    for name, layer in model.named_modules():
-        if isinstance(layer, Conv1D) and name.endswith(tuple(config.lora_targets or LORA_TARGETS)):
-            inputs, outputs = layer.weight.shape
-            layer.lora = LoRA(inputs, outputs, config, generator)
-
-
 # What the training loss never touches: carried from the base checkpoint unchanged.
 CARRIED_PREFIXES = ("conditioning_encoder.", "perceiver_encoder.", "emo_conditioning_encoder.",
                     "emo_perceiver_encoder.", "emo_layer.", "emovec_layer.")
@@ -1345,7 +1336,6 @@ class World:
         if self.size > 1:
             dist.all_gather_object(values, value)
         return values
-
 
     def add_up(self, tensor: Tensor) -> Tensor:
         """Sums a tensor over the ranks, in place."""
@@ -2576,11 +2566,6 @@ def start_save(run: Run, best: dict[str, Any] | None, is_checkpoint: bool = True
     run.process.event("save", run)
 
 
-def is_better(loss: float, best: Mapping[str, Any] | None) -> bool:
-    """A loss that is not finite is never the best, and always beaten."""
-    return math.isfinite(loss) and (best is None or not math.isfinite(best["loss"]) or loss < best["loss"])
-
-
 def measured_on(run: Run) -> str:
     """What a validation loss depends on besides the model: rows, their choice, and the weights of the losses."""
     config = run.config
@@ -2590,12 +2575,17 @@ def measured_on(run: Run) -> str:
 
 
 def say_validation(run: Run, results: Mapping[str, Mapping[str, float]]) -> None:
-    """Of all rows and, where there are several, of each manifest and language."""
-    position = run.state.position
+    """Of all rows and, where there are several, of each manifest and language; which language is being forgotten."""
+    position, say = run.state.position, run.process.say
     for part, values in results.items():
         name = f"  {part}" if part else f"epoch={position.last_epoch} step={position.step}"
-        run.process.say(f"[Val] {name} text_loss={values['text_loss']:.6f} mel_loss={values['mel_loss']:.6f} "
-                        f"mel_top1={values['mel_top1']:.4f}")
+        say(f"[Val] {name} text_loss={values['text_loss']:.6f} mel_loss={values['mel_loss']:.6f} "
+            f"mel_top1={values['mel_top1']:.4f}")
+    for language, known in run.state.base_losses.items():
+        loss = results.get(language, {}).get("mel_loss", 0.0)
+        if loss > FORGOTTEN * known:
+            say(f"[Warn] {language}: mel_loss {loss:.4f}, with the base checkpoint {known:.4f}: it is being forgotten. "
+                f"Replay it (--train-manifest PATH::{language}@0.2), or learn more slowly")
 
 
 def measure_base(run: Run) -> None:
@@ -2607,17 +2597,9 @@ def measure_base(run: Run) -> None:
         run.state.base_losses = {language: results[language]["mel_loss"] for language in languages}
 
 
-def warn_of_forgetting(run: Run, results: Mapping[str, Mapping[str, float]]) -> None:
-    for language, known in run.state.base_losses.items():
-        loss = results.get(language, {}).get("mel_loss", 0.0)
-        if loss > FORGOTTEN * known:
-            run.process.say(f"[Warn] {language}: mel_loss {loss:.4f}, with the base checkpoint {known:.4f}: it is "
-                            f"being forgotten. Replay it (--train-manifest PATH::{language}@0.2), or learn more slowly")
-
-
 def validate(run: Run) -> dict[str, Any] | None:
     """Validates and logs. Returns TrainState.best if this is the best so far. Raises: Stopped."""
-    position, config, results = run.state.position, run.config, evaluate(run)
+    position, config, results, best = run.state.position, run.config, evaluate(run), run.state.best
     say_validation(run, results)
     values = results[""]
     loss = config.text_loss_weight * values["text_loss"] + config.mel_loss_weight * values["mel_loss"]
@@ -2625,9 +2607,9 @@ def validate(run: Run) -> dict[str, Any] | None:
         run.metrics.write("val", position, {**values, "loss": loss})
         for part in run.val_data.parts:
             run.metrics.write("val_part", position, results[part], part)
-    warn_of_forgetting(run, results)
     run.state.last_val = {"step": position.step, "loss": loss, **values}
-    is_best = is_better(loss, run.state.best)
+    # A loss that is not finite is never the best, and always beaten.
+    is_best = math.isfinite(loss) and (best is None or not math.isfinite(best["loss"]) or loss < best["loss"])
     run.state.validations_since_best = 0 if is_best else run.state.validations_since_best + 1
     return {"step": position.step, "loss": loss, "measured_on": measured_on(run)} if is_best else None
 
@@ -3386,12 +3368,19 @@ def build_model(config: TrainConfig, model_config: ModelConfig, train_data: Mani
                 base: Mapping[str, Tensor] | None, fresh: bool) -> tuple[UnifiedVoiceGPT, dict[str, Tensor], int]:
     """The model on the CPU, tensors carried along, and the base's vocabulary; from a checkpoint they come later."""
     model = UnifiedVoiceGPT(model_config, config.dropout, config.grad_checkpointing)
+    carried, base_vocab = dict[str, Tensor](), 0
     if fresh:
         text_tokens, codes = train_data.rows.table[:, 2:4].sum(axis=0).tolist()
         init_fresh_weights(model, config.seed, codes / text_tokens)
-    if base is None:
-        return model, {}, 0
-    return model, *load_base_checkpoint(model, base, Path(config.base_checkpoint), config.tokenizer, config.seed)
+    if base is not None:
+        carried, base_vocab = load_base_checkpoint(model, base, Path(config.base_checkpoint), config.tokenizer,
+                                                   config.seed)
+    generator = torch.Generator().manual_seed(config.seed)
+    for name, layer in model.named_modules() if config.lora_rank else ():
+        if isinstance(layer, Conv1D) and name.endswith(tuple(config.lora_targets or LORA_TARGETS)):
+            inputs, outputs = layer.weight.shape
+            layer.lora = LoRA(inputs, outputs, config, generator)
+    return model, carried, base_vocab
 
 
 def read_model_config(config: TrainConfig, checkpoint: Mapping[str, Any] | None, tokenizer: Mapping[str, Any]
@@ -3448,8 +3437,6 @@ def prepare(typed: Mapping[str, Any], point: ResumePoint | None, output_dir: Pat
                                  fork.checkpoint["model"] if fork else base,
                                  say if point is None or fork else lambda line: None)
     model, carried, base_vocab = build_model(config, model_config, train_data, base, fresh=checkpoint is None)
-    if config.lora_rank:
-        add_lora(model, config)
     if base is not None and base_vocab < tokenizer["size"]:
         say(f"[Info] {tokenizer['size'] - base_vocab} text tokens are new; their rows start from means of the base's")
     base_vocab = base_vocab or (checkpoint or {}).get("base_vocab", 0)
