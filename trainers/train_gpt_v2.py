@@ -1450,9 +1450,7 @@ def process_group(world: World) -> Iterator[None]:
             raise UserError(f"torchrun started {world.local_size} processes, this machine has "
                             f"{torch.cuda.device_count()} GPUs. Start one process per GPU")
         torch.cuda.set_device(world.local_rank)
-        dist.init_process_group("cpu:gloo,cuda:nccl")
-    else:
-        dist.init_process_group("gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     yield
     dist.destroy_process_group()  # after a fault the others may be gone: nothing to say good-bye to
 
@@ -3167,11 +3165,11 @@ def resolve_config(typed: Mapping[str, Any], checkpoint: Mapping[str, Any] | Non
         world.size)
     if not (config.eval_only and "val_manifest" in typed):
         config.train_manifest = config.train_manifest or ["processed_data/train_pairs.jsonl"]
-        # Nobody's run is judged on the demo's voice unasked.
-        beside = Path(split_manifest(config.train_manifest[0])[0]).with_name("val_pairs.jsonl")
+        first = Path(split_manifest(config.train_manifest[0])[0])
+        beside = first.with_name("val_pairs.jsonl")  # nobody's run is judged on the demo's voice unasked
         config.val_manifest = config.val_manifest or [str(beside)]
-        has_data = Path(split_manifest(config.train_manifest[0])[0]).exists()  # else that is what is said
-        if has_data and config.val_manifest == [str(beside)] and not beside.is_file() and "val_manifest" not in asked:
+        if "val_manifest" not in asked and config.val_manifest == [str(beside)] and first.exists() and not (
+                beside.is_file()):
             raise UserError(f"no validation data: {beside} does not exist. Pass --val-manifest (tools.preprocess holds "
                             "sentences back for it)")
     config.tokenizer = config.tokenizer or "tokenizers/amharic_extended_bpe.model"
