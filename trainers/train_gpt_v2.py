@@ -56,7 +56,7 @@ import zipfile
 from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from json.encoder import encode_basestring_ascii
 from operator import itemgetter
@@ -1386,13 +1386,10 @@ class Process:
 
     def wait_for(self, future: Future[Any]) -> Any:
         """The result of what a thread does, looking at stop signals ten times a second. Raises: Stopped."""
-        while True:
+        self.check_stop()
+        while not wait([future], timeout=0.1).done:
             self.check_stop()
-            try:
-                return future.result(timeout=0.1)
-            except TimeoutError:
-                if future.done():
-                    raise
+        return future.result()
 
     def in_thread(self, work: Callable[[], Any]) -> Any:
         """Does something in a thread that may hang on a disk; a stop is noticed meanwhile. Raises: Stopped."""
@@ -1864,8 +1861,7 @@ def choose_attention(model: UnifiedVoiceGPT, precision: Precision) -> str:
             out = attention(leaf, batch)
             out.float().square().sum().backward()
             results.append((out.detach(), leaf.grad))
-        for portable, fast in zip(*results, strict=True):
-            torch.testing.assert_close(fast, portable, rtol=0.05, atol=0.05)
+        torch.testing.assert_close(*results, rtol=0.05, atol=0.05)
     except (RuntimeError, AssertionError, ImportError, TypeError) as error:
         return f"padded causal SDPA (varlen attention failed its check: {first_line(error)})"
     model.attention = varlen_attention
@@ -2792,9 +2788,8 @@ def candidates(output_dir: Path) -> list[Path]:
     twin = next((file for file in files if file.samefile(latest)), None)
     if twin is not None:  # a save that was cut short before its link may have left newer files
         return [latest if file == twin else file for file in files]
-    step = step_inside(latest)
-    older = [file for file in files if (checkpoint_step(file.name) or 0) <= step]
-    return [file for file in files if file not in older] + [latest] + older
+    steps = {latest: step_inside(latest), **{file: checkpoint_step(file.name) or 0 for file in files}}
+    return sorted(steps, key=steps.__getitem__, reverse=True)
 
 
 def find_resumable(output_dir: Path, say: Callable[[str], None] = print) -> ResumePoint | None:
@@ -3473,28 +3468,23 @@ def prepare(typed: Mapping[str, Any], point: ResumePoint | None, output_dir: Pat
     return run
 
 
-def say_parts(run: Run) -> None:
-    """What --freeze and --lr-scale left of the model: a line for each factor of the learning rate."""
-    if run.base_text_factor != 1:
-        run.process.say(f"[Info] The base checkpoint's {run.state.base_vocab} text tokens: learning rate of their "
-                        f"tensors x {run.base_text_factor:g}")
-    counts = Counter({0.0: sum(p.numel() for p in run.model.parameters() if not p.requires_grad)})
-    for group in run.optimizer.param_groups:
-        counts[group["lr_scale"]] += sum(p.numel() for p in group["params"])
-    for factor, count in sorted(counts.items()) if len(+counts) > 1 else ():
-        run.process.say(f"[Info] Learning rate x {factor:g}: {count / 1e6:.3f} M values{'' if factor else ', frozen'}")
-
-
 def say_start(run: Run) -> None:
-    """What was chosen: batches, the end of the run, validation, disk."""
+    """What was chosen: batches, what --freeze and --lr-scale left, the end of the run, validation, disk."""
     config, say = run.config, run.process.say
     to_the_end = last_step(run.state.position, epoch_size(run.train_data.mix), config)
     processes = f" x {config.world_size} processes" if config.world_size > 1 else ""
     say(f"[Info] Batch size {config.batch_size} x accumulation {config.grad_accumulation}{processes} = global batch "
         f"{config.global_batch}; {run.threads} reading thread{'s' * (run.threads > 1)}; peak learning rate "
         f"{config.learning_rate:g}")
+    if run.base_text_factor != 1:
+        say(f"[Info] The base checkpoint's {run.state.base_vocab} text tokens: learning rate of their tensors x "
+            f"{run.base_text_factor:g}")
+    counts = Counter({0.0: sum(p.numel() for p in run.model.parameters() if not p.requires_grad)})
+    for group in run.optimizer.param_groups:
+        counts[group["lr_scale"]] += sum(p.numel() for p in group["params"])
+    for factor, count in sorted(counts.items()) if len(+counts) > 1 else ():
+        say(f"[Info] Learning rate x {factor:g}: {count / 1e6:.3f} M values{'' if factor else ', frozen'}")
     limit = f", --max-steps {config.max_steps}: the smaller one holds" if config.max_steps else ""
-    say_parts(run)
     say(f"[Info] The run ends at step {run.end}: {config.epochs} epochs end at step {to_the_end}{limit}")
     for manifest, (rows, weight) in zip(run.train_data.manifests, run.train_data.mix, strict=True):
         if weight != 1:
