@@ -1690,7 +1690,6 @@ class PendingSave:
 
     path: Path
     links: list[Path]  # latest.pth, best.pth
-    delete: list[Path]  # rotated out
     state: TrainState  # as saved
     is_best: bool
     validation_owed: bool
@@ -2501,7 +2500,7 @@ def write_save(save: PendingSave, checkpoint: Mapping[str, Any], metrics: Metric
     except OSError as error:  # no hard links, and no room for a copy
         save.warnings.append(f"[Error] Could not renew latest.pth or best.pth: {first_line(error)}. {save.path.name} "
                              "is complete, and --resume auto finds it")
-    for path in save.delete:
+    for path in rotated_files(save.path.parent, save.state):
         path.unlink(missing_ok=True)
     save.values["seconds_written"] = time.perf_counter() - started
 
@@ -2552,8 +2551,8 @@ def start_save(run: Run, best: dict[str, Any] | None, is_checkpoint: bool = True
     if is_checkpoint:
         state.recent_checkpoints, state.rotated_out = plan_rotation(state.recent_checkpoints, name,
                                                                     run.config.keep_checkpoints)
-    save = PendingSave(out / (name if is_checkpoint else "best.pth"), [out / link for link in links],
-                       rotated_files(out, state) if is_checkpoint else [], state, best is not None, run.validation_owed)
+    save = PendingSave(out / (name if is_checkpoint else "best.pth"), [out / link for link in links], state,
+                       best is not None, run.validation_owed)
     checkpoint = make_checkpoint(run, state)
     save.values["seconds_blocked"] = time.perf_counter() - started
     save.written, run.saving = run.writer.submit(write_save, save, checkpoint, run.metrics), save
@@ -3163,8 +3162,8 @@ def resolve_config(typed: Mapping[str, Any], checkpoint: Mapping[str, Any] | Non
         first = Path(split_manifest(config.train_manifest[0])[0])
         beside = first.with_name("val_pairs.jsonl")  # nobody's run is judged on the demo's voice unasked
         config.val_manifest = config.val_manifest or [str(beside)]
-        if "val_manifest" not in asked and config.val_manifest == [str(beside)] and first.exists() and not (
-                beside.is_file()):
+        is_unasked = "val_manifest" not in asked and config.val_manifest == [str(beside)]
+        if is_unasked and first.exists() and not beside.is_file():
             raise UserError(f"no validation data: {beside} does not exist. Pass --val-manifest (tools.preprocess holds "
                             "sentences back for it)")
     config.tokenizer = config.tokenizer or "tokenizers/amharic_extended_bpe.model"
