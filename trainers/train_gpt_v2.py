@@ -929,12 +929,12 @@ class ManifestDataset:
         # The first rows that have files of their own are read before anything depends on them.
         own = np.flatnonzero((self.rows.table[:, 4:] < 0).any(axis=1))[:CHECKED_ROWS].tolist()
         with ThreadPoolExecutor(16) as pool:  # their disk may be far away
-            samples = {row: pool.submit(self.__getitem__, row) for row in own}
-        for row, sample in samples.items():
-            try:
-                sample.result()
-            except BadFeatureFile as error:
-                self.unreported[row] = str(error)
+            samples = deque(pool.submit(self.__getitem__, row) for row in own)
+            for row in own:
+                try:
+                    samples.popleft().result()  # and is let go
+                except BadFeatureFile as error:
+                    self.unreported[row] = str(error)
 
     def __len__(self) -> int:
         return len(self.rows.ends) - 1
