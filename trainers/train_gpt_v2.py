@@ -1093,13 +1093,13 @@ def end_to_end(pieces: Sequence[Any]) -> Tensor:
 def spans(*of_sample: tuple[Any, Any]) -> Tensor:
     """The numbers start .. start + count - 1 of every sample's (start, count), sample after sample."""
     table = np.stack(np.broadcast_arrays(*(value for span in of_sample for value in span)), axis=-1)
-    return end_to_end([np.arange(start, start + count) for start, count in table.reshape(-1, 2)])
+    return end_to_end([np.arange(start, start + count) for start, count in table.reshape(-1, 2).tolist()])
 
 
 def collate_packed(samples: Sequence[Sample], model: ModelConfig) -> PackedBatch:
     """Lays samples end to end."""
-    texts = [np.r_[model.start_text_token, s.text_ids, model.stop_text_token] for s in samples]
-    mels = [np.r_[model.start_mel_token, s.codes, model.stop_mel_token] for s in samples]
+    texts = [np.concatenate([[model.start_text_token], s.text_ids, [model.stop_text_token]]) for s in samples]
+    mels = [np.concatenate([[model.start_mel_token], s.codes, [model.stop_mel_token]]) for s in samples]
     text_rows, mel_rows = (np.array([len(piece) for piece in pieces], dtype=np.int64) for pieces in (texts, mels))
     lengths, count = model.leading_rows + text_rows + mel_rows, model.condition_shape[0]
     first_text = np.cumsum(lengths) - lengths + model.leading_rows
