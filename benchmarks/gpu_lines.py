@@ -183,8 +183,8 @@ def trainer_step(run: trainer.Run) -> tuple[float, float]:
     """One optimizer step as train() takes it, read ahead by threads."""
     if run.reader is None:
         steps = trainer.steps_from(run.state.position, run.train_data.mix, run.config)
-        run.reader = trainer.ReadAhead(steps, trainer.make_reader(run, run.train_data), run.threads)
-    stats = trainer.train_step(run, run.reader.next_step())
+        run.reader = trainer.read_ahead(run, run.train_data, steps)
+    stats = trainer.train_step(run, next(run.reader))
     run.state.position = run.state.position.after_step(len(run.train_data), run.config.global_batch)
     run.nonfinite_flags = []
     return stats.tokens, stats.flops
@@ -630,12 +630,12 @@ def loader(bench: Bench) -> Outcome:
         bench.samples_per_second = bench.sizes.batch_sizes[0] / timing.seconds if timing else 0.0
     set_batch_size(run, size)
     steps = trainer.steps_from(run.state.position, run.train_data.mix, run.config)
-    reader = trainer.ReadAhead(steps, trainer.make_reader(run, run.train_data), run.threads)
-    for future in reader.next_step():  # the threads start
+    reader = trainer.read_ahead(run, run.train_data, steps)
+    for future in next(reader):  # the threads start
         future.result()
     started, read = time.perf_counter(), 0
     while time.perf_counter() - started < 2 and read < 20 * len(run.train_data):
-        read += sum(len(future.result().rows) for future in reader.next_step())
+        read += sum(len(future.result().rows) for future in next(reader))
     rate = read / (time.perf_counter() - started)
     reader.close()
     eats = bench.samples_per_second

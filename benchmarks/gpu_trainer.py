@@ -177,7 +177,7 @@ class Driver:
         """Logging has waited for the device. A step in which a save ended counts on neither side."""
         if self.began and self.save is None:
             self.alone.append(time.perf_counter() - self.began)
-        elif self.save is not None and self.save.written is not None and not self.save.written.done():
+        elif self.save is not None and not self.save.written.done():
             self.beside.append(time.perf_counter() - self.began)
 
     def until(self, name: str, run: trainer.Run, *details: Any) -> None:
@@ -193,14 +193,14 @@ class Driver:
                 self.save = run.saving
             self.first_save = self.first_save or run.saving
         first = self.first_save
-        if name == "logged" and first and self.save is None and first.written and first.written.done():
+        if name == "logged" and first and self.save is None and first.written.done():
             run.config = dataclasses.replace(run.config, save_interval=1)
-        if name != "micro_step" or self.save is None or self.save.written is None or not self.save.written.done():
+        if name != "micro_step" or self.save is None or not self.save.written.done():
             return
         steady = self.alone[len(self.alone) // 2 :]
         values = {"bytes": 0, "seconds_written": 0.0, **self.save.values}
         self.report(step=run.state.position.step, saved=self.save.state.position.step,
-                    error=str(self.save.error or ""), **values,
+                    error=str(self.save.written.exception() or ""), **values,
                     step_alone=statistics.median(steady) if steady else None,
                     step_beside=statistics.fmean(self.beside) if self.beside else None, steps_beside=len(self.beside),
                     global_batch=run.config.global_batch)

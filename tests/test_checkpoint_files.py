@@ -342,7 +342,7 @@ def test_a_run_that_was_led_back_and_killed_at_once_does_not_return_to_the_aband
 
 def test_the_best_checkpoint_of_the_time_before_is_there_after_going_back(tiny, out, monkeypatch):
     assert load_checkpoint(out / "model_step4.pth")["best"]["step"] == 4
-    monkeypatch.setattr(trainer, "evaluate", lambda *_: [{"text_loss": 99.0, "mel_loss": 99.0, "mel_top1": 0.0}])
+    monkeypatch.setattr(trainer, "evaluate", lambda *_: {"": {"text_loss": 99.0, "mel_loss": 99.0, "mel_top1": 0.0}})
     call_trainer(*data_args(tiny), "--resume", out / "model_step4.pth", "--max-steps", 6)
     assert load_checkpoint(out / "latest.pth")["best"]["step"] == 4
     assert load_checkpoint(out / "best.pth")["step"] == 4
@@ -589,8 +589,8 @@ def test_a_failed_save_is_tried_again_and_nothing_is_deleted_meanwhile(tiny, out
 def test_what_counts_as_best_is_what_best_holds_although_the_disk_refused_a_save(tiny, out, monkeypatch):
     losses = {10: 1.0, 14: 2.0}  # both better than the best so far, at step 8; the save of step 10 is refused
 
-    def evaluate(run: Any, *_: object) -> list[dict[str, float]]:
-        return [dict.fromkeys(("text_loss", "mel_loss", "mel_top1"), losses[run.state.position.step])]
+    def evaluate(run: Any, *_: object) -> dict[str, dict[str, float]]:
+        return {"": dict.fromkeys(("text_loss", "mel_loss", "mel_top1"), losses[run.state.position.step])}
 
     monkeypatch.setattr(trainer, "evaluate", evaluate)
     refuse_saves(monkeypatch, 1)
@@ -632,7 +632,7 @@ def test_a_stop_whose_save_fails_is_an_error(tiny, out, monkeypatch):
 def test_the_best_validation_is_kept_over_a_resume(tiny, out, monkeypatch):
     best, file = load_checkpoint(out / "latest.pth")["best"], (out / "best.pth").read_bytes()
     assert best["step"] == 8
-    monkeypatch.setattr(trainer, "evaluate", lambda *_: [{"text_loss": 99.0, "mel_loss": 99.0, "mel_top1": 0.0}])
+    monkeypatch.setattr(trainer, "evaluate", lambda *_: {"": {"text_loss": 99.0, "mel_loss": 99.0, "mel_top1": 0.0}})
     output = go_on(tiny, out, "--max-steps", 12)
     assert "text_loss=99.000000" in output
     assert load_checkpoint(out / "latest.pth")["best"] == best

@@ -83,7 +83,7 @@ def test_a_checkpoint_of_it_is_no_base(data, base, tmp_path):
 def test_merged_weights_have_the_losses_of_the_run_and_carry_what_the_base_carried(data, base, tmp_path):
     runs(train_in_process(*lora(data, base), tmp_path / "out"))
     latest = tmp_path / "out" / "latest.pth"
-    merged = trainer.merged_tensors(load_checkpoint(latest))
+    merged = generation.weights_of(load_checkpoint(latest))
     assert merged.keys() == torch.load(base).keys() and torch.equal(merged["emo_layer.weight"], torch.ones(8, 8))
     torch.save(merged, tmp_path / "merged.pth")
     weights = {"out": ["--resume", latest], "merged": ["--base-checkpoint", tmp_path / "merged.pth"],
@@ -104,7 +104,7 @@ def test_alpha_scales_what_is_added(data, base, tmp_path):
         args = lora(data, base, "--lora-alpha", alpha, "--lora-dropout", 0, "--warmup-steps", 0)
         args[args.index("--max-steps") + 1] = 1
         runs(train_in_process(*args, tmp_path / f"out{alpha}"))
-        merged = trainer.merged_tensors(load_checkpoint(tmp_path / f"out{alpha}" / "latest.pth"))
+        merged = generation.weights_of(load_checkpoint(tmp_path / f"out{alpha}" / "latest.pth"))
         changes.append(merged["gpt.h.1.mlp.c_proj.weight"] - torch.load(base)["gpt.h.1.mlp.c_proj.weight"])
     assert changes[1].abs().mean().item() == pytest.approx(3 * changes[0].abs().mean().item(), rel=0.05)
 
@@ -129,9 +129,9 @@ def test_without_its_base_it_says_which_file_is_needed_and_goes_on_where_that_is
     errs(train_in_process(*resume, "--base-checkpoint", tmp_path / "first" / "latest.pth"),
          "is not the file that this LoRA was trained on")
     runs(train_in_process(*resume, "--base-checkpoint", moved))
-    with pytest.raises(trainer.UserError, match=r"base\.pth: No such file"):
-        trainer.merged_tensors(load_checkpoint(tmp_path / "whole" / "latest.pth"))
-    trainer.merged_tensors(load_checkpoint(tmp_path / "whole" / "latest.pth"), str(moved))
+    with pytest.raises(ToolError, match=r"base\.pth: No such file"):
+        generation.weights_of(load_checkpoint(tmp_path / "whole" / "latest.pth"))
+    generation.weights_of(load_checkpoint(tmp_path / "whole" / "latest.pth"), moved)
 
 
 def test_the_embeddings_of_a_new_vocabulary_are_trained_in_full(data, base, tmp_path):
@@ -169,7 +169,7 @@ def test_an_export_is_merged_and_asks_for_the_base_where_that_is_gone(data, base
     runs(train_in_process(*lora(data, base), tmp_path / "out"))
     latest, exported = tmp_path / "out" / "latest.pth", tmp_path / "gpt_merged.pth"
     export_checkpoint.main([str(latest), "--output", str(exported)])
-    merged, found = trainer.merged_tensors(load_checkpoint(latest)), torch.load(exported, weights_only=True)["model"]
+    merged, found = generation.weights_of(load_checkpoint(latest)), torch.load(exported, weights_only=True)["model"]
     assert [*found] == [*merged] and all(torch.equal(found[name], merged[name]) for name in merged)
     assert trainer.read_base_checkpoint(exported)[0].keys() == torch.load(base).keys()
     inspect_checkpoint.main([str(latest)])

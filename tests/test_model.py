@@ -137,7 +137,7 @@ def first_batches(run: trainer.Run) -> list[Future[trainer.PackedBatch]]:
     step = next(trainer.steps_from(trainer.Position(), run.train_data.mix, run.config))
     futures: list[Future[trainer.PackedBatch]] = [Future() for _ in step]
     for future, rows in zip(futures, step, strict=True):
-        future.set_result(trainer.make_reader(run, run.train_data)(rows))
+        future.set_result(trainer.read_batch(run.train_data, rows))
     return futures
 
 

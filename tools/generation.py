@@ -31,6 +31,7 @@ from tools.text_rules import INDEXTTS2, front_end_of, rules_of, written_for
 from tools.text_tokens import TextTokens, load_tokens
 from trainers.train_gpt_v2 import (
     LANGUAGES,
+    NAME_ORDER,
     Block,
     ForeignCheckpoint,
     ModelConfig,
@@ -38,9 +39,12 @@ from trainers.train_gpt_v2 import (
     Sample,
     UnifiedVoiceGPT,
     UserError,
+    check_lora_base,
     collate_packed,
-    merged_tensors,
+    in_name_order,
+    lora_scale,
     model_config_from,
+    read_base_checkpoint,
     read_checkpoint,
 )
 
@@ -325,12 +329,23 @@ def add_base_argument(parser: argparse.ArgumentParser) -> None:
 def weights_of(checkpoint: dict[str, Any], base: Path | None = None) -> dict[str, Tensor]:
     """All of IndexTTS2's tensors; those of a LoRA are added to `base`, or to the file that it names. Raises: ToolError
     where that is gone or another one, or where there is no LoRA to add."""
-    if base and not checkpoint.get("lora_base"):
+    known, learned, config = checkpoint.get("lora_base"), checkpoint["model"], checkpoint["config"]
+    if base and not known:
         raise ToolError(f"--base-checkpoint {base}: the checkpoint is no LoRA, it holds all its weights. Leave it out")
+    if not known:
+        return learned
     try:
-        return merged_tensors(checkpoint, str(base or ""))
+        check_lora_base(str(base or known["path"]), known)
+        tensors, _ = read_base_checkpoint(base or Path(known["path"]))
     except UserError as error:
         raise ToolError(str(error)) from error
+    tensors = {name: tensor.float() for name, tensor in tensors.items() if name.startswith(NAME_ORDER)}
+    tensors.update({name: tensor for name, tensor in learned.items() if ".lora." not in name})
+    scale = lora_scale(config["lora_rank"], config["lora_alpha"])
+    for name in (name.removesuffix(".lora.A") for name in learned if name.endswith(".lora.A")):
+        product = learned[f"{name}.lora.A"] @ learned[f"{name}.lora.B"]
+        tensors[f"{name}.weight"] = tensors[f"{name}.weight"] + product * scale
+    return in_name_order(tensors)
 
 
 def trained_checkpoint(path: Path) -> dict[str, Any]:

@@ -55,8 +55,8 @@ import time
 import zipfile
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from json.encoder import encode_basestring_ascii
 from operator import itemgetter
@@ -73,6 +73,7 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 try:
@@ -102,11 +103,7 @@ class ResumeError(UserError):
 
 
 class ForeignCheckpoint(ResumeError):
-    """A checkpoint of another trainer; carries what is in it."""
-
-    def __init__(self, message: str, content: dict[str, Any]):
-        super().__init__(message)
-        self.content = content
+    """A checkpoint of another trainer."""
 
 
 class SaidByRank0(Exception):
@@ -128,11 +125,15 @@ def first_line(error: BaseException) -> str:
 
 
 def setting(default: Any, help: str, lowest: float | None = None, highest: float | None = None, **options: Any) -> Any:
-    """A TrainConfig field: its default, its flag's help, the numbers it may have, and argparse's options."""
+    """A TrainConfig field: its default, its flag's help, the numbers it may have, and what TYPES leaves unsaid."""
     factory = {"default_factory": list} if default == [] else {"default": default}
-    highest = highest or (2**63 - 1 if options.get("type") is int else sys.float_info.max)
     return field(**factory, metadata={  # type: ignore[call-overload]
         "help": help, "lowest": lowest, "highest": highest, "options": options})
+
+
+TYPES: dict[Any, dict[str, Any]] = {
+    "str": {}, "list[str]": {"action": "append"}, "bool": {"action": argparse.BooleanOptionalAction},
+    "int": {"type": int}, "int | None": {"type": int}, "float": {"type": float}}
 
 
 @dataclass
@@ -141,10 +142,9 @@ class TrainConfig:
 
     train_manifest: list[str] = setting([], "training pairs, JSON lines, optional ::lang or ::lang@weight (@3: three "
                                         "times an epoch; @0.1: a tenth, another one each time); repeatable "
-                                        "(processed_data/train_pairs.jsonl)", action="append",
-                                        metavar="PATH[::LANG[@WEIGHT]]")
+                                        "(processed_data/train_pairs.jsonl)", metavar="PATH[::LANG[@WEIGHT]]")
     val_manifest: list[str] = setting([], "validation pairs, likewise (val_pairs.jsonl beside the first training "
-                                      "manifest)", action="append", metavar="PATH[::LANG]")
+                                      "manifest)", metavar="PATH[::LANG]")
     tokenizer: str = setting("", "SentencePiece model, or IndexTTS-2.5's .tiktoken file "
                              "(tokenizers/amharic_extended_bpe.model)", metavar="PATH")
     config: str = setting("", "IndexTTS2 YAML with a gpt: section (config.yaml beside the first training manifest, "
@@ -152,55 +152,50 @@ class TrainConfig:
     base_checkpoint: str = setting("", "IndexTTS2 weights to start from, e.g. checkpoints/gpt.pth", metavar="PATH")
     output_dir: str = setting("training_output", "checkpoints, logs (training_output)", metavar="DIR")
     resume: str = setting("", "'auto' (newest valid checkpoint of the output directory) or a file", metavar="auto|PATH")
-    batch_size: int = setting(0, "samples in a micro-batch (by the hardware)", 0, type=int)
-    grad_accumulation: int = setting(0, "micro-batches in a step (to a global batch of 32)", 0, type=int)
-    epochs: int = setting(10, "passes over the training data (10)", 1, type=int)
-    learning_rate: float = setting(0.0, "peak (2e-5 with a base checkpoint, 1e-3 from scratch)", 0, 1, type=float)
-    weight_decay: float = setting(0.01, "AdamW's, on matrices only (0.01)", 0, type=float)
-    warmup_steps: int | None = setting(None, "linear warm-up (1000, at most a tenth of the run)", 0, type=int)
-    max_steps: int = setting(0, "stop after this many steps (0 = no limit)", 0, type=int)
-    log_interval: int | None = setting(None, "steps between [Train] lines (100, at most 1/10 of the run)", 1, type=int)
+    batch_size: int = setting(0, "samples in a micro-batch (by the hardware)", 0)
+    grad_accumulation: int = setting(0, "micro-batches in a step (to a global batch of 32)", 0)
+    epochs: int = setting(10, "passes over the training data (10)", 1)
+    learning_rate: float = setting(0.0, "peak (2e-5 with a base checkpoint, 1e-3 from scratch)", 0, 1)
+    weight_decay: float = setting(0.01, "AdamW's, on matrices only (0.01)", 0)
+    warmup_steps: int | None = setting(None, "linear warm-up (1000, at most a tenth of the run)", 0)
+    max_steps: int = setting(0, "stop after this many steps (0 = no limit)", 0)
+    log_interval: int | None = setting(None, "steps between [Train] lines (100, at most 1/10 of the run)", 1)
     val_interval: int | None = setting(None, "steps between validations; 0 = once per epoch (1000, at most half of the "
-                                       "run)", 0, type=int)
-    val_batch_size: int = setting(0, "samples in a validation batch (the batch size)", 0, type=int)
+                                       "run)", 0)
+    val_batch_size: int = setting(0, "samples in a validation batch (the batch size)", 0)
     max_val_batches: int = setting(200, "validation rows, in batches of the size the run began with, spread evenly "
-                                   "over all rows (200; 0 = all)", 0, type=int)
-    num_workers: int = setting(0, "threads that read data (by the hardware)", 0, 256, type=int)
-    grad_clip: float = setting(1.0, "largest gradient norm (1.0; 0 = no clipping)", 0, type=float)
-    text_loss_weight: float = setting(0.2, "weight of text_loss (0.2)", 0, type=float)
-    mel_loss_weight: float = setting(0.8, "weight of mel_loss (0.8)", 0, type=float)
+                                   "over all rows (200; 0 = all)", 0)
+    num_workers: int = setting(0, "threads that read data (by the hardware)", 0, 256)
+    grad_clip: float = setting(1.0, "largest gradient norm (1.0; 0 = no clipping)", 0)
+    text_loss_weight: float = setting(0.2, "weight of text_loss (0.2)", 0)
+    mel_loss_weight: float = setting(0.8, "weight of mel_loss (0.8)", 0)
     amp: str = setting("off", "mixed precision; alone: bf16 where the hardware has it, else fp16", nargs="?",
                        const="auto", choices=("auto", "bf16", "fp16", "off"))
-    grad_checkpointing: bool = setting(False, "recompute blocks in the backward pass: less memory, slower",
-                                       action=argparse.BooleanOptionalAction)
+    grad_checkpointing: bool = setting(False, "recompute blocks in the backward pass: less memory, slower")
     save_interval: int = setting(1000, "steps between checkpoints, besides the first best one (1000; 0 = only at the "
-                                 "end)", 0, type=int)
-    save_minutes: float = setting(30.0, "and at least every so many minutes (30; 0 = by steps only)", 0, type=float)
-    patience: int = setting(0, "stop after so many validations in a row without a better one (0 = never)", 0, type=int)
-    keep_checkpoints: int = setting(3, "newest checkpoints kept (3; 0 = all)", 0, type=int)
-    seed: int = setting(1234, "of the sample order, dropout and fresh weights (1234)", 0, 2**63 - 1, type=int)
-    dropout: float = setting(0.1, "on embeddings and residuals (0.1)", 0, 1, type=float)
+                                 "end)", 0)
+    save_minutes: float = setting(30.0, "and at least every so many minutes (30; 0 = by steps only)", 0)
+    patience: int = setting(0, "stop after so many validations in a row without a better one (0 = never)", 0)
+    keep_checkpoints: int = setting(3, "newest checkpoints kept (3; 0 = all)", 0)
+    seed: int = setting(1234, "of the sample order, dropout and fresh weights (1234)", 0, 2**63 - 1)
+    dropout: float = setting(0.1, "on embeddings and residuals (0.1)", 0, 1)
     eval_only: bool = setting(False, "print the [Val] line, write eval.jsonl, train nothing", action="store_true")
     accept_changed_data: bool = setting(False, "resume although the training data changed; the epoch starts anew",
                                         action="store_true")
     emo_source: str = setting("prompt", "whose emo_vec a pair takes: the prompt's, the target's, or one of the two, "
                               "drawn anew for every row and epoch (prompt)", choices=("prompt", "target", "mixed"))
-    freeze_base_vocab: bool = setting(False, "leave the base checkpoint's text tokens as they are: --freeze base-text",
-                                      action=argparse.BooleanOptionalAction)
+    freeze_base_vocab: bool = setting(False, "leave the base checkpoint's text tokens as they are: --freeze base-text")
     freeze: list[str] = setting([], "tensors that are not trained: a pattern such as 'gpt.h.*.attn.*', or a set: "
-                                "first:N (blocks), base-text, conditioning; repeatable", action="append",
-                                metavar="PATTERN")
+                                "first:N (blocks), base-text, conditioning; repeatable", metavar="PATTERN")
     lr_scale: list[str] = setting([], "learning rate of tensors, as a multiple: the same patterns, and the set "
-                                  "new-text, such as new-text=10; repeatable", action="append",
-                                  metavar="PATTERN=FACTOR")
+                                  "new-text, such as new-text=10; repeatable", metavar="PATTERN=FACTOR")
     lora_rank: int = setting(0, "train low-rank additions to the base checkpoint's matrices instead of these (0 = no); "
-                             "rows of new text tokens are trained in full", 0, 4096, type=int)
-    lora_alpha: float = setting(0.0, "LoRA's scale times its rank (twice the rank)", 0, type=float)
-    lora_dropout: float = setting(0.0, "before LoRA's first matrix (0)", 0, 0.99, type=float)
+                             "rows of new text tokens are trained in full", 0, 4096)
+    lora_alpha: float = setting(0.0, "LoRA's scale times its rank (twice the rank)", 0)
+    lora_dropout: float = setting(0.0, "before LoRA's first matrix (0)", 0, 0.99)
     lora_targets: list[str] = setting([], "layers of a block that get one (attn.c_attn attn.c_proj mlp.c_fc "
-                                      "mlp.c_proj)", nargs="+", choices=LORA_TARGETS, metavar="LAYER")
-    compile: bool = setting(False, "torch.compile the model (with varlen attention only)",
-                            action=argparse.BooleanOptionalAction)
+                                      "mlp.c_proj)", nargs="+", action="store", choices=LORA_TARGETS, metavar="LAYER")
+    compile: bool = setting(False, "torch.compile the model (with varlen attention only)")
     profile: bool = setting(False, "write a torch.profiler trace of steps 4 to 6 of this process", action="store_true")
     world_size: int = 1  # processes; torchrun's, not a flag
 
@@ -220,16 +215,14 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def parse_args(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Returns only the settings that were typed: {field name: value}.
-
-    Raises: UserError for unknown flags, values of the wrong type, and texts that a shell has spoilt.
-    """
+    """Only the settings that were typed: {field name: value}. Raises: UserError for unknown flags, wrong types, and
+    texts that a shell has spoilt."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                            argument_default=argparse.SUPPRESS, allow_abbrev=False)
     for item in dataclasses.fields(TrainConfig):
         if item.metadata:
             flag = "--" + item.name.replace("_", "-")
-            parser.add_argument(flag, help=item.metadata["help"], **item.metadata["options"])
+            parser.add_argument(flag, help=item.metadata["help"], **{**TYPES[item.type], **item.metadata["options"]})
     typed = vars(parser.parse_args(argv))
     for name, value in typed.items():
         flag, texts = "--" + name.replace("_", "-"), value if isinstance(value, list) else [value]
@@ -265,7 +258,8 @@ def config_problems(config: TrainConfig) -> list[str]:
     """Everything that is wrong with the settings themselves, before any file is opened."""
     problems = []
     for item in dataclasses.fields(config):
-        value, lowest, highest = getattr(config, item.name), item.metadata.get("lowest"), item.metadata.get("highest")
+        value, lowest = getattr(config, item.name), item.metadata.get("lowest")
+        highest = item.metadata.get("highest") or (2**63 - 1 if isinstance(value, int) else sys.float_info.max)
         if value is not None and lowest is not None and not lowest <= value <= highest:
             bound = f"most {highest}" if value > highest else f"least {lowest}"
             problems.append(f"--{item.name.replace('_', '-')} {value}: must be at {bound}")
@@ -308,12 +302,9 @@ def split_global_batch(global_batch: int, largest_batch_size: int) -> tuple[int,
 def choose_batch_split(batch_size: int, grad_accumulation: int, hardware_batch_size: int,
                        checkpoint_split: tuple[int, int, int] | None, same_device: bool, world_size: int = 1
                        ) -> tuple[int, int]:
-    """Returns (batch_size, grad_accumulation) of each process; 0 means not typed.
-
-    checkpoint_split is its (batch_size, grad_accumulation, world_size). A fresh run aims at a global batch of 32. A
-    resumed one keeps its global batch unless both are typed, and on the same device its split too, since another split
-    changes the last bits. Raises: UserError for what does not divide the checkpoint's global batch.
-    """
+    """(batch_size, grad_accumulation) of each process; 0 means not typed. A fresh run aims at a global batch of 32. A
+    resumed one keeps that of checkpoint_split (batch_size, grad_accumulation, world_size) unless both are typed, and on
+    the same device its split too: another changes the last bits. Raises: UserError for what does not divide it."""
     typed, share = batch_size or grad_accumulation, max(1, 32 // world_size)
     if batch_size and grad_accumulation:
         return batch_size, grad_accumulation
@@ -384,10 +375,8 @@ class ModelConfig:
 
 
 def model_config_from(gpt: Any, source: str, vocab_size: int | None = None) -> ModelConfig:
-    """Reads a `gpt:` section; vocab_size (the tokenizer's) replaces number_text_tokens.
-
-    Raises: UserError that lists every missing or wrong value.
-    """
+    """Reads a `gpt:` section; vocab_size (the tokenizer's) replaces number_text_tokens. Raises: UserError that lists
+    every missing or wrong value."""
     if not isinstance(gpt, dict):
         raise UserError(f"{source}: no gpt: section. Use IndexTTS2's config.yaml, or the one beside the demo data")
     values = gpt if vocab_size is None else {**gpt, "number_text_tokens": vocab_size}
@@ -419,8 +408,6 @@ class PackedBatch:
     """
 
     rows: list[int]  # data set rows, [B]
-    bad_rows: dict[int, str]  # data set row -> what is wrong with its files
-    error: str  # a row contradicts the manifest or the model; "" if none does
     lengths: list[int]  # rows of each sample, [B]
     longest: int  # of the lengths; what is compiled takes no list, for it would be compiled anew for each length of one
     text_counts: list[int]  # scored text rows of each sample, [B]
@@ -440,10 +427,11 @@ class PackedBatch:
     cu_seqlens: Tensor  # [B + 1] int32
     groups: list[Tensor]  # flat rows [g, longest] of samples of near-equal length, filled up on the right
     ungroup: Tensor  # [total] into the groups' rows end to end
+    bad_rows: dict[int, str] = field(default_factory=dict)  # data set row left out -> what is wrong with its files
+    error: str = ""  # a row contradicts the manifest or the model
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
-        changed: Any = {name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return dataclasses.replace(self, groups=[change(group) for group in self.groups], **changed)
+        return PackedBatch(**tree_map_only(Tensor, change, vars(self)))
 
     def to(self, device: torch.device) -> PackedBatch:
         return self.map_tensors(functools.partial(Tensor.to, device=device, non_blocking=True))
@@ -562,19 +550,6 @@ class Block(nn.Module):
         return x + dropped(self.mlp(self.ln_2(x)), dropout, self.training)
 
 
-class GPTStack(nn.Module):
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.h = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.ln_f = nn.LayerNorm(config.model_dim)
-
-
-class PositionTable(nn.Module):
-    def __init__(self, length: int, dim: int):
-        super().__init__()
-        self.emb = nn.Embedding(length, dim)
-
-
 class UnifiedVoiceGPT(nn.Module):
     """Text ids and a speaker condition in, logits for the next text token and the next code out.
 
@@ -588,9 +563,10 @@ class UnifiedVoiceGPT(nn.Module):
         self.attention: Attention = padded_attention
         self.text_embedding = nn.Embedding(config.number_text_tokens + 1, dim)
         self.mel_embedding = nn.Embedding(config.number_mel_codes, dim)
-        self.gpt = GPTStack(config)
-        self.mel_pos_embedding = PositionTable(config.max_mel_tokens + 3, dim)
-        self.text_pos_embedding = PositionTable(config.max_text_tokens + 2, dim)
+        self.gpt: Any = nn.ModuleDict({"h": nn.ModuleList(Block(config) for _ in range(config.layers)),
+                                       "ln_f": nn.LayerNorm(dim)})
+        self.mel_pos_embedding: Any = nn.ModuleDict({"emb": nn.Embedding(config.max_mel_tokens + 3, dim)})
+        self.text_pos_embedding: Any = nn.ModuleDict({"emb": nn.Embedding(config.max_text_tokens + 2, dim)})
         self.final_norm = nn.LayerNorm(dim)
         self.text_head = nn.Linear(dim, config.number_text_tokens + 1)
         self.mel_head = nn.Linear(dim, config.number_mel_codes)
@@ -639,11 +615,8 @@ def sinusoids(times: Tensor, dim: int, rms: float = 0.02) -> Tensor:
 
 
 def init_fresh_weights(model: UnifiedVoiceGPT, seed: int, codes_per_text_token: float) -> None:
-    """IndexTTS2's initial distributions, except that the position tables start as sinusoids of time.
-
-    Text position i and code position i * codes_per_text_token get the same vector, so that attention finds the text
-    that is being spoken sooner (knowledge.md has figures).
-    """
+    """IndexTTS2's initial distributions, but position tables that start as sinusoids of time: text position i gets the
+    vector of code position i * codes_per_text_token, so that attention finds the spoken text sooner (knowledge.md)."""
     generator = torch.Generator().manual_seed(seed)
     projection_std, bound = 0.02 / math.sqrt(2 * model.config.layers), 1 / math.sqrt(model.config.model_dim)
     with torch.no_grad():
@@ -658,15 +631,6 @@ def init_fresh_weights(model: UnifiedVoiceGPT, seed: int, codes_per_text_token: 
                 weight.normal_(0, projection_std if name.endswith("c_proj.weight") else 0.02, generator=generator)
         for table, rate in ((model.text_pos_embedding.emb, codes_per_text_token), (model.mel_pos_embedding.emb, 1.0)):
             table.weight.copy_(sinusoids(torch.arange(len(table.weight)) * rate, model.config.model_dim))
-
-
-def add_lora(model: UnifiedVoiceGPT, config: TrainConfig) -> None:
-    """Gives the target layers of every block their low-rank additions."""
-    generator = torch.Generator().manual_seed(config.seed)
-    for name, layer in model.named_modules():
-        if isinstance(layer, Conv1D) and name.endswith(tuple(config.lora_targets or LORA_TARGETS)):
-            inputs, outputs = layer.weight.shape
-            layer.lora = LoRA(inputs, outputs, config, generator)
 
 
 # What the training loss never touches: carried from the base checkpoint unchanged.
@@ -714,15 +678,6 @@ class Sample:
     language: int = 0  # of LANGUAGES
 
 
-@dataclass
-class BrokenRow:
-    """A row that cannot be used: its feature file is damaged, or (fatal) contradicts the manifest or the model."""
-
-    row: int
-    reason: str
-    fatal: bool
-
-
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file that holds a dict. Raises: UserError."""
     try:
@@ -755,10 +710,8 @@ def recorded_in(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def compare_made_with(records: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple[dict[str, Any], list[str]]:
-    """Compares what was recorded wherever two of them meet; records are (what it is, its record).
-
-    Returns: everything that is known, and every contradiction with both of its sides and the remedy.
-    """
+    """Compares records (what it is, its record) wherever two of them meet. Returns: everything that is known, and every
+    contradiction with both of its sides and the remedy."""
     known: dict[str, tuple[str, Any]] = {}
     problems = []
     for name, record in records:
@@ -772,11 +725,8 @@ def compare_made_with(records: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple
 
 @functools.cache
 def row_keys(emo_source: str, no_prompt: bool, no_target: bool) -> tuple[Any, ...]:
-    """Keys of a row's texts and of its numbers, what takes the values of both from it, and the types they have.
-
-    A row that lacks one of the two emo_vecs takes the other, but for --emo-source target, which wants the target's in
-    every row; with --emo-source mixed there are keys of both: the usual one's, and the target's where that is drawn.
-    """
+    """Keys of a row's texts and of its numbers, what takes the values of both from it, and their types. A row that
+    lacks one of the two emo_vecs takes the other, but for --emo-source target; with mixed there are keys of both."""
     usual = "target_emo_vec" if emo_source == "target" or no_prompt else "prompt_emo_vec"
     emo = (usual, usual if no_target else "target_emo_vec") if emo_source == "mixed" else (usual,)
     names = ("target_text_ids", "target_codes", "prompt_condition", *emo)
@@ -786,10 +736,8 @@ def row_keys(emo_source: str, no_prompt: bool, no_target: bool) -> tuple[Any, ..
 
 
 def parse_row(record: Any, emo_source: str) -> tuple[Any, ...]:
-    """The values of row_keys. A start is -1 where the file holds this utterance alone.
-
-    Raises: UserError that names what is missing or wrong in the row, without its place.
-    """
+    """The values of row_keys; a start is -1 where the file holds this utterance alone. Raises: UserError that names
+    what is missing or wrong in the row, without its place."""
     if not isinstance(record, dict):
         raise UserError("not a JSON object. Each line is one pair, as tools.build_pairs writes it")
     texts, numbers, take, types = row_keys(emo_source, not record.get("prompt_emo_vec_path"),
@@ -848,11 +796,8 @@ class Rows:
 
 def read_manifest(manifest: str, rows: Rows, emo_source: str, progress: Callable[[str], None]) -> list[float]:
     """Adds a manifest's rows. Returns codes a second, over prompts that are targets too: what a fifth of them is below,
-    the median, what a fifth is above (a length in whole seconds may have been cut to that); [] where lengths tell
-    nothing.
-
-    Raises: UserError for a missing or empty file, and for a bad line with its number.
-    """
+    the median, what a fifth is above (a length in whole seconds may be cut); [] where lengths tell nothing. Raises:
+    UserError for a missing or empty file, and for a bad line with its number."""
     name, language, weight = split_manifest(manifest)
     path, folder, before, number = Path(name), os.path.dirname(Path(name)), len(rows.ends), len(rows.mix)
     seconds, codes, line, has_target_emo = {}, {}, 0, False
@@ -904,9 +849,7 @@ def read_manifest(manifest: str, rows: Rows, emo_source: str, progress: Callable
 
 class ArrayFile:
     """A .npy file, read piece by piece: a page fault of a mapping on a disk that hangs would hold the interpreter.
-
-    Raises: BadFeatureFile; UserError when this process may not open more files.
-    """
+    Raises: BadFeatureFile; UserError when this process may not open more files."""
 
     one_by_one = threading.Lock()  # Python 3.11 confuses syntax trees that threads build side by side, as a header's
 
@@ -951,11 +894,8 @@ class ArrayFile:
 
 
 class ManifestDataset:
-    """Rows of one or more manifests; item i is a Sample, or a BrokenRow; item ~i is row i with its target's emo_vec
-    (--emo-source mixed). Several threads may read.
-
-    Raises: UserError for bad manifests, and for files of which many rows would miss something.
-    """
+    """Rows of one or more manifests; item i is row i, item ~i the same with its target's emo_vec (--emo-source mixed).
+    Several threads may read. Raises: UserError for bad manifests, and for files that many rows need."""
 
     def __init__(self, manifests: Sequence[str], model: ModelConfig, emo_source: str = "prompt",
                  progress: Callable[[str], None] = lambda text: None, begin_with_language: bool = False):
@@ -995,11 +935,12 @@ class ManifestDataset:
         # The first rows that have files of their own are read before anything depends on them.
         own = np.flatnonzero((self.rows.table[:, 4:] < 0).any(axis=1))[:CHECKED_ROWS].tolist()
         with ThreadPoolExecutor(16) as pool:  # their disk may be far away
-            broken = [sample for sample in pool.map(self.__getitem__, own) if isinstance(sample, BrokenRow)]
-        for sample in broken:
-            if sample.fatal:
-                raise UserError(sample.reason)
-            self.unreported[sample.row] = sample.reason
+            samples = deque(pool.submit(self.__getitem__, row) for row in own)
+            for row in own:
+                try:
+                    samples.popleft().result()  # and is let go
+                except BadFeatureFile as error:
+                    self.unreported[row] = str(error)
 
     def __len__(self) -> int:
         return len(self.rows.ends) - 1
@@ -1102,17 +1043,15 @@ class ManifestDataset:
             self.check_values(values, kind, path, [row.number], np.array([0]), np.array([count]), 0)
         return values.astype(np.int64)
 
-    def __getitem__(self, item: int) -> Sample | BrokenRow:
+    def __getitem__(self, item: int) -> Sample:
+        """Raises: BadFeatureFile; UserError where its files contradict the manifest or the model."""
         index, emo = (item, "emo_vec") if item >= 0 else (~item, "target_emo_vec")
-        try:
-            if index in self.bad_rows:
-                raise BadFeatureFile(self.bad_rows[index])
-            row = self.rows[index]
-            text_ids, codes, condition, emo_vec = (self.read_part(row, kind) for kind in (*KINDS[:3], emo))
-            language = LANGUAGES.index(row.language) if self.model.languages else 0
-            return Sample(text_ids, codes, condition, emo_vec, index, language)
-        except (BadFeatureFile, UserError) as error:  # returned: the other rows of the batch are good
-            return BrokenRow(index, str(error), fatal=isinstance(error, UserError))
+        if index in self.bad_rows:
+            raise BadFeatureFile(self.bad_rows[index])
+        row = self.rows[index]
+        text_ids, codes, condition, emo_vec = (self.read_part(row, kind) for kind in (*KINDS[:3], emo))
+        language = LANGUAGES.index(row.language) if self.model.languages else 0
+        return Sample(text_ids, codes, condition, emo_vec, index, language)
 
     def note_bad_rows(self, found: Mapping[int, str]) -> list[str]:
         """Remembers rows to leave out; returns one line for each new one. Raises: UserError above MAX_BAD_FRACTION."""
@@ -1139,71 +1078,77 @@ def near_equal_groups(lengths: Sequence[int], ratio: float = 1.25) -> list[list[
     return groups
 
 
-def group_rows(lengths: Sequence[int]) -> tuple[list[Tensor], Tensor]:
+def group_rows(lengths: np.ndarray) -> tuple[list[Tensor], Tensor]:
     """PackedBatch.groups and .ungroup. Rows that fill a group up are causally behind every real row: never seen."""
-    starts = np.concatenate([[0], np.cumsum(lengths)])
-    groups, ungroup, offset = [], np.zeros(int(starts[-1]), dtype=np.int64), 0
-    for members in near_equal_groups(lengths):
-        longest = max(lengths[i] for i in members)
-        grid = np.zeros((len(members), longest), dtype=np.int64)
-        for at, i in enumerate(members):
-            grid[at, : lengths[i]] = np.arange(starts[i], starts[i + 1])
-            ungroup[starts[i] : starts[i + 1]] = offset + at * longest + np.arange(lengths[i])
+    starts, offset = np.cumsum(lengths) - lengths, 0
+    groups, ungroup = [], np.zeros(lengths.sum(), dtype=np.int64)
+    for members in near_equal_groups(lengths.tolist()):
+        columns = np.arange(lengths[members].max())
+        is_real = columns < lengths[members, None]
+        grid = np.where(is_real, starts[members, None] + columns, 0)
+        ungroup[grid[is_real]] = offset + np.flatnonzero(is_real)
         offset += grid.size
         groups.append(torch.from_numpy(grid))
     return groups, torch.from_numpy(ungroup)
 
 
-def collate_packed(samples: Sequence[Sample | BrokenRow], model: ModelConfig) -> PackedBatch:
-    """Lays samples end to end; broken rows are left out and named in bad_rows."""
-    good = [sample for sample in samples if isinstance(sample, Sample)]
-    broken = [sample for sample in samples if isinstance(sample, BrokenRow)]
-    count = model.condition_shape[0]
-    speed_at = count * len(good)
-    text_at = speed_at + 2
-    mel_at = text_at + sum(len(s.text_ids) + 2 for s in good)
-    names = ("text_inputs", "text_positions", "text_languages", "mel_inputs", "mel_positions", "pack_order",
-             "text_scored", "text_targets", "mel_scored", "mel_targets")
-    parts: dict[str, list[Any]] = {name: [np.zeros(0, dtype=np.int64)] for name in names}
-    flat = 0
-    for i, s in enumerate(good):
-        t, c = len(s.text_ids), len(s.codes)
-        text = np.concatenate([[model.start_text_token], s.text_ids, [model.stop_text_token]])
-        mel = np.concatenate([[model.start_mel_token], s.codes, [model.stop_mel_token]])
-        text_row = flat + model.leading_rows
-        mel_row = text_row + t + 2
-        parts["text_inputs"].append(text)
-        parts["text_positions"].append(np.arange(t + 2))
-        parts["text_languages"].append(np.full(t + 2, s.language))
-        parts["mel_inputs"].append(mel)
-        parts["mel_positions"].append(np.arange(c + 2))
-        parts["pack_order"] += [count * i + np.arange(count), [speed_at + 1, speed_at],
-                                text_at + np.arange(t + 2), mel_at + np.arange(c + 2)]
-        parts["text_scored"].append(text_row + np.arange(t + 1))
-        parts["text_targets"].append(text[1:])
-        parts["mel_scored"].append(mel_row + np.arange(c + 1))
-        parts["mel_targets"].append(mel[1:])
-        text_at, mel_at, flat = text_at + t + 2, mel_at + c + 2, mel_row + c + 2
-    lengths = [model.leading_rows + len(s.text_ids) + 2 + len(s.codes) + 2 for s in good]
-    text_counts, mel_counts = [len(s.text_ids) + 1 for s in good], [len(s.codes) + 1 for s in good]
+def end_to_end(pieces: Sequence[Any]) -> Tensor:
+    return torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *pieces]))
+
+
+def spans(*of_sample: tuple[Any, Any]) -> Tensor:
+    """The numbers start .. start + count - 1 of every sample's (start, count), sample after sample."""
+    table = np.stack(np.broadcast_arrays(*(value for span in of_sample for value in span)), axis=-1)
+    return end_to_end([np.arange(start, start + count) for start, count in table.reshape(-1, 2).tolist()])
+
+
+def collate_packed(samples: Sequence[Sample], model: ModelConfig) -> PackedBatch:
+    """Lays samples end to end."""
+    texts = [np.concatenate([[model.start_text_token], s.text_ids, [model.stop_text_token]]) for s in samples]
+    mels = [np.concatenate([[model.start_mel_token], s.codes, [model.stop_mel_token]]) for s in samples]
+    text_rows, mel_rows = (np.array([len(piece) for piece in pieces], dtype=np.int64) for pieces in (texts, mels))
+    lengths, count = model.leading_rows + text_rows + mel_rows, model.condition_shape[0]
+    first_text = np.cumsum(lengths) - lengths + model.leading_rows
+    # Where its parts stand in cat(condition rows, 2 speed rows, text rows, mel rows).
+    condition_at, speed_at = count * np.arange(len(samples)), count * len(samples)
+    text_at = speed_at + 2 + np.cumsum(text_rows) - text_rows
+    mel_at = speed_at + 2 + text_rows.sum() + np.cumsum(mel_rows) - mel_rows
     groups, ungroup = group_rows(lengths)
-    condition = np.array([s.condition for s in good], dtype=np.float32).reshape(-1, *model.condition_shape)
-    emo_vec = np.array([s.emo_vec for s in good], dtype=np.float32).reshape(-1, model.model_dim)
+    condition = np.array([s.condition for s in samples], dtype=np.float32).reshape(-1, *model.condition_shape)
+    emo_vec = np.array([s.emo_vec for s in samples], dtype=np.float32).reshape(-1, model.model_dim)
     return PackedBatch(
-        rows=[s.row for s in good], bad_rows={b.row: b.reason for b in broken if not b.fatal},
-        error=next((b.reason for b in broken if b.fatal), ""), lengths=lengths,
-        longest=max(lengths, default=0), text_counts=text_counts, mel_counts=mel_counts,
-
+        rows=[s.row for s in samples], lengths=lengths.tolist(), longest=int(lengths.max(initial=0)),
+        text_counts=(text_rows - 1).tolist(), mel_counts=(mel_rows - 1).tolist(),
         condition=torch.from_numpy(condition), emo_vec=torch.from_numpy(emo_vec),
-        cu_seqlens=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32), groups=groups, ungroup=ungroup,
-        **{name: torch.from_numpy(np.concatenate(arrays)) for name, arrays in parts.items()})
+        text_inputs=end_to_end(texts), text_positions=spans((0, text_rows)),
+        text_languages=end_to_end([np.full(len(text), s.language) for text, s in zip(texts, samples, strict=True)]),
+        mel_inputs=end_to_end(mels), mel_positions=spans((0, mel_rows)),
+        pack_order=spans((condition_at, count), (speed_at + 1, 1), (speed_at, 1), (text_at, text_rows),
+                         (mel_at, mel_rows)),
+        text_scored=spans((first_text, text_rows - 1)), text_targets=end_to_end([text[1:] for text in texts]),
+        mel_scored=spans((first_text + text_rows, mel_rows - 1)), mel_targets=end_to_end([mel[1:] for mel in mels]),
+        cu_seqlens=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32), groups=groups, ungroup=ungroup)
 
 
-def idle_batch(config: ModelConfig) -> PackedBatch:
-    """One sample of nothing, for a rank without samples in a step: gradients are exchanged in the backward pass."""
-    sample = Sample(np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros(config.condition_shape, np.float32),
-                    np.zeros(config.model_dim, np.float32))
-    return collate_packed([sample], config)
+def read_batch(data: ManifestDataset, items: Sequence[int], pinned: bool = False) -> PackedBatch:
+    """Items of a data set end to end, in page-locked memory if pinned; what cannot be used is left out, and named."""
+    samples, bad_rows, contradiction = list[Sample](), dict[int, str](), ""
+    for item in items:
+        try:
+            samples.append(data[item])
+        except BadFeatureFile as error:
+            bad_rows[max(item, ~item)] = str(error)
+        except UserError as error:
+            contradiction = contradiction or str(error)
+    batch = dataclasses.replace(collate_packed(samples, data.model), bad_rows=bad_rows, error=contradiction)
+    return batch.map_tensors(Tensor.pin_memory) if pinned else batch
+
+
+def blank_batch(config: ModelConfig, *lengths: tuple[int, int]) -> PackedBatch:
+    """Samples of nothing, with these numbers of text ids and codes."""
+    nothing = np.zeros(config.condition_shape), np.zeros(config.model_dim)
+    return collate_packed([Sample(np.zeros(text_len, np.int64), np.zeros(code_len, np.int64), *nothing)
+                           for text_len, code_len in lengths], config)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1246,8 +1191,7 @@ def split_micro_batches(indices: np.ndarray, batch_size: int) -> list[list[int]]
 
 
 def draw_emo(rows: np.ndarray, config: TrainConfig, epoch: int) -> np.ndarray:
-    """Rows as items of a data set: with --emo-source mixed, ~row where the row takes its target's emo_vec in this
-    epoch. Depends on seed, epoch and row alone."""
+    """Rows as items: with --emo-source mixed, ~row where seed, epoch and row have it take its target's emo_vec."""
     if config.emo_source != "mixed" or not len(rows):
         return rows
     draws = np.random.Generator(np.random.PCG64([config.seed, epoch, 1])).random(int(rows.max()) + 1)
@@ -1302,40 +1246,14 @@ def end_of_run(position: Position, num_samples: int, config: TrainConfig) -> int
 
 def steps_from(position: Position, mix: Sequence[tuple[int, float]], config: TrainConfig, rank: int = 0
                ) -> Iterator[list[list[int]]]:
-    """Every step from a position to the end of the last epoch: one process's micro-batches, as items of the data set.
-
-    A step takes the next global_batch samples of the epoch, or what is left of it; each process a contiguous part of
-    them, which may be empty.
-    """
+    """Every step from a position to the end of the last epoch: one process's micro-batches, as items of the data set. A
+    step takes the next global_batch samples, or what is left of the epoch; each process a part, which may be empty."""
     while position.epoch < config.epochs:
         epoch, order = position.epoch, draw_emo(epoch_order(mix, config.seed, position.epoch), config, position.epoch)
         while position.epoch == epoch:
             samples = order[position.sample_in_epoch : position.sample_in_epoch + config.global_batch]
             yield split_micro_batches(np.array_split(samples, config.world_size)[rank], config.batch_size)
             position = position.after_step(len(order), config.global_batch)
-
-
-class ReadAhead:
-    """Steps of micro-batches, read in their order by threads while earlier steps are trained."""
-
-    def __init__(self, steps: Iterator[list[list[int]]], read: Callable[[list[int]], PackedBatch], threads: int):
-        self.steps, self.read, self.threads = steps, read, threads
-        self.pool = ThreadPoolExecutor(threads, "reader")
-        self.pending: deque[list[Future[PackedBatch]]] = deque()
-
-    def next_step(self) -> list[Future[PackedBatch]]:
-        """The micro-batches of the next step; at least the step after it, and one micro-batch a thread, are on their
-        way. Raises: IndexError after the last one."""
-        while len(self.pending) < 2 or (sum(map(len, self.pending)) < self.threads > len(self.pending)):
-            step = next(self.steps, None)
-            if step is None:
-                break
-            self.pending.append([self.pool.submit(self.read, samples) for samples in step])
-        return self.pending.popleft()
-
-    def close(self) -> None:
-        """Does not wait: a read may never return."""
-        self.pool.shutdown(wait=False, cancel_futures=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1425,7 +1343,6 @@ class World:
             dist.all_gather_object(values, value)
         return values
 
-
     def add_up(self, tensor: Tensor) -> Tensor:
         """Sums a tensor over the ranks, in place."""
         if self.size > 1:
@@ -1454,9 +1371,9 @@ def no_event(*details: Any) -> None:
 class Process:
     """This operating-system process: what stops it, where it prints, its place among the ranks.
 
-    event(name, ...), for tests, is called with: ("step", run, batches) before a step's first forward pass,
-    ("micro_step", run, batch) before each of them, ("step_done", run) before anything is logged, ("validation_batch",
-    run, batch), ("logged", run) after a [Train] line, ("save", run) once a save is on its way.
+    event(name, ...), for tests: ("step", run, batches) before a step's first forward pass, ("micro_step", run, batch)
+    before each of them, ("step_done", run) before anything is logged, ("validation_batch", run, batch), ("logged", run)
+    after a [Train] line, ("save", run) once a save is on its way.
     """
 
     stop: StopSignal
@@ -1469,22 +1386,16 @@ class Process:
         self.console.say(line)
 
     def check_stop(self) -> None:
-        """Between points that all ranks pass only a lone process may stop: the others would wait for it for ever.
-
-        Raises: Stopped.
-        """
+        """Raises: Stopped; only in a lone process, as other ranks would wait for this one for ever."""
         if self.world.size == 1 and self.stop.signum:
             raise Stopped(self.stop.signum)
 
     def wait_for(self, future: Future[Any]) -> Any:
         """The result of what a thread does, looking at stop signals ten times a second. Raises: Stopped."""
-        while True:
+        self.check_stop()
+        while not wait([future], timeout=0.1).done:
             self.check_stop()
-            try:
-                return future.result(timeout=0.1)
-            except TimeoutError:
-                if future.done():
-                    raise
+        return future.result()
 
     def in_thread(self, work: Callable[[], Any]) -> Any:
         """Does something in a thread that may hang on a disk; a stop is noticed meanwhile. Raises: Stopped."""
@@ -1496,27 +1407,21 @@ class Process:
 
     @contextlib.contextmanager
     def failing_together(self) -> Iterator[None]:
-        """Where an error of one rank, or the same of all, ends all ranks.
-
-        Raises: UserError on rank 0, which says it, once; SaidByRank0 elsewhere.
-        """
+        """Where an error of one rank, or the same of all, ends all ranks. Raises: UserError on rank 0, which says it,
+        once; SaidByRank0 elsewhere."""
         error = None
         try:
             yield
         except UserError as caught:
             error = caught
-        errors = self.world.gather(str(error) if error else None)
-        failed = next((rank for rank, message in enumerate(errors) if message), None)
-        if failed is not None and self.world.rank > 0:
-            raise SaidByRank0
-        if failed is not None:
-            raise error or UserError(f"on rank {failed}: {errors[failed]}")
+        errors = self.world.gather(error and str(error))
+        failed = [f"on rank {rank}: {message}" for rank, message in enumerate(errors) if message]
+        if failed:
+            raise SaidByRank0 if self.world.rank > 0 else error or UserError(failed[0])
 
     def agree(self, *numbers: int, error: str = "") -> list[int]:
-        """Sums numbers over the ranks; the place where all ranks stop, or fail, alike.
-
-        Raises: Stopped once any rank got a signal; what failing_together raises once any has an error.
-        """
+        """Sums numbers over the ranks; the place where all ranks stop, or fail, alike. Raises: Stopped once any rank
+        got a signal; what failing_together raises once any has an error."""
         flags = [int(self.stop.signum == signum) for signum in STOP_SIGNALS]
         sums = self.world.add_up(torch.tensor([bool(error), *flags, *numbers])).tolist()
         if sums[0]:
@@ -1548,9 +1453,7 @@ def process_group(world: World) -> Iterator[None]:
             raise UserError(f"torchrun started {world.local_size} processes, this machine has "
                             f"{torch.cuda.device_count()} GPUs. Start one process per GPU")
         torch.cuda.set_device(world.local_rank)
-        dist.init_process_group("cpu:gloo,cuda:nccl")
-    else:
-        dist.init_process_group("gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     yield
     dist.destroy_process_group()  # after a fault the others may be gone: nothing to say good-bye to
 
@@ -1595,10 +1498,8 @@ def writing_to(output_dir: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def lock_output_dir(output_dir: Path, say: Callable[[str], None] = print) -> Iterator[None]:
-    """One trainer per output directory. Raises: UserError that names the holder.
-
-    A POSIX record lock: children do not inherit it, so what a killed run left behind never holds it.
-    """
+    """One trainer per output directory, by a POSIX record lock: children do not inherit it, so what a killed run left
+    behind never holds it. Raises: UserError that names the holder."""
     with writing_to(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
         handle = (output_dir / ".lock").open("a+")
@@ -1650,10 +1551,8 @@ def explained(error: BaseException, output_dir: Path, process: Process) -> BaseE
 
 @contextlib.contextmanager
 def exit_recorded(output_dir: Path, process: Process) -> Iterator[None]:
-    """OUTPUT_DIR/last_exit.json: how this process ended; its absence means that it was killed.
-
-    Raises: UserError, Stopped, SaidByRank0, or whatever a bug raises.
-    """
+    """OUTPUT_DIR/last_exit.json: how this process ended; its absence means that it was killed. Raises: UserError,
+    Stopped, SaidByRank0, or whatever a bug raises."""
     path = output_dir / "last_exit.json"
     if process.world.rank == 0:
         with writing_to(output_dir):
@@ -1679,10 +1578,8 @@ def ignore_os_errors(failure: threading.ExceptHookArgs) -> None:
 
 
 class MetricsLog:
-    """metrics.jsonl (every value in full precision) and TensorBoard events of one run directory.
-
-    While the disk is full lines wait in memory, and TensorBoard's events are left out.
-    """
+    """metrics.jsonl (every value in full precision) and TensorBoard events of one run directory. While the disk is full
+    lines wait in memory, and TensorBoard's events are left out."""
 
     def __init__(self, directory: Path, first_step: int):
         directory.mkdir(parents=True, exist_ok=True)
@@ -1799,16 +1696,13 @@ class PendingSave:
 
     path: Path
     links: list[Path]  # latest.pth, best.pth
-    delete: list[Path]  # rotated out
     state: TrainState  # as saved
     is_best: bool
     validation_owed: bool
     values: dict[str, float] = field(default_factory=dict)  # seconds_blocked, bytes, seconds_written
     is_flushed: bool = True  # False: the file system cannot promise that the name outlives a power cut
-    error: Exception | None = None
-    link_error: Exception | None = None
-    log_error: OSError | None = None
-    written: Future[None] | None = None
+    warnings: list[str] = field(default_factory=list)
+    written: Future[None] = field(init=False)  # its error is why there is no checkpoint
 
 
 @dataclass
@@ -1831,14 +1725,13 @@ class Run:
     state: TrainState
     threads: int
     ddp: DistributedDataParallel | None = None  # of the model, with several processes
-    reader: ReadAhead | None = None  # of the training data, from where the run stands
+    reader: Generator[list[Future[PackedBatch]]] | None = None  # of the training data, from where the run stands
     metrics: MetricsLog | None = None  # rank 0's
     lora_base: dict[str, Any] | None = None  # path and sha256 of the weights that LoRA adds to
     base_text_factor: float = 1.0  # of the learning rate, for the base's rows of VOCAB_TENSORS
     # [updates skipped for non-finite gradients, how many in a row now, the longest row]; on the device, read rarely
     nonfinite: Tensor = field(default_factory=lambda: torch.zeros(3))
     nonfinite_flags: list[tuple[list[int], Tensor]] = field(default_factory=list)  # (rows, [B] bool) since it was read
-    skips_known: int = 0  # of nonfinite[0], when the flags were last read
     writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint writer"))
     saving: PendingSave | None = None  # at most one in flight
     saved_step: int = 0
@@ -1928,10 +1821,8 @@ def use_glibc_heap() -> None:
 
 
 def setup_device() -> torch.device:
-    """Picks CUDA or the CPU and turns on TF32.
-
-    Raises: UserError when the driver shows a GPU that torch cannot use; nobody trains on the CPU by accident.
-    """
+    """Picks CUDA or the CPU and turns on TF32. Raises: UserError when the driver shows a GPU that torch cannot use;
+    nobody trains on the CPU by accident."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     gpus = Path("/proc/driver/nvidia/gpus")
     driver_shows_gpu = (gpus.is_dir() and any(gpus.iterdir())) or Path("/usr/lib/wsl/lib/nvidia-smi").exists()
@@ -1965,14 +1856,9 @@ def choose_attention(model: UnifiedVoiceGPT, precision: Precision) -> str:
     device, dtype = precision.device, precision.dtype
     if device.type != "cuda" or dtype is None or torch.cuda.get_device_capability(device) < (8, 0):
         return "padded causal SDPA"
-    config = model.config
-    sample = Sample(np.zeros(9, np.int64), np.zeros(40, np.int64), np.zeros(config.condition_shape),
-                    np.zeros(config.model_dim))
-    short = dataclasses.replace(sample, codes=sample.codes[:5])
-    batch = collate_packed([sample, short], config).to(device)
-    generator = torch.Generator(device).manual_seed(0)
-    size = config.model_dim // config.heads
-    qkv = torch.randn(sum(batch.lengths), 3, config.heads, size, device=device, dtype=dtype, generator=generator)
+    batch = blank_batch(model.config, (9, 40), (9, 5)).to(device)
+    shape = sum(batch.lengths), 3, model.config.heads, model.config.model_dim // model.config.heads
+    qkv = torch.randn(shape, device=device, dtype=dtype, generator=torch.Generator(device).manual_seed(0))
     results = []
     try:
         for attention in (padded_attention, varlen_attention):
@@ -1980,8 +1866,7 @@ def choose_attention(model: UnifiedVoiceGPT, precision: Precision) -> str:
             out = attention(leaf, batch)
             out.float().square().sum().backward()
             results.append((out.detach(), leaf.grad))
-        for portable, fast in zip(*results, strict=True):
-            torch.testing.assert_close(fast, portable, rtol=0.05, atol=0.05)
+        torch.testing.assert_close(*results, rtol=0.05, atol=0.05)
     except (RuntimeError, AssertionError, ImportError, TypeError) as error:
         return f"padded causal SDPA (varlen attention failed its check: {first_line(error)})"
     model.attention = varlen_attention
@@ -1995,7 +1880,7 @@ def use_deterministic_algorithms(model: UnifiedVoiceGPT, precision: Precision) -
     torch.use_deterministic_algorithms(True)
     try:
         with precision.autocast():
-            text, mel, _ = token_losses(model, idle_batch(model.config).to(precision.device))
+            text, mel, _ = token_losses(model, blank_batch(model.config, (1, 1)).to(precision.device))
         (text.sum() + mel.sum()).backward()
         return "deterministic"
     except RuntimeError as error:
@@ -2016,11 +1901,8 @@ def matching(pattern: str, names: Sequence[str]) -> list[str]:
 
 def lr_factors(names: Sequence[str], config: TrainConfig, base_vocab: int, tokens: int = 0
                ) -> tuple[dict[str, float], float]:
-    """What LoRA, --freeze (0) and --lr-scale make of the learning rate of every tensor; later rules win.
-
-    tokens are the tokenizer's, of which the base checkpoint has base_vocab. Returns: the factors, and that of the base
-    checkpoint's text rows as a part of their tensors'. Raises: UserError.
-    """
+    """What LoRA, --freeze (0) and --lr-scale make of the learning rate of every tensor, later rules win; and that of
+    the base checkpoint's text rows (base_vocab of all tokens) as a part of their tensors'. Raises: UserError."""
     factors, rows = dict.fromkeys(names, 1.0), {"base-text": 1.0, "new-text": 1.0}
     if config.lora_rank:
         factors.update({name: 0.0 for name in names if ".lora." not in name and not (
@@ -2043,8 +1925,10 @@ def lr_factors(names: Sequence[str], config: TrainConfig, base_vocab: int, token
         if pattern == "new-text" and (not factor or base_vocab >= tokens > 0):
             raise UserError(f"{flag} new-text: " + ("the base checkpoint has every token of --tokenizer. Leave it out"
                             if factor else "rows of new tokens know nothing yet. Leave it out, or freeze 'text_*'"))
-        rows.update({pattern: factor} if pattern in rows else {})
-        factors.update({} if pattern in rows else dict.fromkeys(filter(factors.get, found), factor))
+        if pattern in rows:
+            rows[pattern] = factor
+        else:
+            factors.update(dict.fromkeys(filter(factors.get, found), factor))
     factors.update({name: factors[name] * rows["new-text"] for name in VOCAB_TENSORS if name in factors})
     if not any(factors.values()):
         raise UserError("--freeze leaves nothing to train. Name fewer tensors")
@@ -2054,9 +1938,7 @@ def lr_factors(names: Sequence[str], config: TrainConfig, base_vocab: int, token
 def make_optimizer(model: nn.Module, weight_decay: float, factors: Mapping[str, float] | None = None
                    ) -> torch.optim.AdamW:
     """AdamW with a group for every factor of the learning rate; no weight decay on biases, norms and embeddings.
-
-    Tensors of factor 0 need no gradient from here on.
-    """
+    Tensors of factor 0 need no gradient from here on."""
     groups: dict[tuple[float, bool], list[tuple[str, nn.Parameter]]] = {(1.0, True): [], (1.0, False): []}
     for name, parameter in model.named_parameters():
         is_matrix = parameter.dim() >= 2 and "embedding" not in name and name != "speed_emb.weight"
@@ -2104,10 +1986,8 @@ ONE_SAMPLE_TOO_LARGE = ("out of GPU memory with one sample in a micro-batch. Use
 
 @dataclass
 class StepStats:
-    """One optimizer step; tensors stay on the device until they are logged.
-
-    Losses and mel_top1 are this process's part of the token means, tokens and flops those of all processes.
-    """
+    """One optimizer step; tensors stay on the device until they are logged. Losses and mel_top1 are this process's part
+    of the token means, tokens and flops those of all processes."""
 
     text_loss: Tensor
     mel_loss: Tensor
@@ -2119,15 +1999,22 @@ class StepStats:
     save_due: bool  # --save-minutes, by rank 0's clock
 
 
-def make_reader(run: Run, data: ManifestDataset) -> Callable[[list[int]], PackedBatch]:
-    """What a reading thread does: data set rows to a batch that can be copied to the device meanwhile."""
-    pinned = run.precision.device.type == "cuda"
-
-    def read(rows: list[int]) -> PackedBatch:
-        batch = collate_packed([data[row] for row in rows], data.model)
-        return batch.map_tensors(Tensor.pin_memory) if pinned else batch
-
-    return read
+def read_ahead(run: Run, data: ManifestDataset, steps: Iterable[list[list[int]]]
+               ) -> Generator[list[Future[PackedBatch]]]:
+    """The micro-batches of one step after the other, which threads read while earlier steps are trained: at least the
+    step after it, and one micro-batch a thread, are on their way. Its close() waits for no read: one may never return.
+    """
+    pool, pinned = ThreadPoolExecutor(run.threads, "reader"), run.precision.device.type == "cuda"
+    pending = deque[list[Future[PackedBatch]]]()
+    try:
+        for step in steps:
+            pending.append([pool.submit(read_batch, data, items, pinned) for items in step])
+            if len(pending) > 1 and max(len(pending), sum(map(len, pending))) >= run.threads:
+                yield pending.popleft()
+        while pending:
+            yield pending.popleft()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def share_bad_rows(run: Run, data: ManifestDataset) -> None:
@@ -2141,11 +2028,8 @@ def share_bad_rows(run: Run, data: ManifestDataset) -> None:
 
 def receive(run: Run, data: ManifestDataset, futures: Sequence[Future[PackedBatch]], *numbers: int
             ) -> tuple[list[PackedBatch], list[int]]:
-    """Micro-batches that threads have read, on the device, and what all ranks have together: the numbers, then scored
-    text rows, scored mel rows, rows and FLOPs.
-
-    Raises: Stopped; UserError for rows that contradict the manifest, and for too many bad ones.
-    """
+    """Micro-batches that threads have read, on the device, and the sums over all ranks of the numbers, scored text
+    rows, scored mel rows, rows and FLOPs. Raises: Stopped; UserError for rows that contradict the manifest."""
     batches = [run.process.wait_for(future) for future in futures]
     for batch in batches:
         data.unreported.update(batch.bad_rows)
@@ -2161,11 +2045,9 @@ def receive(run: Run, data: ManifestDataset, futures: Sequence[Future[PackedBatc
 
 def backward(run: Run, batch: PackedBatch, text_tokens: int, mel_tokens: int, is_last: bool, weight: float = 1.0,
              top1: bool = True) -> tuple[Tensor, Tensor]:
-    """Adds one micro-batch's gradients; the last one of a step exchanges them between the ranks.
-
-    text_tokens and mel_tokens are those of the whole step on all ranks. Returns: sums [3] of text losses, mel losses
-    and (with top1) codes that were the likeliest ones, float64; the samples [B] whose losses are not finite.
-    """
+    """Adds one micro-batch's gradients, of losses divided by the whole step's text_tokens and mel_tokens; the last one
+    of a step exchanges them between the ranks. Returns: sums [3] of text losses, mel losses and (with top1) codes that
+    were the likeliest, float64; the samples [B] whose losses are not finite."""
     with run.ddp.no_sync() if run.ddp and not is_last else contextlib.nullcontext():
         with run.precision.autocast():
             text, mel, right = token_losses(run.ddp or run.model, batch, top1)
@@ -2212,9 +2094,7 @@ def update(run: Run) -> Tensor:
 
 def train_step(run: Run, futures: Sequence[Future[PackedBatch]]) -> StepStats:
     """One optimizer step over its micro-batches; the loss is the token mean over all of them, however they are split.
-
-    Raises: Stopped between micro-batches, and torch.OutOfMemoryError; weights are then those of the step before.
-    """
+    Raises: Stopped between micro-batches, and torch.OutOfMemoryError; weights are then those of the step before."""
     config, process, step = run.config, run.process, run.state.position.step + 1
     save_due = process.world.rank == 0 and 0 < config.save_minutes <= (time.monotonic() - run.saved_at) / 60
     batches, (saves, text_tokens, mel_tokens, tokens, flops) = receive(run, run.train_data, futures, int(save_due))
@@ -2235,7 +2115,8 @@ def train_step(run: Run, futures: Sequence[Future[PackedBatch]]) -> StepStats:
         totals += sums
         flags.append((batch.rows, nonfinite))
     if run.ddp and not batches:
-        idle = idle_batch(run.model.config).to(run.precision.device)
+        # Without samples in this step: gradients are exchanged in the backward pass.
+        idle = blank_batch(run.model.config, (1, 1)).to(run.precision.device)
         backward(run, idle, text_tokens, mel_tokens, is_last=True, weight=0.0)
     process.check_stop()
     grad_norm = update(run)
@@ -2262,11 +2143,8 @@ def split_after_out_of_memory(run: Run) -> None:
 
 
 def compile_model(model: UnifiedVoiceGPT) -> None:
-    """Compiles it so that a resumed run, on another machine too, gets the same bits: no kernel is chosen for the time
-    that it takes, and sums are not cut up by the sizes of the batch that happens to be compiled first.
-
-    Raises: UserError where attention would be compiled anew for many a batch.
-    """
+    """Compiles it so that a resumed run, on another machine too, gets the same bits: no kernel is chosen for its speed,
+    no sum cut up by the sizes of the first batch. Raises: UserError where each batch would be compiled anew."""
     import torch._inductor.config as inductor
 
     if model.attention is not varlen_attention:
@@ -2277,18 +2155,15 @@ def compile_model(model: UnifiedVoiceGPT) -> None:
 
 
 def wrap_for_ranks(run: Run) -> None:
-    """Wraps the model for several processes, which then start from rank 0's weights.
-
-    Two backward passes of weight 0 settle in which buckets gradients are exchanged. It would change after the first
-    step otherwise, and a resumed run would add up in another order than the one without a stop.
-    """
+    """Wraps the model for several processes, which then start from rank 0's weights. Two backward passes of weight 0
+    settle in which buckets gradients are exchanged: it would change after the first step, and a resumed run differ."""
     world, device = run.process.world, run.precision.device
     if world.size == 1:
         return
     run.ddp = DistributedDataParallel(run.model, device_ids=[world.local_rank] if device.type == "cuda" else None)
     run.model.train()
     for _ in range(2):
-        backward(run, idle_batch(run.model.config).to(device), 1, 1, is_last=True, weight=0.0)
+        backward(run, blank_batch(run.model.config, (1, 1)).to(device), 1, 1, is_last=True, weight=0.0)
         run.optimizer.zero_grad(set_to_none=True)
 
 
@@ -2299,8 +2174,8 @@ def in_halves(run: Run, data: ManifestDataset, batch: PackedBatch) -> list[Packe
     torch.cuda.empty_cache()  # nothing without CUDA
     middle = len(batch.rows) // 2
     run.process.say(f"[Warn] Out of GPU memory: a validation batch of {len(batch.rows)} is split in two")
-    return [collate_packed([data[item] for item in draw_emo(np.array(rows), run.config, 0).tolist()], data.model).to(
-        run.precision.device) for rows in (batch.rows[:middle], batch.rows[middle:])]
+    return [read_batch(data, draw_emo(np.array(rows), run.config, 0).tolist()).to(run.precision.device)
+            for rows in (batch.rows[:middle], batch.rows[middle:])]
 
 
 def validation_rows(run: Run) -> np.ndarray:
@@ -2313,8 +2188,8 @@ def add_losses(sums: Tensor, data: ManifestDataset, batch: PackedBatch, text: Te
                ) -> None:
     """Adds to sums [1 + parts, 5]: text losses, mel losses, likeliest codes, text tokens, codes."""
     of_rows = [(data.manifests[data.rows[row].manifest]["path"], data.rows[row].language) for row in batch.rows]
-    for number, part in enumerate([None, *data.parts]):  # None: of all
-        inside = [float(part is None or part in of_row) for of_row in of_rows]
+    for number, part in enumerate(["", *data.parts]):  # "": of all
+        inside = [float(not part or part in of_row) for of_row in of_rows]
         its_text, its_mel = (torch.from_numpy(np.repeat(inside, counts)).to(sums.device)
                              for counts in (batch.text_counts, batch.mel_counts))
         sums[number] += torch.stack([(text * its_text).sum(), (mel * its_mel).sum(), (right * its_mel).sum(),
@@ -2323,30 +2198,25 @@ def add_losses(sums: Tensor, data: ManifestDataset, batch: PackedBatch, text: Te
 
 def eval_records(data: ManifestDataset, batch: PackedBatch, text: Tensor, mel: Tensor) -> Iterator[dict[str, Any]]:
     """The rows of eval.jsonl for one batch."""
-    parts = zip(batch.rows, text.split(batch.text_counts), mel.split(batch.mel_counts), strict=True)
-    for row, text_part, mel_part in parts:
-        text_losses, mel_losses = text_part.tolist(), mel_part.tolist()
+    for row, of_text, of_mel in zip(
+            batch.rows, text.split(batch.text_counts), mel.split(batch.mel_counts), strict=True):
+        text_losses, mel_losses = of_text.tolist(), of_mel.tolist()
         yield {"id": data.rows[row].id, "text_loss": sum(text_losses) / len(text_losses),
                "mel_loss": sum(mel_losses) / len(mel_losses), "text_tokens": len(text_losses),
                "mel_tokens": len(mel_losses), "text_token_losses": text_losses, "mel_token_losses": mel_losses}
 
 
-def evaluate(run: Run, on_row: Callable[[dict[str, Any]], None] | None = None) -> list[dict[str, float]]:
-    """Token means over the validation rows in their fixed order, without dropout: of all, then of data.parts.
-
-    on_row receives a dict for every row: id, mean and per-token losses, token counts. Raises: Stopped, UserError.
-    """
+def evaluate(run: Run, on_row: Callable[[dict[str, Any]], None] | None = None) -> dict[str, dict[str, float]]:
+    """Token means over the validation rows in their fixed order, without dropout: of all (""), of each of data.parts.
+    on_row receives a dict for every row: id, mean and per-token losses, token counts. Raises: Stopped, UserError."""
     data, world, device = run.val_data, run.process.world, run.precision.device
     items = draw_emo(validation_rows(run), run.config, 0)  # the same at every validation
     batches = split_micro_batches(items, run.config.val_batch_size or run.config.batch_size)
-    reader = ReadAhead(iter([[batch] for batch in batches[world.rank :: world.size]]), make_reader(run, data),
-                       run.threads)
     sums = torch.zeros(1 + len(data.parts), 5, dtype=torch.float64, device=device)
     run.model.eval()
-    try:
-        for done in range(math.ceil(len(batches) / world.size)):
-            futures = reader.next_step() if done * world.size + world.rank < len(batches) else []
-            todo, _ = receive(run, data, futures)
+    with contextlib.closing(read_ahead(run, data, ([batch] for batch in batches[world.rank :: world.size]))) as reader:
+        for done in range(0, len(batches), world.size):
+            todo, _ = receive(run, data, next(reader, []))
             while todo:
                 batch = todo.pop(0)
                 losses = None
@@ -2359,12 +2229,11 @@ def evaluate(run: Run, on_row: Callable[[dict[str, Any]], None] | None = None) -
                 add_losses(sums, data, batch, *losses)
                 for record in eval_records(data, batch, *losses[:2]) if on_row else ():
                     on_row(record)  # type: ignore[misc]
-            run.process.console.progress(f"validation: {min(len(batches), (done + 1) * world.size)}/{len(batches)}")
-    finally:
-        reader.close()
-    return [{"text_loss": text_sum / max(1, text_count), "mel_loss": mel_sum / max(1, mel_count),
-             "mel_top1": right_sum / max(1, mel_count)}
-            for text_sum, mel_sum, right_sum, text_count, mel_count in world.add_up(sums).tolist()]
+            run.process.console.progress(f"validation: {min(len(batches), done + world.size)}/{len(batches)}")
+    return {part: {"text_loss": text_sum / max(1, text_count), "mel_loss": mel_sum / max(1, mel_count),
+                   "mel_top1": right_sum / max(1, mel_count)}
+            for part, (text_sum, mel_sum, right_sum, text_count, mel_count) in zip(
+                ["", *data.parts], world.add_up(sums).tolist(), strict=True)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2380,10 +2249,8 @@ NAME_ORDER = (*CARRIED_PREFIXES[:2], "spk_emb_proj.", *CARRIED_PREFIXES[2:4], "t
 
 
 def conditioning_record(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """For a record: which modules make the conditions that these weights know; nothing where the file has none.
-
-    A SHA-256 over a line "NAME [SHAPE]" and the values as float32, little-endian, of each carried tensor by name.
-    """
+    """Which modules make the conditions that these weights know, {} where the file has none: a SHA-256 over a line
+    "NAME [SHAPE]" and the values as float32, little-endian, of each carried tensor by name."""
     digest, names = hashlib.sha256(), sorted(name for name in tensors if name.startswith(CARRIED_PREFIXES))
     for name in names:
         values = tensors[name].float().numpy().astype("<f4", copy=False)
@@ -2393,21 +2260,8 @@ def conditioning_record(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def in_name_order(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    def rank(name: str) -> int:
-        return next((i for i, prefix in enumerate(NAME_ORDER) if name.startswith(prefix)), len(NAME_ORDER))
-
-    return {name: tensors[name] for name in sorted(tensors, key=rank)}
-
-
-def map_tree(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Applies `change` to every tensor in nested dicts, lists and tuples."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, dict):
-        return {key: map_tree(item, change) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(map_tree(item, change) for item in value)
-    return value
+    known = [name for prefix in NAME_ORDER for name in tensors if name.startswith(prefix)]
+    return {name: tensors[name] for name in (*known, *tensors)}
 
 
 def digest_tree(value: Any, path: str = "") -> tuple[dict[str, str], Any]:
@@ -2450,10 +2304,8 @@ def digest_problem(checkpoint: Mapping[str, Any]) -> str | None:
 
 
 def load_plain(path: Path, is_zip: bool) -> Any:
-    """torch.load of tensors and plain values, mapped into memory and never unpickling code.
-
-    numpy's arrays and torch's version are let through: the fork keeps them in its files.
-    """
+    """torch.load of tensors and plain values, mapped into memory and never unpickling code. numpy's arrays and torch's
+    version are let through: the fork keeps them in its files."""
     rebuild = np.empty(0).__reduce__()[0]  # numpy's function that an unpickled array starts from
     plain_parts = [np.ndarray, np.dtype, np.dtypes.UInt32DType, rebuild,
                    (rebuild, "numpy.core.multiarray._reconstruct"), torch.torch_version.TorchVersion]
@@ -2487,10 +2339,7 @@ def read_torch_file(path: Path) -> Any:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Reads and verifies one of our checkpoints; its tensors stay mapped from the file.
-
-    Raises: ResumeError. Required keys are checked before anything else.
-    """
+    """A checkpoint of ours, verified, required keys first; its tensors stay mapped. Raises: ResumeError."""
     if not path.exists():
         raise ResumeError(f"Resume checkpoint not found: {path}")
     try:
@@ -2504,8 +2353,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise ResumeError(f"Checkpoint missing required keys: {missing} ({path})")
     from_weights = f"start from its weights: --base-checkpoint {path}, with a new --output-dir"
     if "digests" not in checkpoint:
-        raise ForeignCheckpoint(f"{path} was not written by this trainer (it has no digests). Instead {from_weights}",
-                                checkpoint)
+        raise ForeignCheckpoint(f"{path} was not written by this trainer (it has no digests). Instead {from_weights}")
     if checkpoint.get("format_version") not in (1, FORMAT_VERSION):
         raise ResumeError(f"{path} has format {checkpoint.get('format_version')}, this trainer reads {FORMAT_VERSION} "
                           "and earlier ones. Use the version of the trainer that wrote it")
@@ -2521,11 +2369,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def write_checkpoint(path: Path, checkpoint: Mapping[str, Any]) -> tuple[int, bool]:
-    """Writes under a temporary name, reads back and verifies, then renames.
-
-    Returns: bytes, and whether the file system promises that the name outlives a power cut.
-    Raises: OSError or RuntimeError (PyTorch's own for a full disk); the partial file is gone, older ones are intact.
-    """
+    """Writes under a temporary name, reads back and verifies, then renames. Returns: bytes, and whether the name is
+    sure to outlive a power cut. Raises: OSError or RuntimeError (PyTorch's for a full disk); older files are intact."""
     with replacing(path) as partial:
         with partial.open("wb") as handle:
             torch.save({**checkpoint, "digests": make_digests(checkpoint)}, handle)
@@ -2570,19 +2415,15 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 MAX_NONFINITE_STREAK = 10
 LOWEST_FP16_SCALE = 1e-4
 FORGOTTEN = 1.05  # times the base checkpoint's loss
-# Fields of TrainState that stand in a checkpoint under their own names.
-SAVED_STATE = ("recent_checkpoints", "rotated_out", "best", "last_val", "run_dir", "base_vocab", "first_batch_size",
-               "tokens_seen", "nonfinite_rows", "suspect_rows", "left_out", "skips_told", "validations_since_best",
-               "base_losses")
+# What stands in a checkpoint under its own name.
+SAVED_STATE = [item.name for item in dataclasses.fields(TrainState) if item.name not in ("position", "schedule")]
 
 
 def collect_nonfinite_rows(run: Run) -> None:
     """Moves what the device knows of losses that were not finite into the state, on every rank. Waits for it."""
-    skipped, flags = int(run.nonfinite[0].item()), run.nonfinite_flags
-    run.nonfinite_flags = []
-    if skipped == run.skips_known:
+    flags, run.nonfinite_flags = run.nonfinite_flags, []
+    if run.nonfinite[0].item() == run.state.skips_told:
         return
-    run.skips_known = skipped
     found = [row for rows, flagged in flags for row, bad in zip(rows, flagged.tolist(), strict=True) if bad]
     gathered = run.process.world.gather(found)  # a new list: the writer's thread may hold the old one
     run.state.nonfinite_rows = [*run.state.nonfinite_rows, *(row for rows in gathered for row in rows)]
@@ -2600,8 +2441,8 @@ def check_finite(run: Run) -> None:
 
 
 def on_the_host(tensor: Tensor) -> Tensor:
-    """A copy that stays as it is. From a GPU it is there once this has waited for the device: into page-locked memory,
-    which PyTorch keeps for the next save, it takes a thirtieth of the time."""
+    """A copy that stays as it is; from a GPU once this has waited for it. Into page-locked memory, which PyTorch keeps
+    for the next save, it takes a thirtieth of the time."""
     tensor = tensor.detach()
     if tensor.device.type != "cuda":
         return tensor.to("cpu", copy=True)
@@ -2615,9 +2456,9 @@ def make_checkpoint(run: Run, state: TrainState) -> dict[str, Any]:
     """A snapshot of the run at an optimizer-step boundary: plain values, and CPU tensors that stay as they are."""
     position = state.position
     config = {k: v for k, v in dataclasses.asdict(run.config).items() if k not in PER_PROCESS}
-    model, optimizer, scaler, nonfinite = map_tree(
-        (run.model.state_dict(), run.optimizer.state_dict(),
-         run.scaler.state_dict() if run.scaler.is_enabled() else None, run.nonfinite), on_the_host)
+    model, optimizer, scaler, nonfinite = tree_map_only(Tensor, on_the_host, (
+        run.model.state_dict(), run.optimizer.state_dict(),
+        run.scaler.state_dict() if run.scaler.is_enabled() else None, run.nonfinite))
     if run.precision.device.type == "cuda":
         torch.cuda.synchronize()
     return {
@@ -2651,56 +2492,48 @@ def rotated_files(output_dir: Path, state: TrainState) -> list[Path]:
 
 
 def write_save(save: PendingSave, checkpoint: Mapping[str, Any], metrics: MetricsLog | None) -> None:
-    """Writes, links, deletes what rotated out: in this order, so that a kill leaves a resumable directory.
-
-    This is the writer's thread: it prints nothing and leaves the run alone.
-    """
+    """The writer's thread, which prints nothing and leaves the run alone: writes, links, deletes what rotated out, in
+    this order, so that a kill leaves a resumable directory. Raises: OSError or RuntimeError."""
     started = time.perf_counter()
     try:
-        try:
-            if metrics:
-                metrics.flush()
-        except OSError as error:  # a log that somebody removed costs no checkpoint; a full disk has no room for it
-            save.log_error = error
-            if error.errno in FULL_DISK:
-                raise
-        save.values["bytes"], save.is_flushed = write_checkpoint(save.path, checkpoint)
-    except (OSError, RuntimeError) as error:
-        save.error = error
-        return
+        if metrics:
+            metrics.flush()
+    except OSError as error:  # a log that somebody removed costs no checkpoint; a full disk has no room for it
+        if error.errno in FULL_DISK:
+            raise
+        save.warnings.append(f"[Warn] The logs in {save.state.run_dir} cannot be written: {first_line(error)}")
+    save.values["bytes"], save.is_flushed = write_checkpoint(save.path, checkpoint)
     try:
         for link in save.links:
             link_checkpoint(save.path, link)
     except OSError as error:  # no hard links, and no room for a copy
-        save.link_error = error
-    for path in save.delete:
+        save.warnings.append(f"[Error] Could not renew latest.pth or best.pth: {first_line(error)}. {save.path.name} "
+                             "is complete, and --resume auto finds it")
+    for path in rotated_files(save.path.parent, save.state):
         path.unlink(missing_ok=True)
     save.values["seconds_written"] = time.perf_counter() - started
 
 
 def finish_save(run: Run, wait: bool = True) -> None:
     """Says, logs and remembers what came of the save in flight, if it has ended or `wait` is set."""
-    save, say = run.saving, run.process.say
-    if save is None or save.written is None or not (wait or save.written.done()):
+    save, say, state = run.saving, run.process.say, run.state
+    if save is None or not (wait or save.written.done()):
         return
     run.saving = None
-    save.written.result()  # raises what only a bug can raise
-    if save.error is not None:
-        say(f"[Error] Could not save {save.path}: {first_line(save.error)}. Earlier checkpoints are intact; free some "
-            "disk space, the save will be tried again")
+    try:
+        save.written.result()
+    except (OSError, RuntimeError) as error:
+        say(f"[Error] Could not save {save.path}: {first_line(error)}. Earlier checkpoints are intact; free some disk "
+            "space, the save will be tried again")
         if save.links:
-            run.save_retry_step = run.state.position.step + max(1, run.config.save_interval // 10)
+            run.save_retry_step = state.position.step + max(1, run.config.save_interval // 10)
         return
-    if save.link_error is not None:
-        say(f"[Error] Could not renew latest.pth or best.pth: {first_line(save.link_error)}. {save.path.name} is "
-            "complete, and --resume auto finds it")
-    if save.log_error is not None:
-        say(f"[Warn] The logs in {run.state.run_dir} cannot be written: {first_line(save.log_error)}")
+    for warning in save.warnings:
+        say(warning)
     if not save.is_flushed and not run.warned_flush:
         say(f"[Warn] {save.path.parent}: this file system cannot sync a directory. Checkpoints are whole; one that is "
             "seconds old may be lost in a power cut")
         run.warned_flush = True
-    state = run.state
     state.recent_checkpoints, state.rotated_out = save.state.recent_checkpoints, save.state.rotated_out
     state.best = save.state.best if save.is_best else state.best
     run.saved_step = save.state.position.step if save.links else run.saved_step
@@ -2712,11 +2545,8 @@ def finish_save(run: Run, wait: bool = True) -> None:
 
 
 def start_save(run: Run, best: dict[str, Any] | None, is_checkpoint: bool = True) -> None:
-    """Takes a snapshot and leaves the writing to a thread; waits for the save before this one.
-
-    Writes model_step{N}.pth, to which latest.pth (and best.pth, if this step is the best) are linked; or, where no
-    checkpoint is due, best.pth alone. Only rank 0 writes. What came of it is known after finish_save.
-    """
+    """Takes a snapshot and leaves the writing to a thread of rank 0; finish_save tells what came of it. Writes
+    model_step{N}.pth, with latest.pth (and best.pth, if this is the best) as links; or best.pth alone."""
     started, name = time.perf_counter(), f"model_step{run.state.position.step}.pth"
     collect_nonfinite_rows(run)
     run.saved_at = time.monotonic()
@@ -2730,17 +2560,12 @@ def start_save(run: Run, best: dict[str, Any] | None, is_checkpoint: bool = True
     if is_checkpoint:
         state.recent_checkpoints, state.rotated_out = plan_rotation(state.recent_checkpoints, name,
                                                                     run.config.keep_checkpoints)
-    save = PendingSave(out / (name if is_checkpoint else "best.pth"), [out / link for link in links],
-                       rotated_files(out, state) if is_checkpoint else [], state, best is not None, run.validation_owed)
+    save = PendingSave(out / (name if is_checkpoint else "best.pth"), [out / link for link in links], state,
+                       best is not None, run.validation_owed)
     checkpoint = make_checkpoint(run, state)
     save.values["seconds_blocked"] = time.perf_counter() - started
     save.written, run.saving = run.writer.submit(write_save, save, checkpoint, run.metrics), save
     run.process.event("save", run)
-
-
-def is_better(loss: float, best: Mapping[str, Any] | None) -> bool:
-    """A loss that is not finite is never the best, and always beaten."""
-    return math.isfinite(loss) and (best is None or not math.isfinite(best["loss"]) or loss < best["loss"])
 
 
 def measured_on(run: Run) -> str:
@@ -2751,47 +2576,44 @@ def measured_on(run: Run) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def say_validation(run: Run, values: Mapping[str, float], parts: Sequence[Mapping[str, float]]) -> None:
-    """Of all rows and, where there are several, of each manifest and language."""
-    position = run.state.position
-    names = [f"epoch={position.last_epoch} step={position.step}", *(f"  {part}" for part in run.val_data.parts)]
-    for name, part in zip(names, (values, *parts), strict=True):
-        run.process.say(f"[Val] {name} text_loss={part['text_loss']:.6f} mel_loss={part['mel_loss']:.6f} "
-                        f"mel_top1={part['mel_top1']:.4f}")
+def say_validation(run: Run, results: Mapping[str, Mapping[str, float]]) -> None:
+    """Of all rows and, where there are several, of each manifest and language; which language is being forgotten."""
+    position, say = run.state.position, run.process.say
+    for part, values in results.items():
+        name = f"  {part}" if part else f"epoch={position.last_epoch} step={position.step}"
+        say(f"[Val] {name} text_loss={values['text_loss']:.6f} mel_loss={values['mel_loss']:.6f} "
+            f"mel_top1={values['mel_top1']:.4f}")
+    for language, known in run.state.base_losses.items():
+        loss = results.get(language, {}).get("mel_loss", 0.0)
+        if loss > FORGOTTEN * known:
+            remedy = ("Give its manifest a larger weight" if language in run.train_data.languages else
+                      f"Replay it (--train-manifest PATH::{language}@0.2)")
+            say(f"[Warn] {language}: mel_loss {loss:.4f}, with the base checkpoint {known:.4f}: it is being forgotten. "
+                f"{remedy}, or learn more slowly")
 
 
 def measure_base(run: Run) -> None:
     """What the base checkpoint knows of each validation language, before the first step. Raises: Stopped."""
-    if run.config.base_checkpoint and run.state.position.step == 0 and len(run.val_data.languages) > 1:
-        values, *parts = evaluate(run)
-        say_validation(run, values, parts)
-        run.state.base_losses = {name: part["mel_loss"] for name, part in zip(run.val_data.parts, parts, strict=True)
-                                 if name in run.val_data.languages}
-
-
-def warn_of_forgetting(run: Run, parts: Sequence[Mapping[str, float]]) -> None:
-    for name, part in zip(run.val_data.parts, parts, strict=True):
-        known = run.state.base_losses.get(name, math.inf)
-        if part["mel_loss"] > FORGOTTEN * known:
-            remedy = ("Give its manifest a larger weight" if name in run.train_data.languages else
-                      f"Replay it (--train-manifest PATH::{name}@0.2)")
-            run.process.say(f"[Warn] {name}: mel_loss {part['mel_loss']:.4f}, with the base checkpoint {known:.4f}: it "
-                            f"is being forgotten. {remedy}, or learn more slowly")
+    languages = run.val_data.languages
+    if run.config.base_checkpoint and run.state.position.step == 0 and len(languages) > 1:
+        results = evaluate(run)
+        say_validation(run, results)
+        run.state.base_losses = {language: results[language]["mel_loss"] for language in languages}
 
 
 def validate(run: Run) -> dict[str, Any] | None:
     """Validates and logs. Returns TrainState.best if this is the best so far. Raises: Stopped."""
-    position, config = run.state.position, run.config
-    values, *parts = evaluate(run)
+    position, config, results, best = run.state.position, run.config, evaluate(run), run.state.best
+    say_validation(run, results)
+    values = results[""]
     loss = config.text_loss_weight * values["text_loss"] + config.mel_loss_weight * values["mel_loss"]
-    say_validation(run, values, parts)
     if run.metrics:
         run.metrics.write("val", position, {**values, "loss": loss})
-        for name, part in zip(run.val_data.parts, parts, strict=True):
-            run.metrics.write("val_part", position, part, name)
-    warn_of_forgetting(run, parts)
+        for part in run.val_data.parts:
+            run.metrics.write("val_part", position, results[part], part)
     run.state.last_val = {"step": position.step, "loss": loss, **values}
-    is_best = is_better(loss, run.state.best)
+    # A loss that is not finite is never the best, and always beaten.
+    is_best = math.isfinite(loss) and (best is None or not math.isfinite(best["loss"]) or loss < best["loss"])
     run.state.validations_since_best = 0 if is_best else run.state.validations_since_best + 1
     return {"step": position.step, "loss": loss, "measured_on": measured_on(run)} if is_best else None
 
@@ -2802,11 +2624,10 @@ def validate(run: Run) -> dict[str, Any] | None:
 
 @dataclass
 class ResumePoint:
-    """A verified checkpoint, the path to show for it, and the candidates that were skipped, with reasons."""
+    """A verified checkpoint, and the path to show for it."""
 
     path: Path
     checkpoint: dict[str, Any]
-    skipped: list[str] = field(default_factory=list)
 
     @property
     def position(self) -> Position:
@@ -2820,11 +2641,8 @@ FORK_FROZEN = 12_000  # text tokens that the first one freezes once the tokenize
 
 
 def read_fork(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
-    """What goes on of a fork's checkpoint: weights, Adam's moments by the tensors' names, plain values.
-
-    Raises: ResumeError for a damaged file; LookupError, TypeError, ValueError or AttributeError for one that is no
-    fork's, or whose moments are not those of its tensors.
-    """
+    """Of a fork's checkpoint weights, Adam's moments by the tensors' names, plain values. Raises: ResumeError for a
+    damaged file; LookupError, TypeError, ValueError or AttributeError for one that is no fork's."""
     with zipfile.ZipFile(path) as archive:  # no digests, but checksums
         damaged = archive.testzip()
     model, optimizer, schedule, beside = content["model"], content["optimizer"], content["scheduler"], content
@@ -2861,7 +2679,7 @@ def read_resumable(path: Path) -> dict[str, Any]:
         return read_checkpoint(path)
     except ForeignCheckpoint as foreign:
         try:
-            return read_fork(path, foreign.content)
+            return read_fork(path, read_torch_file(path))
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise ResumeError(f"{foreign}. Nor is it a fork's that can be gone on from: {first_line(error)}") from error
 
@@ -2900,8 +2718,8 @@ def position_of_fork(fork: Mapping[str, Any], rows: int) -> tuple[Position, str]
 
 
 def schedule_of_fork(fork: Mapping[str, Any], warmup: int, total: int) -> Schedule | None:
-    """Its file holds peak, step and rate, but neither warm-up nor length: those given, if they lead to this rate, else
-    one of them with a whole number for the other, else the shortest warm-up that goes with a whole length."""
+    """Its file holds peak, step and rate: the given warm-up and length, if they lead to this rate, else one of them
+    with a whole number for the other, else the shortest warm-up that goes with a whole length."""
     base_lr, lr, step = fork["config"]["learning_rate"], fork["lr"], fork["step"]
     share = math.acos(2 * lr / base_lr - 1) / math.pi  # of the decay, that lies behind
     pairs: list[tuple[float, float]] = [(warmup, total), (step * base_lr / lr if lr else step, total)]
@@ -2916,12 +2734,11 @@ def fit_fork(run: Run, point: ResumePoint, typed: Mapping[str, Any]) -> None:
     """Makes a fork's checkpoint one that restore() takes; says how it goes on, and what does not."""
     fork, config, rows = point.checkpoint, run.config, epoch_size(run.train_data.mix)
     then, say = fork["config"], (lambda line: None) if config.eval_only else run.process.say
-    optimizer = run.optimizer.state_dict()
-    own = {name: number for group in optimizer["param_groups"]
-           for number, name in zip(group["params"], group["param_names"], strict=True)}
-    optimizer["state"] = {own[name]: state for name, state in fork["moments"].items() if name in own}
+    own = [name for group in run.optimizer.param_groups for name in group["param_names"]]
+    names = [name for name in own if name in fork["moments"]]
+    optimizer = {"state": fork["moments"], "param_groups": [{"params": names, "param_names": names, "lr": 0.0}]}
     position, how = position_of_fork(fork, rows)
-    say(f"[Info] {point.path} is a fork's. From it: weights, Adam's moments of {len(optimizer['state'])} of {len(own)} "
+    say(f"[Info] {point.path} is a fork's. From it: weights, Adam's moments of {len(names)} of {len(own)} "
         f"tensors, step, learning rate. {how}")
     warmup = 1000 if config.warmup_steps is None else config.warmup_steps  # the forks' default
     total = config.max_steps or max(1, config.epochs * math.ceil(rows / then["batch_size"])
@@ -2981,22 +2798,20 @@ def candidates(output_dir: Path) -> list[Path]:
     twin = next((file for file in files if file.samefile(latest)), None)
     if twin is not None:  # a save that was cut short before its link may have left newer files
         return [latest if file == twin else file for file in files]
-    step = step_inside(latest)
-    older = [file for file in files if (checkpoint_step(file.name) or 0) <= step]
-    return [file for file in files if file not in older] + [latest] + older
+    steps = {latest: step_inside(latest), **{file: checkpoint_step(file.name) or 0 for file in files}}
+    return sorted(steps, key=steps.__getitem__, reverse=True)
 
 
-def find_resumable(output_dir: Path) -> ResumePoint | None:
-    """The newest valid checkpoint, or None where there is none at all.
-
-    Raises: ResumeError when there are files but none is valid.
-    """
+def find_resumable(output_dir: Path, say: Callable[[str], None] = print) -> ResumePoint | None:
+    """The newest valid checkpoint, None where there are no files; says what was skipped. Raises: ResumeError."""
     latest, skipped = output_dir / "latest.pth", list[str]()
     for path in candidates(output_dir):
         try:
             checkpoint = read_resumable(path)
             if checkpoint_step(path.name) in (None, checkpoint["step"]):
-                return ResumePoint(path, checkpoint, skipped)
+                for reason in skipped:
+                    say(f"[Warn] Auto-resume: skipped {reason}")
+                return ResumePoint(path, checkpoint)
             skipped.append(f"{path} was renamed: it holds step {checkpoint['step']}. To go on from it: --resume {path}")
         except ResumeError as error:
             skipped.append(str(error))
@@ -3027,12 +2842,10 @@ def open_resume(resume: str, output_dir: Path, say: Callable[[str], None]) -> Re
     if not resume:
         return None
     if resume == "auto":
-        point = find_resumable(output_dir)
+        point = find_resumable(output_dir, say)
         if point is None:
             say(f"[Info] Auto-resume: no checkpoint in {output_dir}, starting from the beginning")
             return None
-        for reason in point.skipped:
-            say(f"[Warn] Auto-resume: skipped {reason}")
     else:
         point = ResumePoint(Path(resume), read_explicit(Path(resume)))
     say(f"[Info] Auto-resume: found checkpoint at {point.path}")
@@ -3127,11 +2940,11 @@ def restore_optimizer(run: Run, saved: Mapping[str, Any]) -> None:
     run.process.say("[Info] Restoring optimizer state...")
     names = {number: name for group in saved["param_groups"]
              for number, name in zip(group["params"], group["param_names"], strict=True)}
-    moments = {names[number]: state for number, state in saved["state"].items()}
+    moments = {name: saved["state"][number] for number, name in names.items() if number in saved["state"]}
     wanted, first = run.optimizer.state_dict(), saved["param_groups"][0]
     for group in wanted["param_groups"]:
         group["lr"] = first["lr"] / first.get("lr_scale", 1.0) * group["lr_scale"]
-    wanted["state"] = {number: map_tree(moments[name], Tensor.clone) for group in wanted["param_groups"]
+    wanted["state"] = {number: tree_map_only(Tensor, Tensor.clone, moments[name]) for group in wanted["param_groups"]
                        for number, name in zip(group["params"], group["param_names"], strict=True) if name in moments}
     run.optimizer.load_state_dict(wanted)
 
@@ -3180,10 +2993,7 @@ def restore_best(run: Run, checkpoint: Mapping[str, Any]) -> None:
 
 
 def restore(run: Run, point: ResumePoint) -> None:
-    """Applies a verified checkpoint, cloned out of the mapped file, so that a deleted file frees its disk.
-
-    Raises: ResumeError with every problem at once.
-    """
+    """Applies a checkpoint, cloned out of the mapped file: a deleted file frees its disk. Raises: ResumeError."""
     checkpoint, state, say = point.checkpoint, run.state, run.process.say
     require_fit(run, point)
     restore_model(run, point)
@@ -3199,8 +3009,7 @@ def restore(run: Run, point: ResumePoint) -> None:
         state.nonfinite_rows, state.suspect_rows, state.left_out = [], [], []
     run.train_data.bad_rows.update(dict.fromkeys(state.left_out, NOT_FINITE_TWICE))
     run.nonfinite = checkpoint["nonfinite"].clone().to(run.precision.device)
-    run.skips_known = int(run.nonfinite[0].item())
-    state.skips_told = checkpoint.get("skips_told", run.skips_known)
+    state.skips_told = checkpoint.get("skips_told", int(run.nonfinite[0].item()))
     restore_schedule(run, checkpoint)
     say("[Info] Restoring gradient scaler state...")
     if run.scaler.is_enabled() and checkpoint.get("scaler"):
@@ -3322,9 +3131,7 @@ def read_gpt_section(path: Path) -> Any:
 
 def find_model_yaml(config: TrainConfig, checkpoint: Mapping[str, Any] | None) -> Path | None:
     """--config, else config.yaml beside the first manifest, else checkpoints/config.yaml; None: the checkpoint's.
-
-    Raises: UserError when there is none.
-    """
+    Raises: UserError when there is none."""
     if config.config:
         return Path(config.config)
     if checkpoint is not None and "moments" not in checkpoint:  # a fork's holds no config
@@ -3344,11 +3151,8 @@ def find_model_yaml(config: TrainConfig, checkpoint: Mapping[str, Any] | None) -
 
 def resolve_config(typed: Mapping[str, Any], checkpoint: Mapping[str, Any] | None, device: torch.device, world: World
                    ) -> tuple[TrainConfig, int]:
-    """Typed settings first, then the checkpoint's, then the defaults and what the hardware suggests.
-
-    Returns: the settings, and the number of reading threads.
-    Raises: UserError that lists every contradiction.
-    """
+    """Typed settings first, then the checkpoint's, then the defaults and what the hardware suggests; and the number of
+    reading threads. Raises: UserError that lists every contradiction."""
     known = {item.name for item in dataclasses.fields(TrainConfig)}
     saved = {k: v for k, v in checkpoint["config"].items() if k in known} if checkpoint else {}
     asked = {k: v for k, v in typed.items() if v or k not in ("batch_size", "grad_accumulation", "learning_rate")}
@@ -3368,11 +3172,11 @@ def resolve_config(typed: Mapping[str, Any], checkpoint: Mapping[str, Any] | Non
         world.size)
     if not (config.eval_only and "val_manifest" in typed):
         config.train_manifest = config.train_manifest or ["processed_data/train_pairs.jsonl"]
-        # Nobody's run is judged on the demo's voice unasked.
-        beside = Path(split_manifest(config.train_manifest[0])[0]).with_name("val_pairs.jsonl")
+        first = Path(split_manifest(config.train_manifest[0])[0])
+        beside = first.with_name("val_pairs.jsonl")  # nobody's run is judged on the demo's voice unasked
         config.val_manifest = config.val_manifest or [str(beside)]
-        has_data = Path(split_manifest(config.train_manifest[0])[0]).exists()  # else that is what is said
-        if has_data and config.val_manifest == [str(beside)] and not beside.is_file() and "val_manifest" not in asked:
+        is_unasked = "val_manifest" not in asked and config.val_manifest == [str(beside)]
+        if is_unasked and first.exists() and not beside.is_file():
             raise UserError(f"no validation data: {beside} does not exist. Pass --val-manifest (tools.preprocess holds "
                             "sentences back for it)")
     config.tokenizer = config.tokenizer or "tokenizers/amharic_extended_bpe.model"
@@ -3408,10 +3212,7 @@ WRAPPERS = re.compile(r"^(base_model\.model\.|module\.|_orig_mod\.)+|(?<=\.)(bas
 
 
 def read_base_checkpoint(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
-    """Tensors of IndexTTS2's gpt.pth (or of the forks', or of our own files) by plain names, and the whole file.
-
-    Raises: UserError for what is no base to start from.
-    """
+    """Tensors by plain names, and all, of IndexTTS2's gpt.pth, a fork's file or one of ours. Raises: UserError."""
     content = read_torch_file(path)
     tensors = content.get("model", content) if isinstance(content, dict) else None
     if isinstance(tensors, dict) and tensors is content:
@@ -3442,32 +3243,9 @@ def check_lora_base(path: str, known: Mapping[str, Any] | None) -> dict[str, Any
     return {"path": path, "sha256": digest}
 
 
-def merged_tensors(checkpoint: Mapping[str, Any], base_checkpoint: str = "") -> dict[str, Tensor]:
-    """IndexTTS2's tensors of a checkpoint; those of LoRA are merged into their base (base_checkpoint, if it moved).
-
-    Raises: UserError where that is gone or another file.
-    """
-    known, config = checkpoint.get("lora_base"), checkpoint["config"]
-    if not known:
-        return checkpoint["model"]
-    path, learned = base_checkpoint or known["path"], checkpoint["model"]
-    check_lora_base(path, known)
-    tensors = {name: tensor.float() for name, tensor in read_base_checkpoint(Path(path))[0].items()
-               if name.startswith(NAME_ORDER)}
-    tensors.update({name: tensor for name, tensor in learned.items() if ".lora." not in name})
-    for name in (name.removesuffix(".lora.A") for name in learned if name.endswith(".lora.A")):
-        product = learned[f"{name}.lora.A"] @ learned[f"{name}.lora.B"]
-        tensors[f"{name}.weight"] = tensors[f"{name}.weight"] + product * lora_scale(
-            config["lora_rank"], config["lora_alpha"])
-    return in_name_order(tensors)
-
-
 def read_by_base(tokenizer: str, base_vocab: int) -> tuple[list[list[int]], list[int]]:
-    """How the base's tokenizer, which is the first base_vocab pieces of this one, would read the new pieces.
-
-    Returns: of each new piece the ids of two or more base pieces that its text would otherwise be, [] where the base
-    has no such; and the ids of all base pieces that stand for text. Raises: UserError.
-    """
+    """How the base's tokenizer, the first base_vocab pieces of this one, would read the new pieces: of each the ids of
+    two or more base pieces, or []; and the ids of all base pieces that stand for text. Raises: UserError."""
     from sentencepiece import SentencePieceProcessor
     from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
@@ -3497,12 +3275,12 @@ def start_new_rows(rows: Tensor, source: Tensor, parts: Sequence[list[int]], of_
 
 def load_base_checkpoint(model: UnifiedVoiceGPT, tensors: Mapping[str, Tensor], path: Path, tokenizer: str, seed: int
                          ) -> tuple[dict[str, Tensor], int]:
-    """Fills the model from a base checkpoint's tensors.
+    """Fills the model from a base checkpoint's tensors. Returns: the tensors to carry along, and the base's number of
+    text tokens; whatever else is in the file (the inference wrapper's, old masks) is dropped. Raises: UserError that
+    lists all missing tensors and wrong shapes.
 
-    Returns: the tensors to carry along, and the base's number of text tokens. Whatever else is in the file (the
-    inference wrapper's gpt.wte and inference_model, old transformers' masks) is dropped.
     With a larger tokenizer the rows of new pieces start as start_new_rows says; the last row of each table, which no
-    token uses, is not copied then. Raises: UserError that lists all missing tensors and wrong shapes.
+    token uses, is not copied then.
     """
     is_25, base_vocab = "spk_emb_proj.weight" in tensors, len(tensors.get("text_embedding.weight", ())) - 1
     problems = []
@@ -3536,69 +3314,61 @@ def load_base_checkpoint(model: UnifiedVoiceGPT, tensors: Mapping[str, Tensor], 
     return carried, base_vocab
 
 
-def check_padding(path: str, rates: Sequence[float], data: ManifestDataset) -> None:
-    """Refuses codes of padding, which a fork's preprocessing leaves behind every clip but the longest of a batch: they
-    all have its length, so that codes a second differ, and end in one code. Speech ends in a second of silence at most.
-
-    Raises: UserError.
-    """
-    places = [i for i, (number, *_) in enumerate(data.rows.files) if data.manifests[number]["path"] == path]
-    rows, endings = np.flatnonzero(np.isin(data.rows.table[:, 0], places)), []
-    for row in map(data.rows.__getitem__, rows[evenly_spread(len(rows), 200)]):
+def check_padding(data: ManifestDataset, number: int) -> None:
+    """Refuses codes of padding, which a fork's preprocessing leaves behind every clip but the longest of a batch: all
+    have its length, so that rates differ, and end in one code; speech does so for a second. Raises: UserError."""
+    rates, first, endings = data.rates[number], sum(rows for rows, _ in data.mix[:number]), []
+    for row in first + evenly_spread(data.mix[number][0], 200):
         with contextlib.suppress(BadFeatureFile, UserError):  # said where the row is read for training
-            endings.append(data.read_part(row, "codes")[-75:])
+            endings.append(data.read_part(data.rows[row], "codes")[-75:])
     padded = sum(len(ending) == 75 and bool((ending == ending[0]).all()) for ending in endings)
     uneven = bool(rates) and rates[2] > 1.25 * rates[0]
     if uneven or padded > max(2, len(endings) // 10):
         signs = f"{rates[0]:.0f} to {rates[2]:.0f} codes a second" if uneven else (
             f"{padded} of {len(endings)} rows end in 75 or more times the same code")
-        raise UserError(f"{path}: there is padding in its codes ({signs}). Preprocess its recordings again, one at a "
-                        "time or with tools.preprocess")
+        raise UserError(f"{data.manifests[number]['path']}: there is padding in its codes ({signs}). Preprocess its "
+                        "recordings again, one at a time or with tools.preprocess")
 
 
-def check_unrecorded(path: str, rates: Sequence[float], data: ManifestDataset, model: ModelConfig, has_base: bool,
-                     say: Callable[[str], None]) -> None:
+def check_unrecorded(data: ManifestDataset, number: int, has_base: bool, say: Callable[[str], None]) -> None:
     """A manifest beside which nothing is recorded: ranges and rates must be possible. Raises: UserError."""
+    path, rates, model = data.manifests[number]["path"], data.rates[number], data.model
     say(f"[Warn] {path}: nothing beside it records what its codes, conditions and text ids were made with "
         "(config.yaml, dataset:), so only ranges and rates are checked")
     if data.codes_seen > 1000 and data.highest_code < model.code_count // 2:
         raise UserError(f"{path}: the highest of {data.codes_seen} codes is {data.highest_code}, the model has "
                         f"{model.code_count}: they are another codec's. Preprocess with the features of these weights")
-    check_padding(path, rates, data)
+    check_padding(data, number)
     known = 25 if model.languages else 50
     if has_base and rates and model.code_count == 8192 and not 0.8 * known < rates[1] < 1.2 * known:
         raise UserError(f"{path}: {rates[1]:.1f} codes a second (median), {NAMES[model.languages > 0]} has {known}: "
                         "they are another codec's, or have padding in them. Preprocess with these weights' features")
 
 
-def belongs_together(config: TrainConfig, model_config: ModelConfig, tokenizer: Mapping[str, Any],
-                     datasets: Sequence[ManifestDataset], base: Mapping[str, Any] | None,
-                     base_tensors: Mapping[str, Tensor] | None, say: Callable[[str], None]) -> dict[str, Any]:
-    """What data, tokenizer, model and base checkpoint (the whole file, and its tensors) were made with.
-
-    Returns: what is known of it. Raises: UserError where two of them do not belong together.
-    """
-    of_base = None if base is None else (f"--base-checkpoint {config.base_checkpoint}", recorded_in(base))
-    manifests = [(manifest, rates, data) for data in datasets
-                 for manifest, rates in zip(data.manifests, data.rates, strict=True)]
-    if of_base and "conditioning_sha256" not in of_base[1] and any(
-            "conditioning_sha256" in manifest["made_with"] for manifest, _, _ in manifests):
-        of_base[1].update(conditioning_record(base_tensors or {}))
+def belongs_together(config: TrainConfig, tokenizer: Mapping[str, Any], datasets: Sequence[ManifestDataset],
+                     base: Mapping[str, Any] | None, base_tensors: Mapping[str, Tensor] | None,
+                     say: Callable[[str], None]) -> dict[str, Any]:
+    """What is known of what data, tokenizer, model and base checkpoint (the whole file, and its tensors) were made
+    with. Raises: UserError where two of them do not belong together."""
+    base_name, of_base = f"--base-checkpoint {config.base_checkpoint}", recorded_in(base or {})
+    records = [(manifest["path"], manifest["made_with"]) for data in datasets for manifest in data.manifests]
+    if base and "conditioning_sha256" not in of_base and any("conditioning_sha256" in record for _, record in records):
+        of_base.update(conditioning_record(base_tensors or {}))
     known, problems = compare_made_with([
         (f"--tokenizer {tokenizer['path']}", {"tokenizer_sha256": tokenizer["sha256"]}),
         (f"--config {config.config}" if config.config else "the checkpoint's config",
-         {"num_codes": model_config.code_count}),
-        *((manifest["path"], manifest["made_with"]) for manifest, _, _ in manifests), *([of_base] if of_base else [])])
+         {"num_codes": datasets[0].model.code_count}), *records, (base_name, of_base)])
     if problems:
         raise UserError("; ".join(problems))
-    for manifest, rates, data in manifests:
-        made_with, path = manifest["made_with"], manifest["path"]
-        if of_base and made_with.get("features") == "embedded" and not of_base[1].get("codec_sha256"):
-            raise UserError(f"{path} was made with the embedded codec (features embedded), and {of_base[0]} is not "
+    for path, made_with in records if base else ():
+        if made_with.get("features") == "embedded" and not of_base.get("codec_sha256"):
+            raise UserError(f"{path} was made with the embedded codec (features embedded), and {base_name} is not "
                             "recorded as made for that codec: its weights know other codes and conditions. Train from "
                             "scratch, or start from a checkpoint of such a run")
-        if not made_with:
-            check_unrecorded(path, rates, data, model_config, base is not None, say)
+    for data in datasets:
+        for number, manifest in enumerate(data.manifests):
+            if not manifest["made_with"]:
+                check_unrecorded(data, number, base is not None, say)
     return known
 
 
@@ -3606,12 +3376,19 @@ def build_model(config: TrainConfig, model_config: ModelConfig, train_data: Mani
                 base: Mapping[str, Tensor] | None, fresh: bool) -> tuple[UnifiedVoiceGPT, dict[str, Tensor], int]:
     """The model on the CPU, tensors carried along, and the base's vocabulary; from a checkpoint they come later."""
     model = UnifiedVoiceGPT(model_config, config.dropout, config.grad_checkpointing)
+    carried, base_vocab = dict[str, Tensor](), 0
     if fresh:
         text_tokens, codes = train_data.rows.table[:, 2:4].sum(axis=0).tolist()
         init_fresh_weights(model, config.seed, codes / text_tokens)
-    if base is None:
-        return model, {}, 0
-    return model, *load_base_checkpoint(model, base, Path(config.base_checkpoint), config.tokenizer, config.seed)
+    if base is not None:
+        carried, base_vocab = load_base_checkpoint(model, base, Path(config.base_checkpoint), config.tokenizer,
+                                                   config.seed)
+    generator = torch.Generator().manual_seed(config.seed)
+    for name, layer in model.named_modules() if config.lora_rank else ():
+        if isinstance(layer, Conv1D) and name.endswith(tuple(config.lora_targets or LORA_TARGETS)):
+            inputs, outputs = layer.weight.shape
+            layer.lora = LoRA(inputs, outputs, config, generator)
+    return model, carried, base_vocab
 
 
 def read_model_config(config: TrainConfig, checkpoint: Mapping[str, Any] | None, tokenizer: Mapping[str, Any]
@@ -3665,12 +3442,10 @@ def prepare(typed: Mapping[str, Any], point: ResumePoint | None, output_dir: Pat
     for manifest in (manifest for data in datasets for manifest in data.manifests):
         say(f"[Info] {manifest['path']}: {manifest['rows']} rows")
     base, content, lora_base = read_base(config, checkpoint, process)
-    made_with = belongs_together(config, model_config, tokenizer, datasets, fork.checkpoint if fork else content,
+    made_with = belongs_together(config, tokenizer, datasets, fork.checkpoint if fork else content,
                                  fork.checkpoint["model"] if fork else base,
                                  say if point is None or fork else lambda line: None)
     model, carried, base_vocab = build_model(config, model_config, train_data, base, fresh=checkpoint is None)
-    if config.lora_rank:
-        add_lora(model, config)
     if base is not None and base_vocab < tokenizer["size"]:
         say(f"[Info] {tokenizer['size'] - base_vocab} text tokens are new; their rows start from means of the base's")
     base_vocab = base_vocab or (checkpoint or {}).get("base_vocab", 0)
@@ -3709,29 +3484,23 @@ def prepare(typed: Mapping[str, Any], point: ResumePoint | None, output_dir: Pat
     return run
 
 
-def say_parts(run: Run) -> None:
-    """What --freeze and --lr-scale left of the model: a line for each factor of the learning rate."""
-    if run.base_text_factor != 1:
-        run.process.say(f"[Info] The base checkpoint's {run.state.base_vocab} text tokens: learning rate of their "
-                        f"tensors x {run.base_text_factor:g}")
-    groups = [(group["lr_scale"], group["params"]) for group in run.optimizer.param_groups]
-    groups.append((0.0, [weight for weight in run.model.parameters() if not weight.requires_grad]))
-    counts = Counter({factor: sum(p.numel() for f, params in groups if f == factor for p in params)
-                      for factor, _ in groups})
-    for factor, count in sorted((+counts).items()) if len(+counts) > 1 else ():
-        run.process.say(f"[Info] Learning rate x {factor:g}: {count / 1e6:.3f} M values{'' if factor else ', frozen'}")
-
-
 def say_start(run: Run) -> None:
-    """What was chosen: batches, the end of the run, validation, disk."""
+    """What was chosen: batches, what --freeze and --lr-scale left, the end of the run, validation, disk."""
     config, say = run.config, run.process.say
     to_the_end = last_step(run.state.position, epoch_size(run.train_data.mix), config)
     processes = f" x {config.world_size} processes" if config.world_size > 1 else ""
     say(f"[Info] Batch size {config.batch_size} x accumulation {config.grad_accumulation}{processes} = global batch "
         f"{config.global_batch}; {run.threads} reading thread{'s' * (run.threads > 1)}; peak learning rate "
         f"{config.learning_rate:g}")
+    if run.base_text_factor != 1:
+        say(f"[Info] The base checkpoint's {run.state.base_vocab} text tokens: learning rate of their tensors x "
+            f"{run.base_text_factor:g}")
+    counts = Counter({0.0: sum(p.numel() for p in run.model.parameters() if not p.requires_grad)})
+    for group in run.optimizer.param_groups:
+        counts[group["lr_scale"]] += sum(p.numel() for p in group["params"])
+    for factor, count in sorted((+counts).items()) if len(+counts) > 1 else ():
+        say(f"[Info] Learning rate x {factor:g}: {count / 1e6:.3f} M values{'' if factor else ', frozen'}")
     limit = f", --max-steps {config.max_steps}: the smaller one holds" if config.max_steps else ""
-    say_parts(run)
     say(f"[Info] The run ends at step {run.end}: {config.epochs} epochs end at step {to_the_end}{limit}")
     is_mix = any(weight != 1 for _, weight in run.train_data.mix)
     for manifest, (rows, weight) in zip(run.train_data.manifests, run.train_data.mix, strict=True):
@@ -3783,10 +3552,10 @@ class Meter:
 
 
 def leave_out_nonfinite_rows(run: Run) -> None:
-    """Tells updates that were skipped since the last [Train] line, and by which rows. A row whose loss is not finite
-    for the second time is left out from here on, on every rank. Raises: UserError for too many."""
-    state, say, rows = run.state, run.process.say, run.train_data.rows
-    skipped, state.skips_told = run.skips_known - state.skips_told, run.skips_known
+    """Tells updates skipped since the last [Train] line, and by which rows; a row whose loss is not finite for the
+    second time is left out from here on, on every rank. Raises: UserError for too many."""
+    state, say, rows, skips = run.state, run.process.say, run.train_data.rows, int(run.nonfinite[0].item())
+    skipped, state.skips_told = skips - state.skips_told, skips
     if not skipped:
         return
     found, state.nonfinite_rows = Counter(state.nonfinite_rows), []
@@ -3846,10 +3615,7 @@ def after_step(run: Run, stats: StepStats, meter: Meter) -> None:
 
 
 def save_or_say_so(run: Run) -> None:
-    """Waits for the last save; nobody leaves while rank 0 still writes: torchrun might end it then.
-
-    Raises: UserError when it failed.
-    """
+    """Waits for the last save; other ranks for rank 0's, which torchrun might end. Raises: UserError when it failed."""
     finish_save(run)
     if run.state.position.step > run.saved_step:
         raise UserError(f"the last checkpoint could not be saved to {run.output_dir}; the run would go on from step "
@@ -3869,10 +3635,10 @@ def train(run: Run) -> None:
         while not run.finished:
             if run.reader is None:
                 steps = steps_from(state.position, data.mix, run.config, process.world.rank)
-                run.reader = ReadAhead(steps, make_reader(run, data), run.threads)
+                run.reader = read_ahead(run, data, steps)
             stats = None
             with contextlib.suppress(torch.OutOfMemoryError):  # and with it goes what holds the step's tensors
-                stats = train_step(run, run.reader.next_step())
+                stats = train_step(run, next(run.reader))
             if stats is None:
                 split_after_out_of_memory(run)
                 continue
@@ -3950,8 +3716,8 @@ def run_evaluation(typed: Mapping[str, Any], output_dir: Path, process: Process)
     process.say(f"[Info] Validation: {len(validation_rows(run))} of {len(run.val_data)} rows")
     path = output_dir / "eval.jsonl"
     with replacing(path) as partial, partial.open("w", encoding="utf-8") as handle:
-        values, *parts = evaluate(run, lambda record: print(json.dumps(record, ensure_ascii=False), file=handle))
-    say_validation(run, values, parts)
+        results = evaluate(run, lambda record: print(json.dumps(record, ensure_ascii=False), file=handle))
+    say_validation(run, results)
     process.say(f"[Info] Losses of every row: {path}")
 
 
@@ -3998,9 +3764,8 @@ def main(argv: Sequence[str] | None = None, on_event: Callable[..., None] = no_e
 
 
 def leave(status: int) -> NoReturn:
-    """Ends the process without Python's clean-up: that takes a second, waits for threads that may hang on a disk, and
-    gloo's threads, which DDP keeps alive, sometimes abort in the midst of it ("terminate called without an active
-    exception")."""
+    """Ends the process without Python's clean-up, which takes a second, waits for threads that may hang on a disk, and
+    in which gloo's threads, which DDP keeps alive, sometimes abort."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):  # the reader may be gone, the disk full
             stream.flush()
