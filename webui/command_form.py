@@ -88,7 +88,7 @@ class FormSection:
                                                    elem_id=f"{self.kind}-replace")
         self.preview = self.page.add(gr.Textbox, "command", lines=2, max_lines=8, interactive=False, buttons=["copy"],
                                      elem_id=f"{self.kind}-command", elem_classes=["command"])
-        self.touched = gr.Textbox(visible="hidden")  # what was checked last
+        self.touched = gr.Textbox(visible="hidden")  # what was checked last, packed as for a tick
         with gr.Row(elem_classes=["startbar"]):
             start = self.page.button(start_key, variant="primary", elem_id=f"{self.kind}-start")
             beside_start()
@@ -99,7 +99,7 @@ class FormSection:
 
     @property
     def given(self) -> list[Any]:
-        """What Start and a check are called with."""
+        """What Start is called with."""
         return [self.memory, self.page.language, *self.inputs.values()]
 
     @property
@@ -125,8 +125,8 @@ class FormSection:
               [page.language, page.made, *self.inputs.values(), *self.check_on], [self.touched],
               js="(...given) => JSON.stringify(given)", **QUIET)
         # One event for every reason to check, so that an older answer cannot overtake a newer one.
-        self.touched.change(self.check, [page.clock, *self.given], [self.memory, *self.checked_into],
-                            trigger_mode="always_last", **QUIET)
+        self.touched.change(self.check_packed, [page.clock, self.memory, self.touched],
+                            [self.memory, *self.checked_into], trigger_mode="always_last", **QUIET)
 
     # Values
 
@@ -235,6 +235,10 @@ class FormSection:
         """A problem in the language of the page, which names fields where a program names flags."""
         key, values = problem
         return say(key, language, **in_words(self.kind, values, language))
+
+    def check_packed(self, opened: str, memory: Memory, packed: str) -> list[Any]:
+        language, _, *given = json.loads(packed)
+        return self.check(opened, memory, language, *given[:len(self.inputs)])
 
     def check(self, opened: str, memory: Memory, language: str, *given: Any) -> list[Any]:
         """What to remember, the draft, an update of each input, and the command."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import html
+import json
 import re
 import time
 from collections import OrderedDict
@@ -267,6 +268,13 @@ class Page:
                 found |= {f"{number}.{place}": value for place, value in enumerate(watcher.look(jobs, language, *own))}
         return found
 
+    def tick_packed(self, packed: str, *states: Any) -> list[Any]:
+        """A tick, from what the browser has packed and the server's states."""
+        window, open_tab, language, *boxes, _ = json.loads(packed)
+        given, kept = iter(boxes), iter(states)
+        return self.tick(window, open_tab, language, *(next(kept if part.stateful else given)
+                                                       for watcher in self.watchers for part in watcher.inputs))
+
     def tick(self, window: str, open_tab: str, language: str, *given: Any) -> list[Any]:
         """One value for each watcher's outputs; gr.skip() for what its browser shows already."""
         asked = (open_tab, language, list(given))
@@ -299,7 +307,8 @@ class Page:
 
     def create_header(self) -> None:
         # First of all: Gradio's page looks for a component from the beginning, at every use.
-        self.window, self.open_tab, self.acted, self.made = (gr.Textbox(visible="hidden") for _ in range(4))
+        self.window, self.open_tab, self.acted, self.made, self.looked = (
+            gr.Textbox(visible="hidden") for _ in range(5))
         self.follow = gr.Button(visible="hidden", elem_id="look")
         self.clock = gr.Textbox(visible="hidden", elem_id="clock")
         with gr.Row(elem_id="header"):
@@ -356,13 +365,17 @@ class Page:
               [self.window, self.open_tab, self.clock, self.view], [self.view, self.acted], js=with_open_tab(4),
               **QUIET)
         self.made.change(None, None, None, js=ASK, **QUIET)
-        # One event for all, never two at once: an older answer cannot overtake a newer one.
-        looked_at = [self.window, self.open_tab, self.language,
-                     *(part for watcher in self.watchers for part in watcher.inputs)]
+        # The browser packs what a tick looks at into one box, but for what only the server knows: Gradio's page tells
+        # every input of an event, and those of all before, three times how the event goes.
+        looked_at = [part for watcher in self.watchers for part in watcher.inputs]
+        boxes = [self.window, self.open_tab, self.language, *(part for part in looked_at if not part.stateful)]
         ask = f"if (Date.now() < window.lastAct + 20000) setTimeout({ASK}, 20)"
-        gr.on([self.follow.click, self.clock.change, self.acted.change], self.tick, looked_at,
-              [part for watcher in self.watchers for part in watcher.outputs],
-              js=with_open_tab(len(looked_at), ask), trigger_mode="always_last", **QUIET)
+        gr.on([self.follow.click, self.clock.change, self.acted.change], None, boxes, [self.looked],
+              js=with_open_tab(len(boxes), ask, packed=True), **QUIET)
+        # One event for all, never two at once: an older answer cannot overtake a newer one.
+        self.looked.change(self.tick_packed, [self.looked, *(part for part in looked_at if part.stateful)],
+                           [part for watcher in self.watchers for part in watcher.outputs],
+                           trigger_mode="always_last", **QUIET)
 
     def note_tab(self, window: str, open_tab: str, opened: str, view: dict[str, Any]) -> list[Any]:
         """The view with the open tab, for the next visit, and a look at it; not before this visit's is open."""
@@ -416,15 +429,17 @@ def marks_of_steps(steps: dict[str, str], following: str) -> str:
     return " ".join(rules)
 
 
-def with_open_tab(inputs: int, besides: str = "") -> str:
+def with_open_tab(inputs: int, besides: str = "", packed: bool = False) -> str:
     """JavaScript that puts this window's name first among an event's inputs and the open tab's second. Asked of the
-    page itself: selections that follow each other closely reach the server in any order."""
+    page itself: selections that follow each other closely reach the server in any order. packed: as one text, which
+    is never the same twice."""
+    given = f"given.slice(0, {inputs})"
     return f"""(...given) => {{
         {besides};
         const panel = {OPEN_PANEL};
         given[0] = window.pageId ??= Math.random().toString(36).slice(2);
         given[1] = panel ? panel.id.replace("tab-", "") : "";
-        return given.slice(0, {inputs});
+        return {f"JSON.stringify([...{given}, Date.now()])" if packed else given};
     }}"""
 
 
