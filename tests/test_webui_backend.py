@@ -1317,6 +1317,39 @@ def test_the_server_remembers_what_the_last_windows_show(page: Any, monkeypatch:
     assert page.has_changed("two") and not page.has_changed("one") and not page.has_changed("three")
 
 
+def test_the_page_stays_small_for_what_it_takes_to_open_grows_with_components_times_events(built: Any):
+    config = built[0].get_config_file()
+    assert len(config["components"]) <= 950
+    assert sum(len(event["targets"]) for event in config["dependencies"]) <= 200  # was 543, and 5 s instead of 3
+
+
+def test_what_the_browser_packs_reaches_each_watcher_in_its_place(page: Any, monkeypatch: pytest.MonkeyPatch):
+    given = [part for watcher in page.watchers for part in watcher.inputs]
+    boxes = [f"box {i}" for i, part in enumerate(given) if not part.stateful]
+    states = [f"state {i}" for i, part in enumerate(given) if part.stateful]
+    monkeypatch.setattr(page, "tick", lambda *asked: asked)
+    asked = page.tick_packed(json.dumps(["one", "training", "am", *boxes, 1]), *states)
+    assert states and asked == ("one", "training", "am", *(
+        f"{'state' if part.stateful else 'box'} {i}" for i, part in enumerate(given)))
+
+
+def test_what_a_step_has_made_fills_an_empty_box_but_not_what_somebody_typed(workspace: Workspace, page: Any):
+    form = page.forms["collect"]
+    opened = form.open({}, "en", [], {})
+    memory, output = opened[0], list(form.inputs).index("output")
+    typed = [update.get("value", form.empty(name)) for name, update in zip(form.inputs, opened[1:], strict=False)]
+    assert typed[output] == "texts/own_001.jsonl"
+    (workspace.root / "texts").mkdir()
+    (workspace.root / "texts" / "own_001.jsonl").write_text('{"text": "ሰላም"}\n', encoding="utf-8")
+    later, draft, *shown = form.check("now", memory, "en", *typed)
+    assert shown[output]["value"] == "texts/own_002.jsonl" and later.filled["output"] == "texts/own_002.jsonl"
+    assert draft == {}
+    kept, draft, *shown = form.check("now", later, "en", *typed)  # typed since, as it was before
+    assert "value" not in shown[output] and draft["output"] == "texts/own_001.jsonl"
+    assert "problem" in shown[output]["elem_classes"] and kept.filled == later.filled
+    assert "__type__" in form.check("", later, "en", *typed)[0]  # skipped: the draft is still on its way
+
+
 def test_nothing_but_tabs_lies_between_the_tabs(built: Any):
     """Gradio counts a state there as a tab, and gives those after it each other's names."""
     import gradio as gr
