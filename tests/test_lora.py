@@ -50,7 +50,7 @@ def test_a_lora_run_that_was_killed_goes_on_bit_for_bit(data, base, tmp_path, pr
     assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
 
 
-def test_its_checkpoint_holds_the_small_part_and_what_it_adds_to(data, base, tmp_path):
+def test_its_checkpoint_holds_the_small_part_and_what_it_adds_to(data, base, tmp_path, capsys):
     runs(train_in_process(*lora(data, base, "--lora-targets", "attn.c_attn", "mlp.c_fc"), tmp_path / "out"))
     checkpoint = load_checkpoint(tmp_path / "out" / "latest.pth")
     assert {*checkpoint["model"]} == {f"gpt.h.{i}.{layer}.lora.{part}" for i in range(2) for part in "AB"
@@ -58,6 +58,8 @@ def test_its_checkpoint_holds_the_small_part_and_what_it_adds_to(data, base, tmp
     assert checkpoint["lora_base"]["path"] == str(base) and len(checkpoint["lora_base"]["sha256"]) == 64
     names = [name for group in checkpoint["optimizer"]["param_groups"] for name in group["param_names"]]
     assert all(".lora." in name for name in names)
+    inspect_checkpoint.main([str(tmp_path / "out")])
+    assert f"LoRA of rank 4 on {base}," in capsys.readouterr().out
 
 
 def test_the_base_stays_frozen_whatever_the_rate_of_its_names(data, base, tmp_path):

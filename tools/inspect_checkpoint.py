@@ -42,7 +42,7 @@ def contents_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
         "global_batch": config["batch_size"] * config["grad_accumulation"] * environment["world_size"],
         "tokenizer": checkpoint["tokenizer"], "format_version": checkpoint["format_version"],
         "run_dir": checkpoint["run_dir"], "environment": environment, "config": config,
-        "made_with": of_checkpoint(checkpoint),
+        "made_with": of_checkpoint(checkpoint), "lora_base": checkpoint.get("lora_base"),
     }
 
 
@@ -181,8 +181,10 @@ def resume_state(entry: dict[str, Any]) -> str:
     if not environment:
         return (f"step {entry['step']}, epoch {entry['epoch']}, learning rate {entry['lr']:.4g}, written by a fork's "
                 "trainer")
+    base = entry["lora_base"]
+    lora = f", LoRA of rank {entry['config']['lora_rank']} on {base['path']}" if base else ""
     return (f"step {entry['step']}, epoch {entry['epoch']}, learning rate {entry['lr']:.4g}, global batch "
-            f"{entry['global_batch']}, tokenizer {Path(entry['tokenizer']['path']).name}, written by torch "
+            f"{entry['global_batch']}, tokenizer {Path(entry['tokenizer']['path']).name}{lora}, written by torch "
             f"{environment['torch']} on {environment['device']} (threads {environment['threads']}, processes "
             f"{environment['world_size']})")
 

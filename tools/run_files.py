@@ -22,7 +22,7 @@ LATEST, BEST = "latest.pth", "best.pth"
 OUTPUT_DIR = "training_output"  # unless one is given
 MAX_WEIGHT = 1000  # of a training manifest, and of a learning rate's factor
 INSPECTED = ("step", "epoch", "sample_in_epoch", "num_rows", "last_val", "best", "lr", "global_batch", "tokenizer",
-             "format_version", "run_dir", "environment", "config", "made_with", "train_data")
+             "format_version", "run_dir", "environment", "config", "made_with", "train_data", "lora_base")
 """What tools.inspect_checkpoint tells of a verified checkpoint; null for a damaged one."""
 
 
