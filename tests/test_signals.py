@@ -181,7 +181,8 @@ def test_a_signal_during_data_preparation_is_noticed_there(tiny: Path, tmp_path:
     args[1] = str(tmp_path / "pairs.jsonl")
     with training(*args) as process:
         with contextlib.suppress(BrokenPipeError), open(tmp_path / "pairs.jsonl", "w", encoding="utf-8") as pipe:
-            pipe.write(row * 1000)
+            for _ in range(20):  # far enough for the progress to be told
+                pipe.write(row * 1000)
             process.send_signal(signal.SIGTERM)
             for _ in range(1000):
                 pipe.write(row * 1000)

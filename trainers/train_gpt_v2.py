@@ -822,7 +822,7 @@ def read_manifest(manifest: str, rows: Rows, emo_source: str, progress: Callable
                     codes[str(record.get("target_id"))] = record["target_code_len"]
                 has_target_emo = has_target_emo or bool(record.get("target_emo_vec_path"))
                 if line % 2**14 == 0:
-                    progress(f"{path}: {handle.tell() / os.fstat(handle.fileno()).st_size:.0%} read")
+                    progress(f"{path}: {line} lines read")
     except UserError as error:
         raise UserError(f"{path}:{line}: {error}") from error
     except (json.JSONDecodeError, RecursionError) as error:
