@@ -268,6 +268,39 @@ def test_mistakes_are_said_beside_their_field_before_anything_starts(visitor: Vi
     until(lambda: visitor.page.locator("#training-train_manifests.problem").count() == 0)
 
 
+def test_a_form_is_checked_whatever_way_what_it_is_of_has_changed(visitor: Visitor, workspace: Path):
+    fill_training(visitor, "fresh")
+    config = workspace / "gone.yaml"
+    config.write_text("gpt: {}")
+    visitor.more_settings()
+    visitor.fill("training", config="gone.yaml")
+    until(lambda: visitor.page.locator("#training-config.problem").count() == 0)
+    visitor.open("Listen")
+    config.unlink()  # and the form is opened again
+    visitor.open("Training")
+    visitor.sees("#training-config.problem", "gone.yaml: no such file")
+    visitor.fill("training", config="")
+    visitor.command("training", "--train-manifest")
+    visitor.box("training-amp").click()
+    time.sleep(5)  # a long look at the list, and a slow press: the browser says "click" of no place
+    option = visitor.page.get_by_role("option", name="bf16").bounding_box()
+    visitor.page.mouse.move(option["x"] + 5, option["y"] + 5)
+    visitor.page.mouse.down()
+    time.sleep(0.5)
+    visitor.page.mouse.up()
+    visitor.command("training", "--amp bf16")
+    visitor.page.evaluate("""() => {  // typed and started at once
+        const box = document.querySelector("#training-train_manifests textarea");
+        box.value = "";
+        box.dispatchEvent(new Event("input", {bubbles: true}));
+    }""")
+    visitor.click("training-start")
+    visitor.sees(".notice", "Not started")
+    visitor.sees("#training-train_manifests.problem", "Choose it: tabs 1 to 5 make it")
+    time.sleep(1)
+    assert "Choose it" in visitor.problem("training-train_manifests")
+
+
 def test_presets_and_a_settings_file_fill_the_form(visitor: Visitor, workspace: Path):
     fill_training(visitor, "fresh")
     visitor.box("training-preset").click()

@@ -357,7 +357,7 @@ def create_clip_editor(page: Page) -> None:
     for button, by in ((back, -1), (forth, 1)):
         page.act(button.click, lambda shown, by=by: str(max(1, (int(shown) if str(shown).isdecimal() else 1) + by)),
                  [number], [number])
-    page.act(query.change, lambda: "1", [], [number])
+    query.change(None, None, [number], js='() => "1"', **QUIET)
 
 
 def connect(page: Page, editor: ClipEditor, chosen: Any, given: Sequence[Any], shown: Sequence[Any],

@@ -88,13 +88,13 @@ class FormSection:
                                                    elem_id=f"{self.kind}-replace")
         self.preview = self.page.add(gr.Textbox, "command", lines=2, max_lines=8, interactive=False, buttons=["copy"],
                                      elem_id=f"{self.kind}-command", elem_classes=["command"])
-        self.touched = gr.Textbox(visible="hidden")  # what was checked last, packed as for a tick
+        self.packed = gr.Textbox(visible="hidden")  # what was sent to be checked last, as for a tick
         with gr.Row(elem_classes=["startbar"]):
             start = self.page.button(start_key, variant="primary", elem_id=f"{self.kind}-start")
             beside_start()
         notice = self.notice = self.page.notice()
         self.page.act(start.click, self.start, self.given, [*self.checked_into, notice])
-        self.asks = gr.Button(visible="hidden", elem_id=f"{self.kind}-asks")  # there while the form can be seen
+        self.recheck = gr.Button(visible="hidden", elem_id=f"{self.kind}-recheck")  # there while the form can be seen
         return start
 
     @property
@@ -121,12 +121,12 @@ class FormSection:
         """A change of several inputs at once is one check, and what changes where it cannot be seen is checked when
         it can: each event costs the browser a look at all components of the page."""
         page = self.page
-        gr.on([self.asks.click, *[part.change for part in self.check_on]], None,
-              [page.language, page.made, *self.inputs.values(), *self.check_on], [self.touched],
-              js="(...given) => JSON.stringify(given)", **QUIET)
+        gr.on([self.recheck.click, *[part.change for part in self.check_on]], None,
+              [page.clock, page.language, *self.inputs.values(), page.made, *self.check_on], [self.packed],
+              js="(...given) => JSON.stringify([...given, window.tabOpened])", **QUIET)
         # One event for every reason to check, so that an older answer cannot overtake a newer one.
-        self.touched.change(self.check_packed, [page.clock, self.memory, self.touched],
-                            [self.memory, *self.checked_into], trigger_mode="always_last", **QUIET)
+        self.packed.change(self.check_packed, [self.memory, self.packed],
+                           [self.memory, *self.checked_into, page.acted], trigger_mode="always_last", **QUIET)
 
     # Values
 
@@ -236,9 +236,11 @@ class FormSection:
         key, values = problem
         return say(key, language, **in_words(self.kind, values, language))
 
-    def check_packed(self, opened: str, memory: Memory, packed: str) -> list[Any]:
-        language, _, *given = json.loads(packed)
-        return self.check(opened, memory, language, *given[:len(self.inputs)])
+    def check_packed(self, memory: Memory, packed: str) -> list[Any]:
+        """What check() returns, and a word to the page where fields were filled in."""
+        opened, language, *given = json.loads(packed)
+        checked = self.check(opened, memory, language, *given[:len(self.inputs)])
+        return [*checked, str(time.time()) if any("value" in update for update in checked[2:-1]) else gr.skip()]
 
     def check(self, opened: str, memory: Memory, language: str, *given: Any) -> list[Any]:
         """What to remember, the draft, an update of each input, and the command."""

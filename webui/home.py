@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -96,4 +95,4 @@ def create_home(page: Page) -> None:
             return [""]
 
     page.watch(None, [], [told], look)
-    page.act(functools.partial(gr.on, [have.input, model.input]), answer, [have, model, page.language], [notice])
+    page.act([have.input, model.input], answer, [have, model, page.language], [notice], trigger_mode="always_last")

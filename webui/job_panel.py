@@ -142,10 +142,10 @@ def create_job_panel(page: Page, tab: str, kinds: Sequence[str], output_dir: Any
         return [offered, job.id, card(state, job.state), progress, gr.update(visible=job.live),
                 gr.update(visible=does_not_stop(job, time.time())), gr.update(value=read_tail(job.log), visible=True)]
 
-    def end(how: Callable[[Job], None]) -> Callable[[str], None]:
-        def end_shown(job_id: str) -> None:
+    def end(how: Callable[[Job], None]) -> Callable[[str, str], None]:
+        def end_shown(shown: str, picked: str) -> None:
             try:
-                how(load_job(page.workspace, job_id))
+                how(load_job(page.workspace, picked or shown))
             except Refused:  # it is gone, as was wanted
                 return
             time.sleep(0.2)  # so that the look after this one often finds it stopped
@@ -154,7 +154,7 @@ def create_job_panel(page: Page, tab: str, kinds: Sequence[str], output_dir: Any
 
     page.watch(tab, [pick, *([output_dir] if output_dir else [])], [pick, shown, status, bar, stop, kill, log], look)
     for button, how in ((stop, stop_job), (kill, kill_job)):
-        page.act(button.click, end(how), [shown])
+        page.act(button.click, end(how), [shown, pick])
 
 
 def reason_of(entry: dict[str, Any]) -> str:

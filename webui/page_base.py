@@ -35,21 +35,32 @@ from webui.workspace import Refused, Workspace, load_or_make_secret
 QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 CHANGED = "changed"  # the path that says whether a window shows what there is
 WINDOWS = 200  # of which the server remembers what they show
+OPEN_PANEL = '[...document.querySelectorAll("[role=tabpanel]")].find(panel => panel.offsetParent)'
+# The forms that can be seen compare their fields with what was checked last.
+RECHECK = f"""() => {OPEN_PANEL}?.querySelectorAll("[id$=-recheck]").forEach(button => button.click())"""
 # Every two seconds the page asks, at next to no cost, whether what it shows is still so; only if not, or if somebody
 # has just done something, does Gradio compare all components. These listeners stand for an event of each field: what
-# Gradio's page takes to open grows with the number of components times that of events. A log box stays at its end,
-# unless its reader has scrolled up. A tab that is chosen before the page has opened stays chosen.
+# Gradio's page takes to open grows with the number of components times that of events. What was typed is checked before
+# a click does anything. A log box stays at its end, unless its reader has scrolled up. A tab that is chosen before the
+# page has opened stays chosen.
 FOLLOW = f"""() => {{
-    let soon;
-    window.lastAct = 0;
-    const look = () => window.pageOpen && document.getElementById("look").click();
-    for (const kind of ["click", "keyup", "input", "drop", "visibilitychange"])
-        addEventListener(kind, event => {{
-            if (kind === "click" && !event.isTrusted) return;  // one of the page's own
-            window.lastAct = Date.now();
-            clearTimeout(soon);
-            soon = setTimeout(look, 200);
-        }}, true);
+    let soon, typed = false;
+    window.lastAct = window.tabOpened = 0;
+    const look = () => {{
+        typed = false;
+        if (window.pageOpen) document.getElementById("look").click();
+    }};
+    const follow = event => {{
+        if (event.type === "click" && !event.isTrusted) return;  // one of the page's own
+        if (event.type === "click" && typed) ({RECHECK})();
+        if (event.target.closest?.("[role=tab]")) window.tabOpened = Date.now();
+        typed = event.type === "input" || typed && event.type !== "click";
+        window.lastAct = Date.now();
+        clearTimeout(soon);
+        soon = setTimeout(look, 200);
+    }};
+    for (const kind of ["input", "change", "click", "pointerup", "keyup", "drop", "visibilitychange"])
+        addEventListener(kind, follow, true);
     addEventListener("pointerdown", event => {{ window.tabChosen ||= !!event.target.closest?.("[role=tab]"); }}, true);
     const followLog = box => {{
         if (box.atEnd === undefined) {{
@@ -77,10 +88,6 @@ SHOW_TAB = """async (view) => {
     window.pageOpen = true;
     return String(Date.now());
 }"""
-OPEN_PANEL = '[...document.querySelectorAll("[role=tabpanel]")].find(panel => panel.offsetParent)'
-# A form that can be seen compares its fields with those that were checked last, after somebody has done something (an
-# answer to it may take its time) or a program has.
-ASK = f"""() => {OPEN_PANEL}?.querySelectorAll("[id$=-asks]").forEach(button => button.click())"""
 SET_LANGUAGE = "(language) => { document.documentElement.lang = language; }"
 SWITCH_THEME = """() => {
     const dark = document.body.classList.toggle("dark");
@@ -224,9 +231,9 @@ class Page:
         updates = [gr.update(**texts(language)) for _, texts in self.labels]
         return [*updates, *[""] * len(self.notices), {**view, "language": language}]
 
-    def act(self, event: Callable[..., Any], handle: Callable[..., Any], inputs: Sequence[Any],
+    def act(self, event: Callable[..., Any] | list[Any], handle: Callable[..., Any], inputs: Sequence[Any],
             outputs: Sequence[Any] = (), **options: Any) -> Any:
-        """Connects a handler after whose answer the page looks at once at what has changed."""
+        """Connects a handler of an event, or of several, after whose answer the page looks at what has changed."""
 
         @functools.wraps(handle)
         def handled(*given: Any) -> list[Any]:
@@ -234,7 +241,8 @@ class Page:
             values = [answer] if len(outputs) == 1 else answer if outputs else []
             return [*values, str(time.time())]
 
-        return event(handled, [*inputs], [*outputs, self.acted], **QUIET, **options)
+        connect = functools.partial(gr.on, event) if isinstance(event, list) else event
+        return connect(handled, [*inputs], [*outputs, self.acted], **QUIET, **options)
 
     # The workspace
 
@@ -307,7 +315,7 @@ class Page:
 
     def create_header(self) -> None:
         # First of all: Gradio's page looks for a component from the beginning, at every use.
-        self.window, self.open_tab, self.acted, self.made, self.looked = (
+        self.window, self.open_tab, self.acted, self.made, self.packed = (
             gr.Textbox(visible="hidden") for _ in range(5))
         self.follow = gr.Button(visible="hidden", elem_id="look")
         self.clock = gr.Textbox(visible="hidden", elem_id="clock")
@@ -363,17 +371,19 @@ class Page:
                  [*labels, *self.notices, self.view])
         gr.on([tab.select for tab in self.tabs.values()], self.note_tab,
               [self.window, self.open_tab, self.clock, self.view], [self.view, self.acted], js=with_open_tab(4),
-              **QUIET)
-        self.made.change(None, None, None, js=ASK, **QUIET)
-        # The browser packs what a tick looks at into one box, but for what only the server knows: Gradio's page tells
-        # every input of an event, and those of all before, three times how the event goes.
+              trigger_mode="always_last", **QUIET)
+        gr.on([self.made.change, self.acted.change], None, None, None, js=f"() => setTimeout({RECHECK}, 20)", **QUIET)
+        # The browser packs what a tick looks at into one box, but for what only the server knows: with each event
+        # Gradio's page updates all components that have ever been an input of one.
         looked_at = [part for watcher in self.watchers for part in watcher.inputs]
         boxes = [self.window, self.open_tab, self.language, *(part for part in looked_at if not part.stateful)]
-        ask = f"if (Date.now() < window.lastAct + 20000) setTimeout({ASK}, 20)"
-        gr.on([self.follow.click, self.clock.change, self.acted.change], None, boxes, [self.looked],
-              js=with_open_tab(len(boxes), ask, packed=True), **QUIET)
+        pack = f"""(...given) => {{
+            if (Date.now() < window.lastAct + 4000) setTimeout({RECHECK}, 20);
+            return JSON.stringify([...({with_open_tab(len(boxes))})(...given), Date.now()]);
+        }}"""
+        gr.on([self.follow.click, self.clock.change, self.acted.change], None, boxes, [self.packed], js=pack, **QUIET)
         # One event for all, never two at once: an older answer cannot overtake a newer one.
-        self.looked.change(self.tick_packed, [self.looked, *(part for part in looked_at if part.stateful)],
+        self.packed.change(self.tick_packed, [self.packed, *(part for part in looked_at if part.stateful)],
                            [part for watcher in self.watchers for part in watcher.outputs],
                            trigger_mode="always_last", **QUIET)
 
@@ -429,17 +439,14 @@ def marks_of_steps(steps: dict[str, str], following: str) -> str:
     return " ".join(rules)
 
 
-def with_open_tab(inputs: int, besides: str = "", packed: bool = False) -> str:
+def with_open_tab(inputs: int) -> str:
     """JavaScript that puts this window's name first among an event's inputs and the open tab's second. Asked of the
-    page itself: selections that follow each other closely reach the server in any order. packed: as one text, which
-    is never the same twice."""
-    given = f"given.slice(0, {inputs})"
+    page itself: selections that follow each other closely reach the server in any order."""
     return f"""(...given) => {{
-        {besides};
         const panel = {OPEN_PANEL};
         given[0] = window.pageId ??= Math.random().toString(36).slice(2);
         given[1] = panel ? panel.id.replace("tab-", "") : "";
-        return {f"JSON.stringify([...{given}, Date.now()])" if packed else given};
+        return given.slice(0, {inputs});
     }}"""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -113,8 +112,8 @@ def connect_zoom(page: Page, plots: Sequence[Any], whole: Any) -> Any:
         first, last = selected.index
         return [float(first), float(last)] if last > first else []
 
-    page.act(functools.partial(gr.on, [plot.select for plot in plots]), zoom_in, [], [zoom])
-    page.act(functools.partial(gr.on, [whole.click, *(plot.double_click for plot in plots)]), lambda: [], [], [zoom])
+    page.act([plot.select for plot in plots], zoom_in, [], [zoom])
+    page.act([whole.click, *(plot.double_click for plot in plots)], lambda: [], [], [zoom])
     return zoom
 
 

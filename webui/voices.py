@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import html
 import itertools
 import re
@@ -69,8 +68,7 @@ def create_voice_picker(page: Page, kind: str) -> None:
             return [""]
         return [player(say("voices.heard", language), path, linker(page)) if path.is_file() else ""]
 
-    page.act(functools.partial(gr.on, [audio.upload, audio.stop_recording]), take, [audio, page.language],
-             [prompt, audio, notice])
+    page.act([audio.upload, audio.stop_recording], take, [audio, page.language], [prompt, audio, notice])
     page.watch("listen", [prompt], [heard], look)
 
 
