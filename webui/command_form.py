@@ -93,7 +93,11 @@ class FormSection:
             start = self.page.button(start_key, variant="primary", elem_id=f"{self.kind}-start")
             beside_start()
         notice = self.notice = self.page.notice()
-        self.page.act(start.click, self.start, self.given, [*self.checked_into, notice])
+        noted = f"""(...given) => {{
+            (window.tried ??= {{}}).{self.kind} = JSON.stringify(given.slice(2));
+            return given;
+        }}"""
+        self.page.act(start.click, self.start, self.given, [*self.checked_into, notice], js=noted)
         self.recheck = gr.Button(visible="hidden", elem_id=f"{self.kind}-recheck")  # there while the form can be seen
         return start
 
@@ -123,7 +127,9 @@ class FormSection:
         page = self.page
         gr.on([self.recheck.click, *[part.change for part in self.check_on]], None,
               [page.clock, page.language, *self.inputs.values(), page.made, *self.check_on], [self.packed],
-              js="(...given) => JSON.stringify([...given, window.tabOpened])", **QUIET)
+              js=f"""(...given) => JSON.stringify([
+                  JSON.stringify(given.slice(2, {2 + len(self.inputs)})) === window.tried?.{self.kind},
+                  ...given, window.tabOpened])""", **QUIET)
         # One event for every reason to check, so that an older answer cannot overtake a newer one.
         self.packed.change(self.check_packed, [self.memory, self.packed],
                            [self.memory, *self.checked_into, page.acted], trigger_mode="always_last", **QUIET)
@@ -237,21 +243,22 @@ class FormSection:
         return say(key, language, **in_words(self.kind, values, language))
 
     def check_packed(self, memory: Memory, packed: str) -> list[Any]:
-        """What check() returns, and a word to the page where fields were filled in."""
-        opened, language, *given = json.loads(packed)
-        checked = self.check(opened, memory, language, *given[:len(self.inputs)])
+        """What check() returns, and a word to the page where fields were filled in. What is missing stays said while
+        the form is as it was when Start was clicked."""
+        tried, opened, language, *given = json.loads(packed)
+        checked = self.check(opened, memory, language, *given[:len(self.inputs)], strict=tried)
         return [*checked, str(time.time()) if any("value" in update for update in checked[2:-1]) else gr.skip()]
 
-    def check(self, opened: str, memory: Memory, language: str, *given: Any) -> list[Any]:
+    def check(self, opened: str, memory: Memory, language: str, *given: Any, strict: bool = False) -> list[Any]:
         """What to remember, the draft, an update of each input, and the command."""
         form = self.values(given)
         if not opened:  # the draft is still on its way
-            return [gr.skip(), gr.skip(), *self.shown_as(language, form, {})]
+            return [gr.skip(), gr.skip(), *self.shown_as(language, form, {}, strict)]
         offered = self.offered(pipeline.files_made(self.page.workspace, self.page.jobs()))
         new = self.made_meanwhile(form, memory.filled, offered)
         remembered = Memory(offered, {**form, **new} if form == memory.untouched else memory.untouched)
         form = {**form, **new}
-        return [remembered, self.draft(form, remembered), *self.shown_as(language, form, new)]
+        return [remembered, self.draft(form, remembered), *self.shown_as(language, form, new, strict)]
 
     def after_start(self) -> Form:
         """Values that the form gets once its program has been started."""
