@@ -793,6 +793,11 @@ def test_start_is_in_reach_on_a_phone_and_nothing_runs_off_its_edge(visitor: Vis
             visitor.open(tab.partition(" ")[2])
             visitor.page.screenshot(path=PICTURES / f"phone_{tab.lower().replace(' ', '_')}.png", full_page=True)
             assert visitor.page.evaluate("document.documentElement.scrollWidth") <= 390, tab  # nothing runs off
+        narrow = """() => [...document.querySelectorAll(".whole, .half, .third")].filter(
+            field => field.offsetParent && field.offsetWidth < 200).map(field => field.id)"""
+        visitor.open("Training")
+        visitor.more_settings()
+        assert visitor.page.evaluate(narrow) == []  # each field has a line of its own
     finally:
         visitor.page.set_viewport_size({"width": 1400, "height": 1000})
 

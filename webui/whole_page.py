@@ -59,12 +59,10 @@ CSS = """
 #standing { align-items: baseline; gap: 4px 24px; }
 #pipeline .next { margin: 0; font-weight: 600; }
 /* Fields of a form: whole, half or a third of its width. */
-.form:has(> .whole, > .half, > .third) { display: grid; grid-template-columns: repeat(6, minmax(0, 1fr));
-    container-type: inline-size; }
+.form:has(> .whole, > .half, > .third) { display: grid; grid-template-columns: repeat(6, minmax(0, 1fr)); }
 .form:has(> .whole, > .half, > .third) > * { grid-column: span 6; }
 .form:has(> .whole, > .half, > .third) > .half { grid-column: span 3; }
 .form:has(> .whole, > .half, > .third) > .third { grid-column: span 2; }
-@container (max-width: 400px) { .form > .half, .form > .third { grid-column: span 6 !important; } }
 .problem .info-text, .problem [class*=info] { color: #b91c1c !important; font-weight: 600; }
 .problem textarea, .problem input { border-color: #b91c1c !important; }
 .command textarea, .log textarea { font-family: var(--font-mono); font-size: 0.8rem; }
@@ -107,6 +105,8 @@ input[type=checkbox]:not(:checked), input[type=radio]:not(:checked) { border-col
     #steps .tab-container { flex-wrap: nowrap; overflow-x: auto; padding: 4px 2px; }
     #standing > * { min-width: 100% !important; }
     .live { position: static; }
+    .form > .half { grid-column: span 6 !important; }
+    .form > .third { grid-column: span 6 !important; }
     .row > .form { flex-wrap: wrap; }
     .row > .form > .block { min-width: 100% !important; }
 }
