@@ -3219,9 +3219,10 @@ def read_base_checkpoint(path: Path) -> tuple[dict[str, Tensor], Mapping[str, An
         tensors = {name: tensor for name, tensor in tensors.items() if name != "made_with"}
     if not isinstance(tensors, dict) or not tensors or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise UserError(f"--base-checkpoint {path}: holds no state dict. Use IndexTTS2's gpt.pth")
-    lora = next((name for name in tensors if ".lora_" in name), None)
+    lora = next((name for name in tensors if ".lora_" in name or ".lora." in name), None)
     if lora:
-        raise UserError(f"--base-checkpoint {path}: a LoRA that was not merged into its base ({lora}). Merge it first")
+        raise UserError(f"--base-checkpoint {path}: holds what LoRA adds, not merged into its base ({lora}). Merge it "
+                        "first, ours with tools.export_checkpoint")
     tensors = {WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
     bad = next((name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()), None)
     if bad:
@@ -3284,9 +3285,6 @@ def load_base_checkpoint(model: UnifiedVoiceGPT, tensors: Mapping[str, Tensor], 
     """
     is_25, base_vocab = "spk_emb_proj.weight" in tensors, len(tensors.get("text_embedding.weight", ())) - 1
     problems = []
-    if any(".lora" in name for name in tensors):
-        raise UserError(f"--base-checkpoint {path} holds what LoRA adds, not yet merged into its weights. Merge first, "
-                        "ours with tools.export_checkpoint")
     if is_25 != (model.config.languages > 0):
         raise UserError(f"--base-checkpoint {path} is of {NAMES[is_25]}, but --config of {NAMES[not is_25]}. Pass the "
                         "config.yaml, tokenizer and data that belong to it")
