@@ -328,22 +328,19 @@ class Page:
         with gr.Row(elem_id="standing"):
             way, running = gr.HTML(elem_id="pipeline", padding=False), gr.Markdown(elem_id="running")
         banner = gr.Markdown()
-        self.watch(None, [], [banner, way, running], self.look_at_header)
-        self.watch(None, [], [self.made], self.look_for_offers)
-
-    def look_for_offers(self, jobs: Sequence[Job], language: str) -> list[str]:
-        made = pipeline.files_made(self.workspace, jobs)
-        return [digest([form.offered(made) for form in self.forms.values()])]
+        self.watch(None, [], [banner, way, running, self.made], self.look_at_header)
 
     def look_at_header(self, jobs: Sequence[Job], language: str) -> list[str]:
-        steps = pipeline.states(pipeline.files_made(self.workspace, jobs), jobs)
+        made = pipeline.files_made(self.workspace, jobs)
+        steps = pipeline.states(made, jobs)
         following = pipeline.next_step(steps)
         told = say("pipeline_next", language, tab=say(f"tab.{following}", language),
                    why=say(f"next.{following}", language)) if following else say("pipeline_all_done", language)
         way = f'<style>{marks_of_steps(steps, following)}</style><p class="next">{html.escape(told)}</p>'
         live = [f"**{self.name(job, language)}** {plain(self.brief(job, language))}" for job in jobs if job.live]
         running = f"{say('runs_now', language)} {' · '.join(live)}" if live else say("nothing_runs", language)
-        return [self.banner.get(language, ""), way, running]
+        return [self.banner.get(language, ""), way, running,
+                digest([form.offered(made) for form in self.forms.values()])]
 
     def name(self, job: Job, language: str) -> str:
         """The kind of a job in words, and what it writes."""
