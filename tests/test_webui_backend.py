@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import dataclasses
 import importlib
@@ -25,6 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
 import numpy as np
 import pytest
 import soundfile
@@ -1321,6 +1323,41 @@ def test_the_page_stays_small_for_what_it_takes_to_open_grows_with_components_ti
     config = built[0].get_config_file()
     assert len(config["components"]) <= 950
     assert sum(len(event["targets"]) for event in config["dependencies"]) <= 200  # was 543, and 5 s instead of 3
+
+
+def test_a_field_that_opens_as_it_was_made_is_told_nothing_and_any_other_all_that_differs(built: Any, page: Any):
+    config = {part["id"]: part["props"] for part in built[0].get_config_file()["components"]}
+    for form in page.forms.values():
+        for language in ("en", "am"):
+            opened = form.open({}, language, [], {})
+            for (name, box), update in zip(form.inputs.items(), opened[1:-1], strict=True):
+                shows = {**config[box._id], **update}
+                assert shows.get("info", "") == form.help(name, language), name
+                assert "problem" not in shows["elem_classes"], name
+                assert shows["value"] == form.empty(name) or update["value"] == shows["value"], name
+        told = [update for update in form.open({}, "en", [], {})[1:-1] if len(update) > 1]
+        assert all("value" in update for update in told), form.kind
+    training = page.forms["training"]
+    opened = dict(zip(training.inputs, training.open({"epochs": "0"}, "en", [], {})[1:], strict=False))
+    assert opened["epochs"]["elem_classes"][-1] == "problem" and opened["epochs"]["value"] == "0"
+
+
+def test_an_output_that_is_skipped_costs_the_server_no_new_component(built: Any, monkeypatch: pytest.MonkeyPatch):
+    tick = next(event for event in built[0].fns.values() if len(event.outputs) > 100 and event.fn is not None
+                and "tick" in event.name)
+    made = []
+    new = gr.Markdown.__init__
+    monkeypatch.setattr(gr.Markdown, "__init__", lambda self, *args, **options: (made.append(1),
+                                                                               new(self, *args, **options))[1])
+    at = next(i for i, part in enumerate(tick.outputs) if isinstance(part, gr.Markdown))
+    for value, expected, built_new in ((gr.skip(), gr.skip(), 0), ("said", "said", 0),
+                                       (gr.update(value="said"), {**gr.update(value="said")}, 1)):
+        answer = [gr.skip()] * len(tick.outputs)
+        answer[at] = value
+        made.clear()
+        shown = asyncio.run(built[0].postprocess_data(tick, answer, None))
+        assert shown[at] == expected and len(made) == built_new
+        assert shown[:at] + shown[at + 1:] == [gr.skip()] * (len(shown) - 1)
 
 
 def test_what_the_browser_packs_reaches_each_watcher_in_its_place(page: Any, monkeypatch: pytest.MonkeyPatch):

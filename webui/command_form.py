@@ -28,7 +28,7 @@ from webui.file_kinds import kind_problems
 from webui.job_panel import newest
 from webui.jobs import Job, start_job
 from webui.page_base import QUIET, Page, refusal
-from webui.texts import TEXTS, say
+from webui.texts import LANGUAGES, TEXTS, say
 from webui.words import in_words
 from webui.workspace import Refused
 
@@ -80,6 +80,7 @@ class FormSection:
         else:
             lines, max_lines = (3, 6) if field.type == "text" else (1, 4) if field.type in LINES else (1, 1)
             self.inputs[name] = self.page.add(gr.Textbox, key, value="", lines=lines, max_lines=max_lines, **options)
+        self.inputs[name].info = self.help(name, LANGUAGES[0])
 
     def command_and_start(self, start_key: str, beside_start: Callable[[], None] = lambda: None) -> Any:
         """The rest of the form, below its fields. Returns the button."""
@@ -183,7 +184,10 @@ class FormSection:
         form = self.cleaned(draft or self.without_made(self.form_of_last(job) if job else {}))
         form = {name: form[name] or offered.get(name, self.empty(name)) for name in self.inputs}
         filled = {name: value for name, value in form.items() if value != self.empty(name)}
-        return [Memory(offered, {} if draft else form), *self.shown_as(language, form, filled)]
+        *updates, command = self.shown_as(language, form, filled)
+        as_made = [self.as_made(name) for name in self.inputs]
+        return [Memory(offered, {} if draft else form),
+                *(gr.skip() if new == old else new for new, old in zip(updates, as_made, strict=True)), command]
 
     def made_meanwhile(self, form: Form, filled: Form, offered: Form) -> Form:
         """New values of fields that hold what was filled in before, or nothing as before. Pure."""
@@ -224,8 +228,7 @@ class FormSection:
         found, updates = self.problems(form), []
         said = {name: problem for name, problem in found.items() if strict or problem[0] not in UNTYPED}
         for name in self.inputs:
-            key = f"{self.kind}.{name}.info"
-            info = self.said(said[name], language) if name in said else say(key, language) if key in TEXTS else ""
+            info = self.said(said[name], language) if name in said else self.help(name, language)
             value = {"value": values[name]} if name in values else {}
             if name == "replace":
                 asked = bool(form.get(name)) or any(key.startswith("would_replace") for key, _ in found.values())
@@ -236,6 +239,17 @@ class FormSection:
         command = say("command_blocked", language) if said else preview(
             command_for(self.kind, form, self.page.workspace))
         return [*updates, command]
+
+    def help(self, name: str, language: str) -> str:
+        key = f"{self.kind}.{name}.info"
+        return say(key, language) if key in TEXTS else ""
+
+    def as_made(self, name: str) -> dict[str, Any]:
+        """The update of an input that leaves it as it was made. Opening with updates that change nothing takes Gradio
+        as long as with others: a new component each on the server, some looks through the tree of all in the page."""
+        if name == "replace":
+            return gr.update(visible=False)
+        return gr.update(info=self.help(name, LANGUAGES[0]), elem_classes=[self.widths[name]])
 
     def said(self, problem: Problem, language: str) -> str:
         """A problem in the language of the page, which names fields where a program names flags."""
