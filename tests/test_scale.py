@@ -47,6 +47,38 @@ def test_a_row_is_what_its_line_says(manifest: Path):
     assert len(dataset) == 600 and dataset.languages == ["am", "en"]
 
 
+def test_many_rows_at_once_are_read_as_each_by_itself(manifest: Path, monkeypatch: pytest.MonkeyPatch):
+    """Empty lines, NaN and rows that lack a start come in the middle; 300 rows are three reads of the file."""
+    rewrite(manifest, 150, prompt_duration=float("nan"), target_language="EN")
+    lines = manifest.read_text().splitlines()
+    lines[200] = lines[200].replace(f'"target_codes_start": {json.loads(lines[200])["target_codes_start"]}, ', "")
+    manifest.write_text("\n\n".join(lines[:160]) + "\n".join(["", *lines[160:]]))  # the last one without an end
+
+    def read() -> tuple[Any, ...]:
+        rows = trainer.Rows()
+        rates = trainer.read_manifest(str(manifest), rows, "prompt", lambda text: None)
+        rows.finish()
+        return rates, rows.digest.hexdigest(), [rows[i] for i in range(len(rows.table))]
+
+    at_once = read()
+    monkeypatch.setattr(trainer, "usual_columns", lambda records, emo_source: [])
+    assert read() == at_once
+    rows = at_once[2]
+    assert len(rows) == 300 and rows[150].language == "en" and rows[150].line == 301
+    assert rows[200].parts[1][1] is None and rows[199].parts[1][1] is not None
+
+
+@pytest.mark.parametrize("number,values,fault", [
+    (0, {"target_text_len": 0}, ":1: target_text_len is 0, not a whole number of at least 1"),
+    (140, {"id": ""}, ":141: missing id"), (299, {"target_code_len": "9"}, ":300: target_code_len is '9'"),
+    (299, {"target_codes_path": 3}, ":300: missing target_codes_path"),
+    (150, {"prompt_condition_start": -1}, ":151: prompt_condition_start is -1")])
+def test_of_many_rows_read_at_once_the_bad_one_is_named(manifest: Path, number: int, values: dict[str, Any],
+                                                        fault: str):
+    rewrite(manifest, number, **values)
+    assert fault in refusal(manifest)
+
+
 def test_the_fingerprint_is_that_of_ids_lengths_and_order(manifest: Path):
     rewrite(manifest, 7, id="ሰላም \" \\ \u0001", target_code_len=50)
     digest = hashlib.sha256()
@@ -87,7 +119,7 @@ def test_a_wrong_code_that_no_row_uses_is_none(manifest: Path):
 
 @pytest.mark.parametrize("values,fault", [
     ({"target_codes_start": 2**62}, ":18: codes 4611686018427387904 to"),
-    ({"target_codes_start": 2**63}, ":18: a number beyond 2^63"),
+    ({"target_codes_start": 2**63}, ":18: target_codes_start is 9223372036854775808, not a whole number"),
     ({"target_codes_start": 2**70}, ":18: target_codes_start is 1.1805916207174113e+21, not a whole number"),
     ({"target_codes_start": True}, ":18: target_codes_start is True, not a whole number"),
     ({"target_code_len": 402}, ":18: 20 text tokens and 402 codes; the model takes at most")])
