@@ -25,8 +25,7 @@ demo: $(VENV)/.installed  ## train, kill, resume, listen; writes demo_output/
 	$(RUN) -m tools.demo
 
 test: $(VENV)/.installed  ## all tests but the long soak; those of the page need Debian's Chromium, else they are skipped
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 -m "not browser and not indextts" tests
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -rs -m browser tests
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -rs -n 2 --dist loadgroup -m "not indextts" tests
 
 test-indextts: $(SPEAKING)/.installed  ## the tests that speak with the packages of IndexTTS2 and 2.5
 	OMP_NUM_THREADS=1 $(SPEAKING)/bin/python -m pytest -q -rs -m indextts tests/test_indextts2_sound.py \

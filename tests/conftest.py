@@ -45,6 +45,11 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
     return report
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tests of the page first, which follow each other in one process: the others fill what is left beside it."""
+    items.sort(key=lambda item: item.get_closest_marker("browser") is None)
+
+
 def write_manifest(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
@@ -106,8 +111,9 @@ def tiny_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_dataset(tmp_path_factory.mktemp("tiny_files") / "data", shards=False)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
+    """Chromium; for one module, since no other loop of events can run beside Playwright's."""
     import playwright.sync_api  # which only the tests of the page need
 
     chromium = shutil.which("chromium")

@@ -1,6 +1,7 @@
-"""Runs the real trainer, notes which samples every step consumes, and sends it one signal at a chosen moment.
+"""Notes which samples every step of the real trainer consumes, and sends it one signal at a chosen moment.
 
-python stop_at.py MOMENT STEP SIGNAL SAMPLES_FILE TRAINER_ARGUMENTS...
+python stop_at.py MOMENT STEP SIGNAL SAMPLES_FILE TRAINER_ARGUMENTS... runs it so; run_stopping() does in a process that
+does not have to import PyTorch first.
 
 Under torchrun the signal goes to rank 1, and every rank notes its samples: rank R > 0 in SAMPLES_FILE.R.
 
@@ -11,6 +12,7 @@ after_save (of step STEP), validation (before the second batch of the first vali
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from trainers import train_gpt_v2 as trainer
 
 
-def main() -> int:
-    moment, step, signal_name, samples_file, *argv = sys.argv[1:]
-    at_step, signum = int(step), getattr(signal, signal_name, 0)
+def watch(moment: str, at_step: int, signal_name: str, samples_file: str) -> Callable[..., None]:
+    """What main() tells its events to."""
+    signum = getattr(signal, signal_name, 0)
     rank, signalled = os.environ.get("RANK", "0"), "1" if "RANK" in os.environ else "0"
     samples = open(samples_file if rank == "0" else f"{samples_file}.{rank}", "a")
     sent, validated = [], []
@@ -44,8 +46,9 @@ def main() -> int:
             sent.append(True)
             os.kill(os.getpid(), signum)
 
-    return trainer.main(argv, on_event)
+    return on_event
 
 
 if __name__ == "__main__":
-    trainer.leave(main())
+    moment, step, signal_name, samples_file, *argv = sys.argv[1:]
+    trainer.leave(trainer.main(argv, watch(moment, int(step), signal_name, samples_file)))

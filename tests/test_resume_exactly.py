@@ -6,13 +6,12 @@ import itertools
 import os
 import random
 import signal
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, data_args, load_checkpoint, metrics_of, resumable_state, run_trainer, trainer
+from fresh_process import train_in_process
 
 FACTORS = {
     "moment": ("mid_epoch", "epoch_end", "after_save", "validation"),
@@ -56,10 +55,17 @@ def run_args(data: Path, output_dir: Path, accumulation: int, workers: int, prec
 
 
 def run_stopping(samples: Path, args: list[str], moment: str = "none", step: int = 0, signal_name: str = "") -> int:
-    command = [sys.executable, str(ROOT / "tests" / "stop_at.py"), moment, str(step), signal_name, str(samples), *args]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert "Traceback" not in done.stderr, done.stderr
-    return done.returncode
+    """Runs the trainer to its end, or until it has been sent a signal; see stop_at.py. Returns: its exit status."""
+    watched = f"""
+import sys
+sys.path.insert(0, {str(ROOT / "tests")!r})
+import stop_at
+main, on_event = trainer.main, stop_at.watch({moment!r}, {step}, {signal_name!r}, {str(samples)!r})
+trainer.main = lambda args: main(args, on_event)
+"""
+    status, printed = train_in_process(*args, before=watched, seconds=300)
+    assert status != "hangs" and "Traceback" not in printed, printed
+    return int(status)
 
 
 def samples_by_step(path: Path) -> dict[int, list[int]]:

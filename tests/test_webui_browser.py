@@ -30,7 +30,7 @@ from webui.texts import TEXTS
 from webui.workspace import MESSAGES, Workspace
 
 TABS = ("1 Recordings", "2 Dataset", "3-5 Prepare", "6 Training", "7 Checkpoints", "8 Listen")
-pytestmark = [pytest.mark.browser,
+pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("browser"),
               pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="jobs are found through /proc")]
 
 
