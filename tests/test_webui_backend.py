@@ -1325,6 +1325,34 @@ def test_the_page_stays_small_for_what_it_takes_to_open_grows_with_components_ti
     assert sum(len(event["targets"]) for event in config["dependencies"]) <= 200  # was 543, and 5 s instead of 3
 
 
+def test_no_event_but_a_preset_by_mouse_gives_the_server_many_boxes_for_the_page_gets_slower_with_each(built: Any):
+    config = built[0].get_config_file()
+    boxes = {part["id"] for part in config["components"] if not part["type"].endswith("state")}
+    many = [event["targets"] for event in config["dependencies"]
+            if event["backend_fn"] and len(boxes & {*event["inputs"]}) > 6]
+    assert [[name for _, name in targets] for targets in many] == [["select"]]
+
+
+def test_what_is_asked_with_many_boxes_reaches_its_handler_and_the_answer_its_boxes_alone(
+        page: Any, monkeypatch: pytest.MonkeyPatch):
+    states = list(dict.fromkeys(part for _, inputs, _ in page.asks for part in inputs if part.stateful))
+    outputs = list(dict.fromkeys(part for *_, own in page.asks for part in own))
+    for number, (_, inputs, own) in enumerate(page.asks):
+        given, called = {part: f"box {i}" for i, part in enumerate(inputs)}, []
+
+        def handle(*values: str, own: Any = own, called: Any = called) -> Any:
+            called.extend(values)
+            return [f"to {i}" for i in range(len(own))] if len(own) > 1 else "to 0"
+
+        packed = json.dumps([number, *(given[part] for part in inputs if not part.stateful), 1])
+        with monkeypatch.context() as patch:
+            patch.setattr(page, "asks", [*page.asks[:number], (handle, inputs, own)])
+            *told, acted = page.answer(states, outputs, packed, *(given.get(state, "none") for state in states))
+        assert called == list(given.values()) and float(acted) > 0
+        assert {part: value for part, value in zip(outputs, told, strict=True) if value != gr.skip()} == {
+            part: f"to {i}" for i, part in enumerate(own)}
+
+
 def test_a_field_that_opens_as_it_was_made_is_told_nothing_and_any_other_all_that_differs(built: Any, page: Any):
     config = {part["id"]: part["props"] for part in built[0].get_config_file()["components"]}
     for form in page.forms.values():

@@ -94,11 +94,11 @@ class FormSection:
             start = self.page.button(start_key, variant="primary", elem_id=f"{self.kind}-start")
             beside_start()
         notice = self.notice = self.page.notice()
-        noted = f"""(...given) => {{
-            (window.tried ??= {{}}).{self.kind} = JSON.stringify(given.slice(2));
+        noted = f"""given => {{
+            (window.tried ??= {{}}).{self.kind} = JSON.stringify(given.slice(1));
             return given;
         }}"""
-        self.page.act(start.click, self.start, self.given, [*self.checked_into, notice], js=noted)
+        self.page.ask(start.click, self.start, self.given, [*self.checked_into, notice], noted)
         self.recheck = gr.Button(visible="hidden", elem_id=f"{self.kind}-recheck")  # there while the form can be seen
         return start
 

@@ -184,6 +184,8 @@ class Page:
         self.follow: Any = None  # what FOLLOW clicks
         self.clock: Any = None  # empty until the page has been opened
         self.acted: Any = None  # changes when something was done
+        self.asked: Any = None  # what the browser has packed for one of asks
+        self.asks: list[tuple[Callable[..., Any], list[Any], list[Any]]] = []  # handler, inputs, outputs
         self.made: Any = None  # changes when a program has made something that forms offer
 
     # Labels
@@ -243,6 +245,23 @@ class Page:
 
         connect = functools.partial(gr.on, event) if isinstance(event, list) else event
         return connect(handled, [*inputs], [*outputs, self.acted], **QUIET, **options)
+
+    def ask(self, event: Callable[..., Any], handle: Callable[..., Any], inputs: Sequence[Any], outputs: Sequence[Any],
+            js: str = "given => given") -> None:
+        """act() for many inputs, which the browser packs into one box: with each event Gradio's page updates all
+        components that have ever been an input of one, and is slower with each Start."""
+        self.asks.append((handle, list(inputs), list(outputs)))
+        event(None, [part for part in inputs if not part.stateful], [self.asked], **QUIET,
+              js=f"(...given) => JSON.stringify([{len(self.asks) - 1}, ...({js})(given), Date.now()])")
+
+    def answer(self, states: Sequence[Any], outputs: Sequence[Any], packed: str, *kept: Any) -> list[Any]:
+        """A value for each of all asks' outputs, from what the browser has packed and the server's states."""
+        number, *given, _ = json.loads(packed)
+        handle, inputs, own = self.asks[number]
+        boxes, held = iter(given), dict(zip(states, kept, strict=True))
+        found = handle(*(held[part] if part.stateful else next(boxes) for part in inputs))
+        told = dict(zip(own, [found] if len(own) == 1 else found, strict=True))
+        return [*(told.get(part, gr.skip()) for part in outputs), str(time.time())]
 
     # The workspace
 
@@ -315,8 +334,8 @@ class Page:
 
     def create_header(self) -> None:
         # First of all: Gradio's page looks for a component from the beginning, at every use.
-        self.window, self.open_tab, self.acted, self.made, self.packed = (
-            gr.Textbox(visible="hidden") for _ in range(5))
+        self.window, self.open_tab, self.acted, self.made, self.packed, self.asked = (
+            gr.Textbox(visible="hidden") for _ in range(6))
         self.follow = gr.Button(visible="hidden", elem_id="look")
         self.clock = gr.Textbox(visible="hidden", elem_id="clock")
         with gr.Row(elem_id="header"):
@@ -370,8 +389,11 @@ class Page:
               [self.window, self.open_tab, self.clock, self.view], [self.view, self.acted], js=with_open_tab(4),
               trigger_mode="always_last", **QUIET)
         gr.on([self.made.change, self.acted.change], None, None, None, js=f"() => setTimeout({RECHECK}, 20)", **QUIET)
-        # The browser packs what a tick looks at into one box, but for what only the server knows: with each event
-        # Gradio's page updates all components that have ever been an input of one.
+        states = list(dict.fromkeys(part for _, inputs, _ in self.asks for part in inputs if part.stateful))
+        outputs = list(dict.fromkeys(part for *_, own in self.asks for part in own))
+        self.asked.change(functools.partial(self.answer, states, outputs), [self.asked, *states],
+                          [*outputs, self.acted], trigger_mode="multiple", **QUIET)
+        # The browser packs what a tick looks at into one box, as for ask(), but for what only the server knows.
         looked_at = [part for watcher in self.watchers for part in watcher.inputs]
         boxes = [self.window, self.open_tab, self.language, *(part for part in looked_at if not part.stateful)]
         pack = f"""(...given) => {{
@@ -420,7 +442,7 @@ def on_choice(page: Page, dropdown: Any, choose: Callable[..., list[Any]], input
         return [gr.skip()] * (len(outputs) + 1) if value == last else [*choose(value, *given), value]
 
     page.act(dropdown.select, by_mouse, inputs, [*outputs, before])
-    page.act(dropdown.input, by_keyboard, [dropdown, before, *inputs], [*outputs, before])
+    page.ask(dropdown.input, by_keyboard, [dropdown, before, *inputs], [*outputs, before])
 
 
 def marks_of_steps(steps: dict[str, str], following: str) -> str:

@@ -75,7 +75,7 @@ def create_queue(page: Page, form: Any, add: Any) -> None:
         return ""
 
     page.watch("training", [], [add, listed], look)
-    page.act(add.click, form.queue, form.given, [*form.checked_into, form.notice])
+    page.ask(add.click, form.queue, form.given, [*form.checked_into, form.notice])
     page.act(listed.click, act, [page.language], [form.notice])
 
 
@@ -115,7 +115,7 @@ def create_next_step(page: Page, output_dir: Any) -> None:
     page.watch("training", [output_dir], [go_on, listen], look)
     # Two events, so that one sees what is ticked before it starts.
     ticked = go_on.click(lambda: form.change(form.after_start()), None, [*form.inputs.values()], **QUIET)
-    page.act(ticked.then, form.start, form.given, [*form.checked_into, form.notice])
+    page.ask(ticked.then, form.start, form.given, [*form.checked_into, form.notice])
     listen.click(None, None, None, js=LISTEN, **QUIET)
 
 

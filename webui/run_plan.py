@@ -161,5 +161,5 @@ def create_plan(page: Page) -> None:
         return form.change({name: str(plan[name]) for name in names} if plan and "hours" in plan else {})
 
     page.watch("training", [asked, price], [told, take], look)
-    page.act(make.click, ask, [page.language, card, *form.inputs.values()], [asked, notice])
+    page.ask(make.click, ask, [page.language, card, *form.inputs.values()], [asked, notice])
     page.act(take.click, fill, [asked], [*form.inputs.values()])

@@ -17,7 +17,7 @@ from webui.command_form import FormSection, Memory
 from webui.command_lines import PRESETS, Form, Problem, command_for, lines_of, typed
 from webui.job_panel import StopButtons, create_job_panel, newest, reason_of
 from webui.jobs import Job, holder_of, start_job, stop_job
-from webui.page_base import QUIET, Page, on_choice, plain, refusal, tell
+from webui.page_base import Page, on_choice, plain, refusal, tell
 from webui.readers import Inspection, Point, loss_of, overfit, tensorboard_url
 from webui.run_bar import create_next_step, create_queue, create_warnings
 from webui.run_curves import create_curves
@@ -271,7 +271,7 @@ def create_settings_file(page: Page, form: TrainingForm) -> None:
             return [*form.change({}), refusal(refused, language)]
         return [*form.change(form.cleaned(values)), "✓ " + tell(language, "training.loaded", path=name)]
 
-    save.click(write, [path, page.language, *form.inputs.values()], [notice], **QUIET)
+    page.ask(save.click, write, [path, page.language, *form.inputs.values()], [notice])
     page.act(load.click, read, [path, page.language], [*form.inputs.values(), notice])
 
 
