@@ -1386,6 +1386,8 @@ def test_an_output_that_is_skipped_costs_the_server_no_new_component(built: Any,
         shown = asyncio.run(built[0].postprocess_data(tick, answer, None))
         assert shown[at] == expected and len(made) == built_new
         assert shown[:at] + shown[at + 1:] == [gr.skip()] * (len(shown) - 1)
+    with pytest.raises(ValueError, match="output"):  # too few: Gradio's own error
+        asyncio.run(built[0].postprocess_data(tick, answer[1:], None))
 
 
 def test_what_the_browser_packs_reaches_each_watcher_in_its_place(page: Any, monkeypatch: pytest.MonkeyPatch):

@@ -798,6 +798,7 @@ class Rows:
     def finish(self) -> None:
         """table: int64 [rows, columns]: number of the place, line, text_len, code_len, start of each kind."""
         self.table, self.files = np.concatenate(self.blocks), [*self.places]
+        self.blocks.clear()
 
     def __getitem__(self, i: int) -> Row:
         place, line, text_len, code_len, *starts = self.table[i].tolist()

@@ -129,7 +129,7 @@ class QuickBlocks(gr.Blocks):
 
     async def postprocess_data(self, block_fn: Any, predictions: Any, state: Any) -> list[Any]:
         outputs = block_fn.outputs
-        if len(outputs) == 1:
+        if len(outputs) == 1 or not isinstance(predictions, (list, tuple)) or len(predictions) != len(outputs):
             return await super().postprocess_data(block_fn, predictions, state)
         told = [i for i, value in enumerate(predictions) if not (isinstance(value, dict) and value == gr.skip())]
         rest = copy.copy(block_fn)
