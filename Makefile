@@ -25,11 +25,11 @@ demo: $(VENV)/.installed  ## train, kill, resume, listen; writes demo_output/
 	$(RUN) -m tools.demo
 
 test: $(VENV)/.installed  ## all tests but the long soak; those of the page need Debian's Chromium, else they are skipped
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -rs -n 2 --dist loadgroup -m "not indextts" tests
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -rs -n 2 --dist loadfile --no-loadscope-reorder -m "not indextts" tests
 
 test-indextts: $(SPEAKING)/.installed  ## the tests that speak with the packages of IndexTTS2 and 2.5
-	OMP_NUM_THREADS=1 $(SPEAKING)/bin/python -m pytest -q -rs -m indextts tests/test_indextts2_sound.py \
-		tests/test_indextts25_sound.py
+	OMP_NUM_THREADS=1 $(SPEAKING)/bin/python -m pytest -q -rs -n 2 --dist loadfile -m indextts \
+		tests/test_indextts2_sound.py tests/test_indextts25_sound.py
 
 style: $(VENV)/.installed  ## lint and types
 	$(RUN) -m ruff check .

@@ -46,7 +46,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The tests of the page first, which follow each other in one process: the others fill what is left beside it."""
+    """The tests of the page first: the longest file, which keeps one of two processes busy for most of the time."""
     items.sort(key=lambda item: item.get_closest_marker("browser") is None)
 
 

@@ -30,7 +30,7 @@ from webui.texts import TEXTS
 from webui.workspace import MESSAGES, Workspace
 
 TABS = ("1 Recordings", "2 Dataset", "3-5 Prepare", "6 Training", "7 Checkpoints", "8 Listen")
-pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("browser"),
+pytestmark = [pytest.mark.browser,
               pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="jobs are found through /proc")]
 
 
@@ -619,17 +619,23 @@ def test_no_form_of_any_tab_starts_with_a_path_that_leads_out_of_the_workspace(v
     for step, tab in zip(pipeline.STEPS, TABS, strict=True):
         visitor.open(tab.partition(" ")[2])
         visitor.more_settings()
-        for kind in (kind for kind, own in pipeline.STEP_OF.items() if own == step):
-            if kind == "compare":
-                visitor.unfold("A/B: two checkpoints say the same text")
-            visitor.more_settings()  # a fold within a fold is there once the outer one is open
-            name = next(field.name for field in command_lines.PROGRAMS[kind].fields if field.type in PATH_TYPES)
-            was = visitor.box(f"{kind}-{name}").input_value()
+        kinds = [kind for kind, own in pipeline.STEP_OF.items() if own == step]
+        if "compare" in kinds:
+            visitor.unfold("A/B: two checkpoints say the same text")
+        visitor.more_settings()  # a fold within a fold is there once the outer one is open
+        names = {kind: next(field.name for field in command_lines.PROGRAMS[kind].fields if field.type in PATH_TYPES)
+                 for kind in kinds}
+        was = {kind: visitor.box(f"{kind}-{name}").input_value() for kind, name in names.items()}
+        for kind, name in names.items():
             visitor.fill(kind, **{name: OUTSIDE})
+        for kind, name in names.items():
             visitor.sees(f"#{kind}-{name}.problem", "outside the workspace")
             visitor.click(f"{kind}-start")
-            visitor.fill(kind, **{name: was})
+            visitor.command(kind, "(mend the marked fields first)")
             tried.add(kind)
+        visitor.sees(".notice", "Not started")
+        for kind, name in names.items():
+            visitor.fill(kind, **{name: was[kind]})
     assert tried == set(pipeline.STEP_OF) and len(jobs.list_jobs(Workspace.open(workspace))) == before
 
 

@@ -15,7 +15,7 @@ from visitor import PICTURES, RATE, Server, Visitor, tone, until
 
 from webui.workspace import Workspace
 
-pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("browser"),
+pytestmark = [pytest.mark.browser,
               pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="jobs are found through /proc")]
 
 
