@@ -202,6 +202,24 @@ def test_files_that_the_run_does_not_know_are_never_deleted(tiny, out):
         "model_step12.pth", "model_step14.pth", "model_step16.pth"}
 
 
+def test_an_old_checkpoint_that_cannot_be_deleted_is_named_and_stops_neither_a_save_nor_a_resume(
+        tiny, out, monkeypatch):
+    unlink = Path.unlink
+
+    def refuse(path: Path, **options: Any) -> None:
+        if path.name == "model_step4.pth":
+            raise PermissionError(errno.EPERM, "Operation not permitted", str(path))
+        unlink(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    output = go_on(tiny, out)
+    told = f"[Warn] An old checkpoint stays, delete it by hand: [Errno 1] Operation not permitted: '{out}/model_step4"
+    assert told in output and "Could not save" not in output
+    assert (out / "model_step4.pth").exists() and (out / "model_step10.pth").exists()
+    again = go_on(tiny, out, "--max-steps", 12)  # the kill may have come before the deletion: it is tried once more
+    assert told in again and "Step: 10" in again and (out / "model_step12.pth").exists()
+
+
 def test_leftovers_of_a_killed_save_are_removed(tiny, out):
     for name in (".model_step10.pth.partial", ".latest.pth.partial", ".best.pth.partial"):
         (out / name).write_bytes(b"half a checkpoint")

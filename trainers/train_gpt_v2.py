@@ -2507,9 +2507,16 @@ def plan_rotation(recent: Sequence[str], name: str, keep: int) -> tuple[list[str
     return (names[-keep:], names[:-keep]) if keep else (names, [])
 
 
-def rotated_files(output_dir: Path, state: TrainState) -> list[Path]:
-    """What the newest save has to delete; only names that a run gives."""
-    return [output_dir / name for name in state.rotated_out if checkpoint_step(name) is not None]
+def delete_rotated(output_dir: Path, state: TrainState) -> list[str]:
+    """Deletes what the newest save has rotated out, only names that a run gives; a warning for each that stays."""
+    warnings = []
+    for name in state.rotated_out:
+        try:
+            if checkpoint_step(name) is not None:
+                (output_dir / name).unlink(missing_ok=True)
+        except OSError as error:
+            warnings.append(f"[Warn] An old checkpoint stays, delete it by hand: {first_line(error)}")
+    return warnings
 
 
 def write_save(save: PendingSave, checkpoint: Mapping[str, Any], metrics: MetricsLog | None) -> None:
@@ -2530,8 +2537,7 @@ def write_save(save: PendingSave, checkpoint: Mapping[str, Any], metrics: Metric
     except OSError as error:  # no hard links, and no room for a copy
         save.warnings.append(f"[Error] Could not renew latest.pth or best.pth: {first_line(error)}. {save.path.name} "
                              "is complete, and --resume auto finds it")
-    for path in rotated_files(save.path.parent, save.state):
-        path.unlink(missing_ok=True)
+    save.warnings += delete_rotated(save.path.parent, save.state)
     save.values["seconds_written"] = time.perf_counter() - started
 
 
@@ -3084,8 +3090,8 @@ def finish_links(run: Run, resumed: Path) -> None:
     is_best = state.best is not None and state.best["step"] == state.position.step
     if is_best and (not best.exists() or step_inside(best) != state.position.step):
         link_checkpoint(resumed, best)
-    for path in rotated_files(run.output_dir, state):
-        path.unlink(missing_ok=True)
+    for warning in delete_rotated(run.output_dir, state):
+        run.process.say(warning)
 
 
 def open_run_dir(run: Run, point: ResumePoint | None, resume: str) -> None:
