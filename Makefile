@@ -1,4 +1,5 @@
 # Everything but `make gpu` runs in a virtual environment that the first target makes; nothing is installed by hand.
+# Modules are compiled when they are first imported: most of 14,000 never are.
 PYTHON ?= python3
 OUT ?= build/gpu
 VENV := .venv
@@ -10,7 +11,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 $(VENV)/.installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(RUN) -m pip install --quiet --no-compile --disable-pip-version-check -r requirements.txt
 	touch $@
 
 # Beside the first: it takes from there what both need.
@@ -18,7 +19,7 @@ $(SPEAKING)/.installed: $(VENV)/.installed requirements-indextts.txt
 	$(PYTHON) -m venv $(SPEAKING)
 	$(RUN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
 		"$$($(SPEAKING)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beside.pth"
-	$(SPEAKING)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-indextts.txt
+	$(SPEAKING)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -r requirements-indextts.txt
 	touch $@
 
 demo: $(VENV)/.installed  ## train, kill, resume, listen; writes demo_output/
@@ -37,7 +38,7 @@ style: $(VENV)/.installed  ## lint and types
 
 bench: $(VENV)/.installed  ## measure speed and sound quality, in under 15 minutes on two idle cores
 	$(RUN) -m benchmarks.bench
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
+	$(RUN) -m pip install --quiet --no-compile --disable-pip-version-check -r requirements-bench.txt
 	$(RUN) -m benchmarks.codec_quality
 
 gpu:  ## what the trainer does on this machine's GPU, with PYTHON's own torch; writes TABLE.txt to OUT (build/gpu)
