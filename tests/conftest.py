@@ -46,9 +46,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """From the last file to the first: of the two processes one is busy with the page's tests for most of the time, so
-    they begin at once, and the last files are short ones."""
-    items.sort(key=lambda item: item.path.name, reverse=True)
+    """The tests of the page first: the longest file, which keeps one of two processes busy for most of the time."""
+    items.sort(key=lambda item: item.get_closest_marker("browser") is None)
 
 
 def write_manifest(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
