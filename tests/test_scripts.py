@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import json
 import os
@@ -327,6 +328,17 @@ def test_a_closed_terminal_lets_the_trainer_save(out, stand_in):
         assert process.wait(timeout=60) == 129
     assert (out / "signals").read_text() == "SIGHUP\n" and len(starts(out)) == 1
     assert "stopped, status 129" in (out / "train_until_done.log").read_text()
+
+
+def test_a_signal_that_the_kernel_gives_to_another_thread_is_passed_on_too(out, stand_in):
+    """Nor does one wake the main thread that comes just before it begins to wait."""
+    with started(LOOP, "--output-dir", out, env=stand_in({"wait": True})) as process:
+        read_until(process, "waiting")
+        other = next(int(task.name) for task in Path(f"/proc/{process.pid}/task").iterdir()
+                     if task.name != str(process.pid))
+        assert ctypes.CDLL(None).tgkill(process.pid, other, signal.SIGTERM) == 0
+        assert process.wait(timeout=60) == 143
+    assert (out / "signals").read_text() == "SIGTERM\n" and len(starts(out)) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------

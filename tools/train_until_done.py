@@ -117,7 +117,9 @@ class Supervisor:
         self.pass_on()  # what came while it was being started
         copier = threading.Thread(target=self.copy_output, args=[process], daemon=True)
         copier.start()
-        status = process.wait()
+        # A wait without end would miss a signal that comes just before it, or that the other thread is given.
+        while (status := process.poll()) is None:
+            time.sleep(0.1)
         self.process = None
         copier.join(timeout=5)  # what a killed trainer started may still hold the pipe
         return status if status >= 0 else 128 - status

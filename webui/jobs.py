@@ -152,8 +152,11 @@ def supervise(folder: Path, report_start: Callable[[], None]) -> None:
     """Runs the folder's program to its end, through hangups and other people's signals; SIGTERM is passed on."""
     job = read_json(folder / "job.json")
     program: subprocess.Popen[bytes] | None = None
+    asked = False
 
     def pass_on(signum: int, frame: object) -> None:
+        nonlocal asked
+        asked = asked or signum == signal.SIGTERM
         if program is not None and signum == signal.SIGTERM:
             program.terminate()
 
@@ -166,6 +169,8 @@ def supervise(folder: Path, report_start: Callable[[], None]) -> None:
         started = time.time()
         program = subprocess.Popen(job["argv"], cwd=job["cwd"], env=environment, start_new_session=True,
                                    stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    if asked:  # while it was being started
+        program.terminate()
     try:
         write_json(folder / "process.json", {
             "program_pid": program.pid, "program_start": start_time_of(program.pid), **this_process(),
@@ -174,7 +179,8 @@ def supervise(folder: Path, report_start: Callable[[], None]) -> None:
         program.kill()
         raise
     report_start()
-    status = program.wait()
+    while (status := program.poll()) is None:  # a wait without end would miss a signal that comes just before it
+        time.sleep(0.1)
     ending = {"status": status, "ended": time.time(), "last_exit": own_last_exit(job, started)}
     while folder.is_dir():
         try:
