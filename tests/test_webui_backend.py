@@ -268,6 +268,12 @@ def test_a_program_that_does_not_react_to_stop_can_be_killed_with_its_children(w
     wait_for(lambda: jobs.start_time_of(child) is None)
 
 
+def test_a_sigterm_to_what_looks_after_a_program_reaches_the_program(workspace: Workspace, sleeper: jobs.Job):
+    os.kill(process_of(sleeper)["supervisor_pid"], signal.SIGTERM)
+    found = ended(workspace, sleeper)
+    assert found.state == "killed" and found.message() == ("job_killed", {"signal": "SIGTERM"})
+
+
 def test_without_its_supervisor_a_program_still_runs_can_be_stopped_and_its_end_is_found(workspace: Workspace,
                                                                                          sleeper: jobs.Job):
     supervisor = process_of(sleeper)["supervisor_pid"]
