@@ -185,7 +185,8 @@ class FormSection:
         form = {name: form[name] or offered.get(name, self.empty(name)) for name in self.inputs}
         filled = {name: value for name, value in form.items() if value != self.empty(name)}
         *updates, command = self.shown_as(language, form, filled)
-        as_made = [self.as_made(name) for name in self.inputs]
+        # Updates that change nothing cost as much as others: on the server a new component each.
+        as_made = [self.as_made(name, LANGUAGES[0]) for name in self.inputs]
         return [Memory(offered, {} if draft else form),
                 *(gr.skip() if new == old else new for new, old in zip(updates, as_made, strict=True)), command]
 
@@ -228,14 +229,16 @@ class FormSection:
         found, updates = self.problems(form), []
         said = {name: problem for name, problem in found.items() if strict or problem[0] not in UNTYPED}
         for name in self.inputs:
-            info = self.said(said[name], language) if name in said else self.help(name, language)
-            value = {"value": values[name]} if name in values else {}
+            update = self.as_made(name, language)
             if name == "replace":
-                asked = bool(form.get(name)) or any(key.startswith("would_replace") for key, _ in found.values())
-                updates.append(gr.update(visible=asked, **value))
-            else:
-                classes = [self.widths[name], *(["problem"] if name in said else [])]
-                updates.append(gr.update(info=info, elem_classes=classes, **value))
+                update["visible"] = bool(form.get(name)) or any(key.startswith("would_replace")
+                                                                for key, _ in found.values())
+            elif name in said:
+                update["info"] = self.said(said[name], language)
+                update["elem_classes"] = [self.widths[name], "problem"]
+            if name in values:
+                update["value"] = values[name]
+            updates.append(update)
         command = say("command_blocked", language) if said else preview(
             command_for(self.kind, form, self.page.workspace))
         return [*updates, command]
@@ -244,12 +247,11 @@ class FormSection:
         key = f"{self.kind}.{name}.info"
         return say(key, language) if key in TEXTS else ""
 
-    def as_made(self, name: str) -> dict[str, Any]:
-        """The update of an input that leaves it as it was made. Opening with updates that change nothing takes Gradio
-        as long as with others: a new component each on the server, some looks through the tree of all in the page."""
+    def as_made(self, name: str, language: str) -> dict[str, Any]:
+        """The update of an input without a problem; in the first language it leaves the input as it was made."""
         if name == "replace":
             return gr.update(visible=False)
-        return gr.update(info=self.help(name, LANGUAGES[0]), elem_classes=[self.widths[name]])
+        return gr.update(info=self.help(name, language), elem_classes=[self.widths[name]])
 
     def said(self, problem: Problem, language: str) -> str:
         """A problem in the language of the page, which names fields where a program names flags."""

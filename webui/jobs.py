@@ -156,9 +156,10 @@ def supervise(folder: Path, report_start: Callable[[], None]) -> None:
 
     def pass_on(signum: int, frame: object) -> None:
         nonlocal asked
-        asked = asked or signum == signal.SIGTERM
-        if program is not None and signum == signal.SIGTERM:
-            program.terminate()
+        if signum == signal.SIGTERM:
+            asked = True
+            if program is not None:
+                program.terminate()
 
     # Handlers, because ignored signals would stay ignored in the program.
     for signum in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
