@@ -79,6 +79,13 @@ def test_of_many_rows_read_at_once_the_bad_one_is_named(manifest: Path, number: 
     assert fault in refusal(manifest)
 
 
+def test_of_rows_that_begin_with_other_languages_the_first_is_named(manifest: Path):
+    for number, language in ((40, "zh"), (20, "xx"), (30, "en"), (50, "ja")):  # the second is no language of the model
+        rewrite(manifest, number, target_language=language)
+    with pytest.raises(trainer.UserError, match=":31: its text begins with the token of 'en'"):
+        trainer.read_manifest(f"{manifest}::am", trainer.Rows(True), "prompt", lambda text: None)
+
+
 def test_the_fingerprint_is_that_of_ids_lengths_and_order(manifest: Path):
     rewrite(manifest, 7, id="ሰላም \" \\ \u0001", target_code_len=50)
     digest = hashlib.sha256()

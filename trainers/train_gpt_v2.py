@@ -830,9 +830,9 @@ def read_manifest(manifest: str, rows: Rows, emo_source: str, progress: Callable
                 for line in () if columns else lines:
                     parsed.append(parse_row(records[lines.index(line)], emo_source))
                 own = [str(row.get("target_language") or row.get("language") or "").lower() for row in records]
-                for token in {*own} - {language} if rows.begin_with_language and language else ():
+                for token in dict.fromkeys(own) if rows.begin_with_language and language else ():
                     line = lines[own.index(token)]
-                    if token in LANGUAGES:
+                    if token in LANGUAGES and token != language:
                         raise UserError(f"its text begins with the token of {token!r}, the manifest was passed as "
                                         f"::{language}. Pass ::{token}, or no language")
                 if records:
